@@ -1,0 +1,110 @@
+"""What one run is: `Config`, every knob with its default, its limits and its help text.
+
+A field is defined here once; its flag, its check and its column in results/runs.csv follow. The defaults are the
+recipe of the source, github.com/sdoria/SimpleSelfAttention (2019). Imports neither torch nor fastai.
+"""
+import ast
+import math
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
+from pathlib import Path
+
+
+class UsageError(Exception):
+    "A mistake of the user, told in one line that says what to do."
+    def __init__(self, message):
+        super().__init__(message.rstrip().rsplit('UsageError: ')[-1])  # a loader's worker wraps it in its traceback
+
+
+def registry(file, name):
+    "Keys of the dict `name` in `file` beside this one, read from its text: importing it would cost torch's seconds."
+    for node in ast.parse((Path(__file__).parent / file).read_text()).body:
+        if isinstance(node, ast.Assign) and node.targets[0].id == name: return [ast.literal_eval(k) for k in node.value.keys]
+    raise LookupError(f'{file} has no {name}')
+
+
+def nearest(name, names):
+    "A hint at the name meant: ' (did you mean ...?)' or ''."
+    close = get_close_matches(name, names, n=1, cutoff=0.4)
+    return f' (did you mean {close[0]}?)' if close else ''
+
+
+def knob(default, help, *aliases, choices=None, least=None, above=None, most=None, below=None):
+    "A field of Config: `least` <= value <= `most`, `above` < value < `below`."
+    limits = dict(least=least, above=above, most=most, below=below)
+    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, **limits))
+
+
+@dataclass(frozen=True)
+class Config:
+    "Every knob of one run. Raises UsageError on a value that cannot be."
+    # data
+    dataset: str = knob('imagenette', 'dataset', choices=['imagenette', 'imagewoof', 'digits'])
+    split: str = knob('auto', 'v1: 500 validation images (May 2019, all published numbers); v2: the folders; auto: v1, v2 for digits',
+                      choices=['auto', 'v1', 'v2'])
+    size: int = knob(128, 'image size in pixels', least=32, most=1024)
+    source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
+                       choices=['auto', '160', '320', 'full'])
+    data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download')
+    pct_noise: int = knob(0, 'percent of noisy labels in training, from the CSV of the archive', choices=[0, 1, 5, 25, 50])
+    # model
+    arch: str = knob('xresnet50', 'network', choices=registry('xresnet.py', 'ARCHS'))
+    attention: str = knob('none', 'attention layer', choices=registry('layers.py', 'ATTENTION'))
+    sa_at: str = knob('1', 'where it stands: stages (their last block) or stage.block, such as 1,2,3,4 or 2.0')
+    stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=registry('xresnet.py', 'STEMS'))
+    act: str = knob('relu', 'activation', '--act-fn', choices=registry('xresnet.py', 'ACTIVATIONS'))
+    pool: str = knob('avg', 'pooling in the shortcut', choices=registry('xresnet.py', 'POOLS'))
+    # training
+    epochs: int = knob(5, 'epochs', '--epoch', least=1, most=10_000)
+    bs: int = knob(64, 'batch size', least=2, most=65_536)
+    lr: float = knob(3e-3, 'peak learning rate', above=0)
+    schedule: str = knob('one_cycle', 'learning rate schedule', choices=['one_cycle', 'flat_cos'])
+    opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
+    mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 to mom-0.05 and back', least=0, below=0.95)
+    sqrmom: float = knob(0.99, 'decay of the squared gradients (beta2)', '--alpha', least=0, below=1)
+    eps: float = knob(1e-6, 'epsilon of the optimizer', above=0)
+    wd: float = knob(1e-2, 'decoupled weight decay, none on norms and biases', least=0)
+    label_smoothing: float = knob(0.1, 'label smoothing', least=0, below=1)
+    mixup: float = knob(0., 'mixup alpha; 0: off', least=0)
+    sh: float = knob(0., 'random erasing: largest part of the image erased; 0: off', least=0, most=1)
+    # machine
+    precision: str = knob('auto', 'auto: fp16 autocast on CUDA, fp32 on a CPU', choices=['auto', 'fp32', 'fp16', 'bf16'])
+    workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256)
+    seed: int = knob(0, 'seed of weights, order, crops, flips and mixup', least=0, most=2**31 - 1)
+    meta: str = knob('', 'free text, kept in the row', '--log')
+
+    def __post_init__(self):
+        for f in fields(self):
+            _check(flag(f), getattr(self, f.name), f.type, f.metadata)
+            if f.type is float: object.__setattr__(self, f.name, float(getattr(self, f.name)))  # 1 and 1. are one setting
+        if self.dataset == 'digits' and self.split == 'v1': raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
+
+    @property
+    def model(self):
+        "The arch and its attention in a word: xresnet50+simple."
+        return self.arch + (f'+{self.attention}' if self.attention != 'none' else '')
+
+
+def resolve(cfg):
+    "`cfg` with what follows from its other fields written out: the archive and the split."
+    source = 'full' if cfg.size > 224 else '320' if cfg.size > 128 else '160'
+    if cfg.source != 'auto' or cfg.dataset == 'digits' or cfg.data: source = cfg.source
+    split = cfg.split if cfg.split != 'auto' else 'v2' if cfg.dataset == 'digits' else 'v1'
+    return replace(cfg, source=source, split=split)
+
+
+def flag(f):
+    "The flag of a field: --pct-noise; of attention, --sa."
+    return '--sa' if f.name == 'attention' else '--' + f.name.replace('_', '-')
+
+
+def _check(name, value, type_, meta):
+    "Raise UsageError unless `value` is a `type_` within the limits of its knob."
+    if not isinstance(value, (int, float) if type_ is float else type_) or isinstance(value, bool):
+        raise UsageError(f'{name} {value!r}: not {"an integer" if type_ is int else "a number" if type_ is float else "a text"}')
+    if meta['choices'] and value not in meta['choices']:
+        raise UsageError(f'{name} {value}: unknown; choose from {", ".join(map(str, meta["choices"]))}{nearest(str(value), [str(c) for c in meta["choices"]])}')
+    if type_ is float and not math.isfinite(value): raise UsageError(f'{name} {value}: not a finite number')
+    for key, word, ok in [('least', 'at least', lambda v, l: v >= l), ('above', 'above', lambda v, l: v > l),
+                          ('most', 'at most', lambda v, l: v <= l), ('below', 'below', lambda v, l: v < l)]:
+        if meta[key] is not None and not ok(value, meta[key]): raise UsageError(f'{name} {value}: must be {word} {meta[key]}')

@@ -1,0 +1,201 @@
+"""Self-attention layers for convolutional networks, on images of features (B, C, H, W).
+
+`SimpleSelfAttention` is the layer of github.com/sdoria/SimpleSelfAttention (2019), `SelfAttention` that of
+SAGAN (Zhang et al. 2018, arXiv:1805.08318) as fastai has it. Needs torch alone: copy this file to use it.
+
+Every layer here
+- is the identity at initialisation: it adds `gamma` times what it attends to, and `gamma` starts at 0;
+- keeps the shape, dtype and memory format of its input, and raises ValueError on any other shape;
+- runs under autocast: its products are in autocast's dtype, scaled so that float16 can hold them.
+"""
+from functools import partial
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+__all__ = ['ATTENTION', 'SimpleSelfAttention', 'SelfAttention', 'SpectralWeight', 'multiply_adds']
+
+
+class SpectralWeight(nn.Module):
+    """The weight of a bias-free convolution over its largest singular value: called, gives (n_out, n_in*ks).
+
+    Spectral normalisation (Miyato et al. 2018, arXiv:1802.05957): one step of the power iteration a training
+    pass. Parameter and buffers are plain tensors, no hook and no parametrisation, so the module can be
+    copied, pickled, compiled and wrapped. `sym=True` symmetrises the weight *before* it is normalised.
+    Departure: the iteration starts with `n_init` steps, so that the norm is 1 within a few percent at once.
+    """
+    def __init__(self, n_out, n_in, ks=1, sym=False, n_init=30):
+        super().__init__()
+        if sym and (n_out, ks) != (n_in, 1): raise ValueError(f'sym needs ks=1 and n_out=n_in, got ks={ks}, {n_in} -> {n_out}')
+        self.sym = sym
+        self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(n_out, n_in, ks)))
+        self.register_buffer('u', F.normalize(torch.randn(n_out), dim=0))
+        self.register_buffer('v', F.normalize(torch.randn(n_in * ks), dim=0))
+        for _ in range(n_init): self._power_step(self._matrix().detach())
+
+    def _matrix(self):
+        w = self.weight.flatten(1)
+        return (w + w.mT) / 2 if self.sym else w
+
+    @torch.no_grad()
+    def _power_step(self, w):
+        self.u.copy_(F.normalize(w @ self.v, dim=0))
+        self.v.copy_(F.normalize(w.mT @ self.u, dim=0))
+
+    def forward(self):
+        w = self._matrix()
+        if self.training: self._power_step(w.detach())
+        u, v = self.u.clone(), self.v.clone()  # the next pass writes to the buffers: backward needs these values
+        return w / torch.dot(u, w @ v)
+
+    def extra_repr(self): return f'{tuple(self.weight.shape)}, sym={self.sym}'
+
+
+class _Attention(nn.Module):
+    "What the layers share: the check of the input, the dtype of the products, gamma."
+    def __init__(self, n_channels):
+        super().__init__()
+        self.n_channels = n_channels
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        if x.dim() != 4 or x.shape[1] != self.n_channels:
+            raise ValueError(f'{type(self).__name__}: expected (B, {self.n_channels}, H, W), got {tuple(x.shape)}')
+        device, dtype = x.device.type, x.dtype
+        if torch.is_autocast_enabled(device) and dtype != torch.float64: dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            y = self.attend(x.flatten(2), dtype)  # (B, C, H, W) -> (B, C, N), N = H*W
+        return _fit(y, x.dtype).unflatten(2, x.shape[2:])
+
+    def attend(self, x, dtype):
+        "x + gamma * (what is attended to) for `x` (B, C, N), the large products in `dtype`."
+        raise NotImplementedError
+
+
+def _fit(x, dtype):
+    "`x` as `dtype`; float16 saturates at +-65,504 instead of giving inf."
+    return x.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else x.to(dtype)
+
+
+def _is_channels_last(x): return x.stride(1) == 1 and x.shape[1] > 1  # of (B, C, N)
+
+
+def _add_product(x, a, b):
+    "x + a b, all (B, ., .), in the memory layout of `x`."
+    if a.dtype != x.dtype: return x + _fit(_product_like(x, a, b), a.dtype)
+    return torch.baddbmm(x.mT, b.mT, a.mT).mT if _is_channels_last(x) else torch.baddbmm(x, a, b)
+
+
+def _product_like(x, a, b):
+    "a b, all (B, ., .), in the memory layout of `x`."
+    return torch.bmm(b.mT, a.mT).mT if _is_channels_last(x) else torch.bmm(a, b)
+
+
+class _Gram(torch.autograd.Function):
+    "scale * x x^T for (B, C, N). Its gradient is one product, scale * (g + g^T) x; autograd would make two."
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x)
+        ctx.scale = scale
+        return torch.baddbmm(x.new_zeros(1, 1, 1), x, x.mT, beta=0, alpha=scale)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, = ctx.saved_tensors
+        return _product_like(x, ctx.scale * (g + g.mT), x), None
+
+
+def multiply_adds(n_channels, n_positions, ks=1, out_conv=False):
+    """{order: multiply-adds per image} of the ways to evaluate (x x^T)(W x), x being (C, N).
+
+        channels    ((x x^T) W) x    2 C^2 N + C^3      cheapest for N > C; ks=1 only
+        positions   x (x^T (W x))    C^2 N + 2 C N^2    cheapest for N < C
+        source      (x x^T)(W x)     3 C^2 N            the order of the time-complexity study of 2019
+    """
+    C, N = n_channels, n_positions
+    conv = ks * C * C * N
+    counts = {'channels': 2 * C * C * N + C ** 3 * (1 + out_conv)} if ks == 1 else {}
+    return counts | {'positions': conv + 2 * C * N * N + C * C * N * out_conv,
+                     'source': conv + 2 * C * C * N + C ** 3 * out_conv}
+
+
+class SimpleSelfAttention(_Attention):
+    """y = x + gamma * (x x^T)(W x) on x seen as (C, N): attention without softmax, query, key or value.
+
+    `W` is a spectrally normalised convolution of width `ks` (odd) over the flattened positions, as in the source.
+    sym       W is made symmetric before it is normalised (the source's option of that name has no effect).
+    out_conv  y = x + gamma * U (x x^T)(W x): SAGAN's last 1x1 convolution, which the source left out.
+    order     how the product is evaluated, see `multiply_adds`; 'auto': the cheapest for the input at hand.
+
+    In float16 y saturates; x x^T is held divided by sqrt(N), fit for a root mean square of 30 at 64x64 positions.
+    """
+    def __init__(self, n_channels, ks=1, sym=False, out_conv=False, order='auto'):
+        super().__init__(n_channels)
+        if ks % 2 == 0: raise ValueError(f'ks must be odd, got {ks}')
+        orders = ['auto', *multiply_adds(n_channels, 1, ks)]
+        if order not in orders: raise ValueError(f'order must be one of {", ".join(orders)} for ks={ks}, got {order!r}')
+        self.ks, self.order = ks, order
+        self.weight = SpectralWeight(n_channels, n_channels, ks, sym)
+        self.out = SpectralWeight(n_channels, n_channels) if out_conv else None
+
+    def attend(self, x, dtype):
+        x_, w = x.to(dtype), self.weight().to(dtype)
+        u = self.out().to(dtype) if self.out is not None else None
+        C, N = x.shape[1:]
+        order = self.order
+        if order == 'auto':
+            counts = multiply_adds(C, N, self.ks, u is not None)
+            order = min(counts, key=counts.get)
+
+        if order == 'positions':
+            scores = torch.bmm(x_.mT * C ** -0.5, self._conv(x_, w))  # (B, N, C) (B, C, N) -> (B, N, N)
+            values = x_ if u is None else self._conv(x_, u)
+            return _add_product(x, values, _fit(self.gamma * C ** 0.5 * scores, dtype))
+        mix = _Gram.apply(x_, N ** -0.5)  # (B, C, C)
+        if u is not None: mix = u @ mix
+        if order == 'channels': mix = mix @ w
+        return _add_product(x, _fit(self.gamma * N ** 0.5 * mix, dtype), x_ if order == 'channels' else self._conv(x_, w))
+
+    def _conv(self, x, w):
+        "(B, C, N) -> (B, C, N), `w` (C, C*ks) along the positions."
+        if w.shape[1] == x.shape[1]: return _product_like(x, w.expand(len(x), -1, -1), x)
+        return F.conv1d(x, w.unflatten(1, (x.shape[1], -1)), padding=self.ks // 2)
+
+    def extra_repr(self): return f'{self.n_channels}, ks={self.ks}, order={self.order!r}'
+
+
+class SelfAttention(_Attention):
+    """SAGAN's layer as in fastai: o_j = sum_i softmax_i(f(x_i) . g(x_j)) h(x_i), y = x + gamma * o.
+
+    f and g (C -> C/8) and h (C -> C) are spectrally normalised 1x1 convolutions; no scaling of the scores.
+    Through `scaled_dot_product_attention`: memory O(N) an image where a fused kernel exists, never N x N.
+    Its kernels want one head size for f, g and h, at most 256: f and g are padded with zeros to that of h,
+    and h is split into heads that share f and g.
+    """
+    def __init__(self, n_channels):
+        super().__init__(n_channels)
+        n_inner = max(1, n_channels // 8)
+        self.query, self.key = SpectralWeight(n_inner, n_channels), SpectralWeight(n_inner, n_channels)
+        self.value = SpectralWeight(n_channels, n_channels)
+
+    def attend(self, x, dtype):
+        weights = [self.query(), self.key(), self.value()]
+        n_heads = -(-self.n_channels // 256)
+        while self.n_channels % n_heads: n_heads += 1
+        fgh = F.linear(x.mT.to(dtype), torch.cat(weights).to(dtype))  # (B, C, N) -> (B, N, C/8 + C/8 + C)
+        f, g, h = fgh.split([len(w) for w in weights], dim=2)
+        h = h.unflatten(2, (n_heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
+        f, g = (F.pad(t, (0, h.shape[3] - t.shape[2])).unsqueeze(1).expand_as(h) for t in (f, g))
+        o = F.scaled_dot_product_attention(g, f, h, scale=1.)  # SAGAN's "query" f is what is attended to
+        return x + self.gamma * o.transpose(1, 2).flatten(2).mT  # (B, heads, N, C/heads) -> (B, C, N)
+
+
+# name: n_channels -> layer. One class and one line here add a variant to the command, the tests and the tables.
+ATTENTION = {
+    'none': nn.Identity,
+    'simple': SimpleSelfAttention,
+    'simple_sym': partial(SimpleSelfAttention, sym=True),
+    'simple_out': partial(SimpleSelfAttention, out_conv=True),
+    'sagan': SelfAttention,
+}

@@ -1,0 +1,108 @@
+#!/usr/bin/env python
+"""Train an xresnet, with or without self-attention, from scratch on Imagenette or Imagewoof; one row per run.
+
+    python train_imagenette.py --woof --size 256 --epochs 5 --sa
+    python train_imagenette.py --dataset digits --size 32 --epochs 3 --arch xresnet18 --sa      (no download)
+"""
+import argparse
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from experiments import Config, UsageError, fields, flag, nearest
+
+
+class Parser(argparse.ArgumentParser):
+    "Tells a mistake in one line."
+    def error(self, message): raise UsageError(message)
+
+
+def switch(text):
+    "0 or 1 as bool."
+    if text not in ('0', '1'): raise argparse.ArgumentTypeError(f'{text!r}: 0 or 1')
+    return text == '1'
+
+
+def attention(text): return {'0': 'none', '1': 'simple'}.get(text, text)
+
+
+def make_parser():
+    "The flags: one per field of Config, the short forms of the source, and what concerns the command, not the run."
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    for f in fields(Config):
+        names = [flag(f), *f.metadata['aliases']]
+        names += ['--' + n[2:].replace('-', '_') for n in names if '-' in n[2:]]
+        text = f.metadata['help'] + (f': {", ".join(map(str, c))}' if (c := f.metadata['choices']) else '')
+        options = dict(nargs='?', const='simple', type=attention) if f.name == 'attention' else dict(type=f.type)
+        metavar = 'NAME' if c and f.type is str else f.type.__name__.upper().replace('STR', 'TEXT')
+        ap.add_argument(*names, dest=f.name, default=f.default, metavar=metavar, **options,
+                        help=f'{text} (default {f.default})'.replace('%', '%%') if f.default != '' else text)
+    on = dict(nargs='?', const=True, default=False, type=switch, metavar='0|1')
+    ap.add_argument('--woof', **on | dict(default=None), help='short for --dataset imagewoof')
+    ap.add_argument('--sym', **on, help='with --sa: symmetric W, short for --sa simple_sym')
+    ap.add_argument('--runs', type=int, default=1, metavar='N', help='train N times, with seeds seed to seed+N-1 (default 1)')
+    ap.add_argument('--gpu', type=int, metavar='N', help='CUDA device (default: the first, or the CPU)')
+    ap.add_argument('--results', type=Path, default=Path(__file__).parent / 'results', metavar='DIR', help='results directory')
+    ap.add_argument('--save', type=Path, metavar='FILE', help='write the trained model here (with --runs: the last one)')
+    ap.add_argument('--dump', **on, help="print the model with shapes and parameters; don't train")
+    ap.add_argument('--lrfinder', **on, help="suggest a learning rate and save the plot; don't train")
+    return ap
+
+
+def parse(argv):
+    "(Config, the other flags) of a command line; UsageError on a mistake."
+    ap = make_parser()
+    args, unknown = ap.parse_known_args(argv)
+    if unknown: raise UsageError(f'unknown argument {unknown[0]}{nearest(unknown[0].split("=")[0], list(ap._option_string_actions))}; see --help')
+    config = {f.name: getattr(args, f.name) for f in fields(Config)}
+    if args.woof is not None:
+        if config['dataset'] not in ('imagenette', 'imagewoof'): raise UsageError(f'--woof and --dataset {config["dataset"]}: give one of them')
+        if args.woof: config['dataset'] = 'imagewoof'
+    if args.sym and config['attention'] != 'none':
+        if config['attention'] not in ('simple', 'simple_sym'): raise UsageError(f'--sym: for --sa simple only, not {config["attention"]}')
+        config['attention'] = 'simple_sym'
+    if args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
+    if args.save and not args.save.absolute().parent.is_dir(): raise UsageError(f'--save {args.save}: no such folder')
+    cfg = Config(**config)
+    replace(cfg, seed=cfg.seed + args.runs - 1)  # the last seed is checked now, not after the run before it
+    return cfg, args
+
+
+class Terminated(KeyboardInterrupt): "SIGTERM."
+
+
+def stop_on_sigterm():
+    "Let SIGTERM end this process the way Ctrl-C does; loader workers, which inherit the handler, just end."
+    main = os.getpid()
+    def stop(*_):
+        if os.getpid() != main: os._exit(0)
+        raise Terminated
+    signal.signal(signal.SIGTERM, stop)
+
+
+def train(cfg, args):
+    "Do what the command line asks for."
+    import warnings
+    warnings.filterwarnings('ignore', category=FutureWarning, module='torch')  # of fastai's own torch.jit.script
+    import training  # torch and fastai take seconds: not before the command line is known to be good
+    if args.dump: return print(training.dump(cfg))
+    device = training.get_device(args.gpu)
+    if args.lrfinder:
+        lr, file = training.find_lr(cfg, args.results, device)
+        return print(f'suggested learning rate {lr:.1e}, plot in {os.path.relpath(file)}')
+    stop_on_sigterm()
+    for i in range(args.runs): training.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save)
+
+
+def main(argv=None):
+    "Exit code 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130 or 143: stopped by Ctrl-C or SIGTERM."
+    try: train(*parse(argv))
+    except UsageError as e:
+        print(f'train_imagenette.py: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e: return 128 + (signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT)
+
+
+if __name__ == '__main__': sys.exit(main())

@@ -1,0 +1,248 @@
+"""One run: Config -> DataLoaders -> model -> Learner -> a row of results/runs.csv.
+
+    row = run(Config(dataset='digits', size=32, arch='xresnet18', attention='simple'))
+    model, vocab = load_model('digits.pt')      # where run(..., save='digits.pt') left it, ready for inference
+"""
+import math
+import os
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import valley  # importing it gives Learner its schedules
+from fastai.imports import IN_NOTEBOOK
+from fastai.learner import Learner
+from fastai.losses import LabelSmoothingCrossEntropy
+from fastai.metrics import accuracy, top_k_accuracy
+from fastai.optimizer import SGD, Adam, RMSProp, ranger
+from fastai.torch_core import set_seed
+
+import runlog
+from data import get_dls
+from experiments import Config, UsageError, resolve
+from layers import ATTENTION
+from xresnet import xresnet
+
+
+def get_device(gpu=None):
+    "The CUDA device number `gpu`; without a number the first one there is, or the CPU."
+    n = torch.cuda.device_count()
+    if gpu is None: return torch.device('cuda', 0) if n else torch.device('cpu')
+    if gpu not in range(n): raise UsageError(f'--gpu {gpu}: ' + (f'the CUDA devices are 0 to {n - 1}' if n else 'no CUDA device here; leave --gpu out to run on the CPU'))
+    return torch.device('cuda', gpu)
+
+
+def settle(cfg, device):
+    "`cfg` as it will run on `device`: every 'auto' written out."
+    cfg = resolve(cfg)
+    precision = cfg.precision if cfg.precision != 'auto' else 'fp16' if device.type == 'cuda' else 'fp32'
+    if precision == 'fp16' and device.type == 'cpu': raise UsageError('--precision fp16: needs a CUDA device; on a CPU take fp32 or bf16')
+    workers = cfg.workers if cfg.workers >= 0 else min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
+    return replace(cfg, precision=precision, workers=workers)
+
+
+def get_model(cfg, n_classes):
+    "The network of `cfg`."
+    try: return xresnet(cfg.arch, n_classes, ATTENTION[cfg.attention], cfg.sa_at, cfg.stem, cfg.act, cfg.pool)
+    except ValueError as e: raise UsageError(f'--sa-at {cfg.sa_at}: {e}') from None
+
+
+def get_opt_func(cfg):
+    "fastai's optimizer of `cfg`."
+    return {
+        'adam': partial(Adam, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
+        'rms': partial(RMSProp, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
+        'sgd': partial(SGD, mom=cfg.mom),
+        'ranger': partial(ranger, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
+    }[cfg.opt]
+
+
+class Autocast(MixedPrecision):
+    "fastai's mixed precision, on the device of the batch also where that is a CPU."
+    def before_fit(self):
+        super().before_fit()
+        if self.dls.device.type != 'cuda': self.autocast = torch.autocast(self.dls.device.type, AMP_DTYPES[self.amp_mode])
+
+
+AMP_DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
+
+
+class Reseed(Callback):
+    "Makes the random numbers of an epoch a function of (seed, epoch): the loader's draws, mixup, random erasing."
+    order = ProgressCallback.order - 1
+    def __init__(self, seed): self.seed = seed
+    def before_epoch(self):
+        self.dls.train.dataset.set_epoch(self.epoch)
+        set_seed(int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0]))
+
+
+class Measure(Callback):
+    "What a run measures of itself. Ends the fit at the first loss that is not finite."
+    order = ProgressCallback.order + 10  # after Recorder
+    def __init__(self, on_epoch): self.on_epoch = on_epoch
+
+    def before_fit(self):
+        self.curve, self.diverged, self.n_images, self.train_seconds, self.started = [], False, 0, 0., time.perf_counter()
+        if self.dls.device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
+
+    def before_epoch(self): self.epoch_started = time.perf_counter()
+    def before_train(self): self.train_started = time.perf_counter()
+    def before_validate(self): self.logits, self.targets = [], []
+
+    def after_batch(self):
+        if not math.isfinite(self.loss.item()):
+            self.diverged = True
+            raise CancelFitException
+        if self.training: self.n_images += len(self.x)
+        else:
+            self.logits.append(self.pred.float().cpu())
+            self.targets.append(self.y.cpu())
+
+    def after_train(self): self.train_seconds += time.perf_counter() - self.train_started
+
+    def after_epoch(self):
+        values = zip(('train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'), self.recorder.values[-1])
+        self.curve.append(dict(epoch=self.epoch + 1, **{k: round(v, 6) for k, v in values}, seconds=round(time.perf_counter() - self.epoch_started, 3)))
+        self.on_epoch(self.curve)
+
+    def results(self, whole):
+        "The columns of runlog.MEASURED that are known; accuracies and losses only of a `whole` run."
+        seconds = time.perf_counter() - self.started
+        out = dict(epochs_done=len(self.curve), fit_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(self.dls.device)))
+        if self.curve: out |= dict(median_epoch_seconds=round(statistics.median(e['seconds'] for e in self.curve), 2),
+                                   images_per_second=round(self.n_images / self.train_seconds, 1))
+        if whole:
+            last, best = self.curve[-1], max(self.curve, key=lambda e: e['accuracy'])
+            out |= {k: last[k] for k in ('accuracy', 'top5_accuracy', 'valid_loss', 'train_loss')}
+            out |= dict(max_accuracy=best['accuracy'], max_accuracy_epoch=best['epoch'])
+        return out
+
+
+def peak_memory_mb(device):
+    "Peak memory in MiB: allocated on a CUDA device; on a CPU, resident in this process since it started."
+    if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+
+
+def device_name(device):
+    "The CUDA device's name, or the CPU's with its vector instructions and the number of threads."
+    if device.type == 'cuda': return torch.cuda.get_device_name(device)
+    cpu = 'CPU'
+    if os.path.exists('/proc/cpuinfo'): cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), cpu)
+    return f'{cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
+
+
+def get_learner(cfg, dls, model, cbs=()):
+    "A Learner of `model` (on the device of `dls`) with the recipe of `cfg`."
+    cbs = [Reseed(cfg.seed), *cbs]
+    if cfg.mixup: cbs.append(MixUp(cfg.mixup))
+    if cfg.precision != 'fp32': cbs.append(Autocast(cfg.precision))
+    learn = Learner(dls, model.to(dls.device, memory_format=torch.channels_last), LabelSmoothingCrossEntropy(cfg.label_smoothing),
+                    get_opt_func(cfg), wd=cfg.wd, metrics=[accuracy, partial(top_k_accuracy, k=min(5, len(dls.vocab)))], cbs=cbs)
+    if not (sys.stdout.isatty() or IN_NOTEBOOK):  # in a log file a bar is a line per step: write a line per epoch instead
+        learn.remove_cb(ProgressCallback)
+        learn.logger = partial(print_epoch, learn)
+    return learn
+
+
+def print_epoch(learn, values):
+    "A line of the names and values that a progress bar's table would show."
+    print('  '.join(f'{name} {v:.4f}' if isinstance(v, float) else f'{name} {v}' for name, v in zip(learn.recorder.metric_names, values)), flush=True)
+
+
+def fit(learn, cfg):
+    "Train for cfg.epochs on the schedule of `cfg`."
+    if cfg.schedule == 'flat_cos': return learn.fit_flat_cos(cfg.epochs, cfg.lr)
+    # fastai 1's cycle moved the momentum from 0.95 to 0.85 and back whatever --mom said; here --mom is its middle
+    moms = cfg.mom + 0.05, cfg.mom - 0.05, cfg.mom + 0.05
+    learn.fit_one_cycle(cfg.epochs, cfg.lr, div=10, pct_start=0.3, moms=moms)
+
+
+def prepare(cfg, device):
+    "(cfg as it will run, its DataLoaders, its model): the model's weights are a function of the seed."
+    cfg = settle(cfg, device)
+    dls = get_dls(cfg, device)
+    set_seed(cfg.seed)
+    return cfg, dls, get_model(cfg, len(dls.vocab))
+
+
+def run(cfg, results=runlog.RESULTS, device=None, save=None):
+    """Train once and append a row to runs.csv; returns the row {column: value}. `save`: a file for the model.
+
+    Whatever ends the training leaves its row: ok, diverged (a loss not finite), interrupted, failed; the exception
+    that ended the last two goes on to the caller.
+    """
+    device = device or get_device()
+    cfg, dls, model = prepare(cfg, device)
+    run_id, started = runlog.new_run()
+    measure = Measure(partial(runlog.write_curve, run_id, results=results))
+    learn = get_learner(cfg, dls, model, [measure])
+    row = dict(run_id=run_id, started=started, **asdict(cfg), n_train=dls.train.n, n_val=dls.valid.n,
+               n_parameters=sum(p.numel() for p in model.parameters()), device=device_name(device),
+               data_fingerprint=dls.fingerprint, **runlog.provenance())
+    status = 'failed'
+    try:
+        fit(learn, cfg)
+        status = 'diverged' if measure.diverged else 'ok'
+    except KeyboardInterrupt:
+        status = 'interrupted'
+        raise
+    finally:
+        row |= dict(status=status, **measure.results(whole=status == 'ok'))
+        path = runlog.append(row, results)
+        print(f'{summary(row)}  -> {os.path.relpath(path)}')
+    if status == 'ok':
+        runlog.write_predictions(run_id, results, logits=torch.cat(measure.logits).numpy(), targets=torch.cat(measure.targets).numpy(), files=np.array(dls.files))
+        if save: torch.save(dict(config=asdict(cfg), vocab=dls.vocab, model=model.state_dict()), save)
+    return row
+
+
+def summary(row):
+    "A row in one line."
+    what = f'{row["dataset"]} {row["split"]} {row["size"]}px {Config(arch=row["arch"], attention=row["attention"]).model} seed {row["seed"]}  {row["fit_seconds"]:.0f} s'
+    if row['status'] != 'ok': return f'{row["status"]} after {row["epochs_done"]} of {row["epochs"]} epochs  {what}'
+    return f'accuracy {row["accuracy"]:.3f}  (max {row["max_accuracy"]:.3f} at epoch {row["max_accuracy_epoch"]})  {what}'
+
+
+def load_model(file):
+    "(model in eval mode on the CPU, class names) from a file that `run(..., save=file)` wrote."
+    saved = torch.load(file, map_location='cpu', weights_only=True)
+    model = get_model(Config(**saved['config']), len(saved['vocab']))
+    model.load_state_dict(saved['model'])
+    return model.eval(), saved['vocab']
+
+
+def dump(cfg, n_classes=10):
+    "The model of `cfg` as text: a line per module, its output shape for one image and its parameters."
+    model = get_model(cfg, n_classes).eval()
+    shapes = {}
+    for name, m in model.named_modules(): m.register_forward_hook(lambda m, i, o, name=name: shapes.setdefault(name, tuple(o.shape)))
+    with torch.no_grad(): model(torch.zeros(1, 3, cfg.size, cfg.size))
+    lines = [f'{name:34}{type(m).__name__:22}{str(shapes.get(name, "")):22}{sum(p.numel() for p in m.parameters()):>12,}'
+             for name, m in model.named_modules() if name]
+    return '\n'.join([f'{"module":34}{"type":22}{"output":22}{"parameters":>12}', *lines, f'{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters'])
+
+
+def find_lr(cfg, results=runlog.RESULTS, device=None):
+    "(suggested learning rate, PNG of the plot) by fastai's lr_find, 'valley' rule; trains nothing that is kept."
+    import matplotlib
+    matplotlib.use('Agg')
+    cfg, dls, model = prepare(cfg, device or get_device())
+    learn = get_learner(cfg, dls, model)
+    file = Path(results) / 'lr_find' / f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}.png'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as learn.path:  # lr_find keeps the first weights in a file there
+        lr = learn.lr_find(suggest_funcs=valley).valley
+        matplotlib.pyplot.savefig(file, dpi=120)
+    return lr, file

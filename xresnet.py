@@ -1,0 +1,103 @@
+"""XResNet (He et al. 2018, arXiv:1812.01187) as the 2019 source trained it, with a place for an attention layer.
+
+    model = xresnet('xresnet50', n_classes=10, attention=SimpleSelfAttention)
+
+The attention layer stands where the source has it: in the last block of the first stage, after the zero-initialised
+batch norm of the last convolution, before the shortcut is added. With fastai's stem and no attention the network is
+`fastai.vision.models.xresnet`'s, layer by layer. Departure from that: the source's wider stem, 32-64-64.
+"""
+from collections import OrderedDict
+from functools import partial
+
+import torch
+import torch.nn as nn
+
+ARCHS = {  # name: (expansion, blocks per stage)
+    'xresnet18': (1, (2, 2, 2, 2)),
+    'xresnet34': (1, (3, 4, 6, 3)),
+    'xresnet50': (4, (3, 4, 6, 3)),
+    'xresnet101': (4, (3, 4, 23, 3)),
+    'xresnet152': (4, (3, 8, 36, 3)),
+}
+STEMS = {'32-64-64': (32, 64, 64), '32-32-64': (32, 32, 64)}  # the source's, fastai's
+ACTIVATIONS = {
+    'relu': partial(nn.ReLU, inplace=True),
+    'leaky_relu': partial(nn.LeakyReLU, inplace=True),
+    'silu': nn.SiLU,
+    'mish': nn.Mish,
+    'gelu': nn.GELU,
+}
+POOLS = {'avg': nn.AvgPool2d, 'max': nn.MaxPool2d}  # of the shortcut
+
+
+def conv_layer(ni, nf, ks=3, stride=1, act=None, zero_bn=False):
+    "Convolution, batch norm (its weight 0 with `zero_bn`) and, if given, an activation."
+    bn = nn.BatchNorm2d(nf)
+    nn.init.constant_(bn.weight, 0. if zero_bn else 1.)
+    layers = [nn.Conv2d(ni, nf, ks, stride, padding=ks // 2, bias=False), bn]
+    return nn.Sequential(*layers, *([act()] if act else []))
+
+
+class ResBlock(nn.Module):
+    "act(attention(convs(x)) + shortcut(x)): `ni` to `nh * expansion` channels."
+    def __init__(self, expansion, ni, nh, stride, attention, act, pool):
+        super().__init__()
+        nf = nh * expansion
+        self.convs = nn.Sequential(*[
+            conv_layer(ni, nh, 3, stride, act),
+            conv_layer(nh, nf, 3, zero_bn=True),
+        ] if expansion == 1 else [
+            conv_layer(ni, nh, 1, act=act),
+            conv_layer(nh, nh, 3, stride, act),
+            conv_layer(nh, nf, 1, zero_bn=True),
+        ])
+        with torch.random.fork_rng(devices=[]):  # the other weights of a seed do not depend on the attention
+            self.attention = attention(nf)
+        self.shortcut = nn.Sequential()
+        if stride != 1: self.shortcut.append(pool(2, ceil_mode=True))
+        if ni != nf: self.shortcut.append(conv_layer(ni, nf, 1))
+        self.act = act()
+
+    def forward(self, x): return self.act(self.attention(self.convs(x)) + self.shortcut(x))
+
+
+def parse_places(sa_at, blocks):
+    """[(stage, block)] of a setting such as '1' (last block of stage 1), '1,2,3,4' or '2.0' (first block of stage 2).
+
+    `blocks`: blocks per stage. A place that does not exist is a ValueError that lists those that do.
+    """
+    named = {f'{s}.{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
+    named |= {str(s): (s, n - 1) for s, n in enumerate(blocks, 1)}
+    try: return [named[p.strip()] for p in sa_at.split(',')]
+    except KeyError as e:
+        stages = ', '.join(f'{s} (or {s}.0 to {s}.{n - 1})' for s, n in enumerate(blocks, 1))
+        raise ValueError(f'no place {e} for attention; there are {stages}') from None
+
+
+def xresnet(arch, n_classes=1000, attention=nn.Identity, sa_at='1', stem='32-64-64', act='relu', pool='avg'):
+    """An XResNet for RGB images (B, 3, H, W), H and W at least 32, to logits (B, n_classes).
+
+    attention  a layer factory, n_channels -> module (B, C, H, W) -> (B, C, H, W), put at each place of `sa_at`
+    sa_at      places, see `parse_places`
+    stem, act, pool: names in STEMS, ACTIVATIONS, POOLS
+    """
+    expansion, blocks = ARCHS[arch]
+    places = parse_places(sa_at, blocks)
+    act, pool = ACTIVATIONS[act], POOLS[pool]
+    widths = [3, *STEMS[stem]]
+    layers = {f'stem{i}': conv_layer(widths[i], widths[i + 1], stride=1 if i else 2, act=act) for i in range(3)}
+    layers['pool'] = nn.MaxPool2d(3, stride=2, padding=1)
+    ni = widths[-1]
+    for stage, (nh, n_blocks) in enumerate(zip((64, 128, 256, 512), blocks), 1):
+        modules = []
+        for block in range(n_blocks):
+            stride = 2 if block == 0 and stage > 1 else 1
+            here = attention if (stage, block) in places else nn.Identity
+            modules.append(ResBlock(expansion, ni, nh, stride, here, act, pool))
+            ni = nh * expansion
+        layers[f'stage{stage}'] = nn.Sequential(*modules)
+    model = nn.Sequential(OrderedDict(layers | {'avgpool': nn.AdaptiveAvgPool2d(1), 'flatten': nn.Flatten(), 'head': nn.Linear(ni, n_classes)}))
+    for m in model.modules():  # BatchNorm2d starts with bias 0 by itself
+        if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight)
+    nn.init.zeros_(model.head.bias)
+    return model
