@@ -1,0 +1,56 @@
+"""Shared by the tests: a fastai home of their own, a small tree of real JPEGs, the command."""
+import os
+import tempfile
+
+os.environ['FASTAI_HOME'] = tempfile.mkdtemp(prefix='fastai-home-')  # before fastai is imported; nothing is downloaded
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+REPO = Path(__file__).parent.parent
+CLASSES = ['n02086240', 'n02087394', 'n02088364']
+
+
+@pytest.fixture(scope='session', autouse=True)
+def fastai_home():
+    yield Path(os.environ['FASTAI_HOME'])
+    shutil.rmtree(os.environ['FASTAI_HOME'], ignore_errors=True)
+
+
+def make_image(seed, size=(60, 48)):
+    "A smooth random RGB image, (width, height) = `size`."
+    rng = np.random.default_rng(seed)
+    return Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """train|val/<class>/ with 8 training and 4 validation images a class; one in each folder is of ImageNet's
+    validation set, so split v2 is 24 + 12 and split v1 is 30 + 6."""
+    for c, label in enumerate(CLASSES):
+        for folder, n in (('train', 8), ('val', 4)):
+            (tmp_path / 'set' / folder / label).mkdir(parents=True)
+            for i in range(n):
+                name = f'ILSVRC2012_val_{c}{i:03d}_{folder}.JPEG' if i == 0 else f'{label}_{folder}{i}.JPEG'
+                make_image(100 * c + 10 * i + (folder == 'val')).save(tmp_path / 'set' / folder / label / name)
+    return tmp_path / 'set'
+
+
+@pytest.fixture
+def command(capfd, tmp_path):
+    "Runs the training command in this process: (exit code, stdout, stderr), results in tmp_path/results."
+    import train_imagenette
+
+    def call(*argv):
+        code = train_imagenette.main([*map(str, argv), '--results', str(tmp_path / 'results')])
+        return (code or 0, *capfd.readouterr())
+    return call
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed(): torch.manual_seed(0)

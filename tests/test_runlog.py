@@ -1,0 +1,128 @@
+import multiprocessing as mp
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import REPO
+
+import runlog
+from experiments import Config, UsageError, fields
+
+
+def row(run_id='a', **values): return dict(run_id=run_id, status='ok', dataset='imagewoof', accuracy=0.5) | values
+
+
+def _append_many(args):
+    results, process, n = args
+    for i in range(n): runlog.append(row(f'{process}-{i}', meta='x,"y"\n' * (i % 3)), results)
+
+
+def test_a_row_has_every_field_of_config_and_is_typed(tmp_path):
+    assert {f.name for f in fields(Config)} < set(runlog.COLUMNS)
+    runlog.append(row(lr=3e-3, n_val=500, seed=1, meta='007'), tmp_path)
+    runlog.append(row('b', status='diverged', accuracy=None), tmp_path)
+    df = runlog.load(tmp_path / 'runs.csv')
+    assert df.lr[0] == 3e-3 and df.n_val[0] == 500 and df.meta.tolist() == ['007', ''] and df.seed[0] == 1
+    assert df.accuracy[0] == 0.5 and df.accuracy.isna()[1] and df.n_val.isna()[1]
+
+
+def test_no_file_is_an_empty_frame(tmp_path):
+    df = runlog.load(tmp_path / 'runs.csv')
+    assert df.empty and list(df) == list(runlog.COLUMNS)
+
+
+def test_unknown_columns_and_statuses_are_refused(tmp_path):
+    with pytest.raises(ValueError, match='no such columns'): runlog.append(row(accuracy_pct=50), tmp_path)
+    with pytest.raises(ValueError, match='no such status'): runlog.append(row(status='fine'), tmp_path)
+    assert not (tmp_path / 'runs.csv').exists()
+
+
+def test_eight_processes_lose_no_row(tmp_path):
+    with mp.get_context('fork').Pool(8) as pool: pool.map(_append_many, [(tmp_path, p, 100) for p in range(8)])
+    df = runlog.load(tmp_path / 'runs.csv')
+    assert set(df.run_id) == {f'{p}-{i}' for p in range(8) for i in range(100)} and len(df) == 800
+    assert set(df.meta) == {'', 'x,"y"\n', 'x,"y"\nx,"y"\n'}
+
+
+def test_kill_9_leaves_a_whole_file(tmp_path):
+    code = f'''
+import sys; sys.path.insert(0, {str(REPO)!r})
+import runlog
+for i in range(100000): runlog.append(dict(run_id=f"{{sys.argv[1]}}-{{i}}", status="ok", meta="m" * 2000), {str(tmp_path)!r}); print(i, flush=True)
+'''
+    seen = 0
+    rng = random.Random(0)
+    for attempt in range(8):
+        process = subprocess.Popen([sys.executable, '-c', code, str(attempt)], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()  # it is under way
+        time.sleep(0.05 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        done = process.stdout.read().count('\n') + 1
+        df = runlog.load(tmp_path / 'runs.csv')
+        assert df.run_id.is_unique and (df.status == 'ok').all() and (df.meta.str.len() == 2000).all()
+        assert seen + done <= len(df) <= seen + done + 1  # every row that was reported, and at most the one in flight
+        seen = len(df)
+
+
+def test_a_file_with_other_columns_is_left_alone(tmp_path, capsys):
+    (tmp_path / 'runs.csv').write_text('run_id,acc\nold,0.1\n')
+    assert runlog.append(row(), tmp_path) == tmp_path / 'runs-2.csv'
+    assert 'other columns' in capsys.readouterr().err
+    assert runlog.append(row('b'), tmp_path) == tmp_path / 'runs-2.csv'
+    assert (tmp_path / 'runs.csv').read_text() == 'run_id,acc\nold,0.1\n'
+    assert runlog.load(tmp_path / 'runs-2.csv').run_id.tolist() == ['a', 'b']
+
+
+def test_merge_adds_each_row_once(tmp_path):
+    here, there = tmp_path / 'here', tmp_path / 'there'
+    runlog.append(row('a'), here)
+    for run_id in 'abc': runlog.append(row(run_id, accuracy=0.7), there)
+    assert runlog.merge(there / 'runs.csv', here) == 2 and runlog.merge(there / 'runs.csv', here) == 0
+    df = runlog.load(here / 'runs.csv')
+    assert df.run_id.tolist() == ['a', 'b', 'c'] and df.accuracy.tolist() == [0.5, 0.7, 0.7]
+
+
+def test_merge_of_an_older_file_leaves_new_columns_blank(tmp_path):
+    (tmp_path / 'old.csv').write_text('run_id,status,accuracy\nz,ok,0.25\n')
+    assert runlog.merge(tmp_path / 'old.csv', tmp_path) == 1
+    df = runlog.load(tmp_path / 'runs.csv')
+    assert df.accuracy.tolist() == [0.25] and df.seed.isna().all()
+
+
+def test_merge_of_a_foreign_file_is_refused(tmp_path, capsys):
+    (tmp_path / 'foreign.csv').write_text('name,acc\na,1\n')
+    with pytest.raises(UsageError, match='not a runs file'): runlog.merge(tmp_path / 'foreign.csv', tmp_path)
+    for file in ('foreign.csv', 'missing.csv'):
+        assert runlog.main(['merge', str(tmp_path / file), '--results', str(tmp_path)]) == 2
+        assert capsys.readouterr().err.count('\n') == 1
+
+
+def test_the_same_id_twice_is_one_row(tmp_path):
+    for _ in range(2): runlog.append(row(), tmp_path)
+    assert len(runlog.load(tmp_path / 'runs.csv')) == 1
+
+
+def test_a_full_disk_keeps_the_file(tmp_path, monkeypatch):
+    runlog.append(row(), tmp_path)
+    before = (tmp_path / 'runs.csv').read_bytes()
+    def full(fd): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(OSError, match='No space'): runlog.append(row('b'), tmp_path)
+    assert (tmp_path / 'runs.csv').read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.runs.lock', 'runs.csv']
+
+
+def test_run_ids_are_unique_and_sort_by_time():
+    ids = [runlog.new_run()[0] for _ in range(100)]
+    assert len(set(ids)) == 100 and runlog.new_run()[1].endswith('Z')
+
+
+def test_the_committed_record_loads():
+    df = runlog.load()
+    assert df.run_id.is_unique and set(df.status) <= set(runlog.STATUSES)
+    assert df.accuracy[df.status != 'ok'].isna().all() and df.accuracy[df.status == 'ok'].between(0, 1).all()
+    for run_id in df.run_id[df.epochs_done > 0]: assert (runlog.RESULTS / 'curves' / f'{run_id}.csv').exists()

@@ -1,0 +1,78 @@
+import pytest
+import torch
+from fastai.layers import MaxPool
+from fastai.vision.models import xresnet as fastai_xresnet
+
+from layers import ATTENTION
+from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS, parse_places, xresnet
+
+
+@pytest.mark.parametrize('arch', ['xresnet18', 'xresnet34', 'xresnet50'])
+def test_without_attention_it_is_fastais_network(arch):
+    ours, theirs = xresnet(arch, 10, stem='32-32-64'), getattr(fastai_xresnet, arch)(n_out=10)
+    state, reference = ours.state_dict(), theirs.state_dict()
+    assert [v.shape for v in state.values()] == [v.shape for v in reference.values()]
+    ours.load_state_dict(dict(zip(state, reference.values())))
+    for module in (*ours.modules(), *theirs.modules()):  # the zero-initialised norms would hide the blocks
+        if isinstance(module, torch.nn.BatchNorm2d): torch.nn.init.constant_(module.weight, 0.5)
+    x = torch.randn(2, 3, 65, 70)
+    for mode in (True, False):
+        a, b = ours.train(mode)(x), theirs.train(mode)(x)
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_max_pool_is_fastais():
+    kwargs = dict(stem='32-32-64', pool='max')
+    ours, theirs = xresnet('xresnet18', 10, **kwargs), fastai_xresnet.xresnet18(n_out=10, pool=MaxPool)
+    ours.load_state_dict(dict(zip(ours.state_dict(), theirs.state_dict().values())))
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.allclose(ours.eval()(x), theirs.eval()(x), rtol=1e-5)
+
+
+@pytest.mark.parametrize('arch', ARCHS)
+def test_every_arch_has_fastais_parameters_and_the_sources_stem(arch):
+    count = {stem: sum(p.numel() for p in xresnet(arch, 10, stem=stem).parameters()) for stem in STEMS}
+    assert count['32-32-64'] == sum(p.numel() for p in getattr(fastai_xresnet, arch)(n_out=10).parameters())
+    # the stem's second and third convolutions go from 32*32*9 and 32*64*9 to 32*64*9 and 64*64*9, its norm by 2*32
+    assert count['32-64-64'] - count['32-32-64'] == 9 * (32 * 32 + 32 * 64) + 64
+
+
+@pytest.mark.parametrize('size, side', [(128, 32), (256, 64)])
+def test_attention_stands_at_the_sources_place(size, side):
+    model = xresnet('xresnet50', 10, ATTENTION['simple']).eval()
+    assert [n for n, m in model.named_modules() if type(m).__name__ == 'SimpleSelfAttention'] == ['stage1.2.attention']
+    seen = []
+    model.stage1[2].attention.register_forward_hook(lambda m, i, o: seen.append(i[0].shape))
+    with torch.no_grad(): model(torch.randn(1, 3, size, size))
+    assert seen == [(1, 256, side, side)]
+
+
+@pytest.mark.parametrize('name', ATTENTION)
+def test_attention_changes_nothing_at_first(name):
+    "Same seed, same weights elsewhere, and the layer is the identity: every variant starts as the same function."
+    outputs = []
+    for attention in ('none', name):
+        torch.manual_seed(3)
+        model = xresnet('xresnet18', 10, ATTENTION[attention], sa_at='1,2.0').eval()
+        outputs.append(model(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize('sa_at, expected', [('1', [(1, 2)]), ('1,2,3,4', [(1, 2), (2, 3), (3, 5), (4, 2)]), ('2.0', [(2, 0)]), ('1, 2.1', [(1, 2), (2, 1)])])
+def test_places(sa_at, expected):
+    assert parse_places(sa_at, ARCHS['xresnet50'][1]) == expected
+    model = xresnet('xresnet50', 10, ATTENTION['simple'], sa_at)
+    assert {n for n, m in model.named_modules() if type(m).__name__ == 'SimpleSelfAttention'} == {f'stage{s}.{b}.attention' for s, b in expected}
+
+
+@pytest.mark.parametrize('sa_at', ['5', '1.3', '', 'first', '1,,2', '0', '-1'])
+def test_a_place_that_does_not_exist_lists_those_that_do(sa_at):
+    with pytest.raises(ValueError, match=r'1 \(or 1.0 to 1.2\), 2 \(or 2.0 to 2.3\), 3 .* 4 '): parse_places(sa_at, ARCHS['xresnet50'][1])
+
+
+@pytest.mark.parametrize('act', ACTIVATIONS)
+@pytest.mark.parametrize('pool', POOLS)
+def test_every_activation_and_pool_trains(act, pool):
+    model = xresnet('xresnet18', 4, ATTENTION['simple'], act=act, pool=pool)
+    model(torch.randn(4, 3, 33, 47)).sum().backward()  # odd sizes too
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
