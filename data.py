@@ -52,7 +52,8 @@ def find_data(cfg):
     try: return untar_data(url)
     except Exception as e:  # urllib, ssl, tarfile, a full disk: all mean that there is no archive
         archive = fastai_path('archive') / Path(url).name
-        raise UsageError(f'cannot get {url} ({e}): put the archive at {archive}, or name an extracted folder with --data') from None
+        hint = f'put the archive at {archive}, or name an extracted folder with --data'
+        raise UsageError(f'cannot get {url} ({" ".join(str(e).split())}): {hint}') from None
 
 
 def digits():
@@ -101,7 +102,7 @@ def split_files(files, split):
     quoted in 2019; today's archives hold the same images in other folders.
     """
     valid = {f for f in files if (Path(f).name.startswith('ILSVRC2012_val_') if split == 'v1' else f.startswith('val/'))}
-    if not valid: raise UsageError(f'no validation images for split {split}' + ' (none is named ILSVRC2012_val_*); try --split v2' * (split == 'v1'))
+    if not valid: raise UsageError('split v1 validates on images named ILSVRC2012_val_*, and there are none; try --split v2')
     return [f for f in files if f not in valid], [f for f in files if f in valid]
 
 
@@ -146,7 +147,7 @@ def read_image(file):
     try:
         with Image.open(file) as im: return im.convert('RGB')
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UsageError(f'{file}: cannot be read as an image ({str(e).splitlines()[0] if str(e) else type(e).__name__})') from None
+        raise UsageError(f'{file}: cannot be read as an image ({" ".join(str(e).split()) or type(e).__name__})') from None
 
 
 def train_image(im, size, u, flip):
@@ -205,9 +206,11 @@ def get_dls(cfg, device='cpu'):
     sizes = find_images(path)
     train, valid = split_files(list(sizes), cfg.split)
     expected = COUNTS.get((cfg.dataset, cfg.split)) if not cfg.data else None
-    if expected and len(sizes) != sum(expected): print(f'{path}: {len(sizes):,} of {sum(expected):,} images, not the full archive')
+    if expected and len(sizes) != sum(expected):
+        print(f'{path}: {len(sizes):,} of {sum(expected):,} images, not the full archive')
     elif expected and (len(train), len(valid)) != expected:
-        raise UsageError(f'{path}: split {cfg.split} gives {len(train):,} + {len(valid):,} images, expected {expected[0]:,} + {expected[1]:,}; extract it anew')
+        counts = f'{len(train):,} + {len(valid):,} images, expected {expected[0]:,} + {expected[1]:,}'
+        raise UsageError(f'{path}: split {cfg.split} gives {counts}; extract the archive anew')
     if len(train) < cfg.bs: raise UsageError(f'{path}: {len(train)} training images make no batch of {cfg.bs}; lower --bs')
 
     vocab = sorted({Path(f).parent.name for f in train})

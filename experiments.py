@@ -7,6 +7,7 @@ import ast
 import math
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
+from operator import ge, gt, le, lt
 from pathlib import Path
 
 
@@ -40,7 +41,7 @@ class Config:
     "Every knob of one run. Raises UsageError on a value that cannot be."
     # data
     dataset: str = knob('imagenette', 'dataset', choices=['imagenette', 'imagewoof', 'digits'])
-    split: str = knob('auto', 'v1: 500 validation images (May 2019, all published numbers); v2: the folders; auto: v1, v2 for digits',
+    split: str = knob('auto', 'v1: 500 validation images, as all published numbers; v2: the folders; auto: v1, for digits v2',
                       choices=['auto', 'v1', 'v2'])
     size: int = knob(128, 'image size in pixels', least=32, most=1024)
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
@@ -77,7 +78,8 @@ class Config:
         for f in fields(self):
             _check(flag(f), getattr(self, f.name), f.type, f.metadata)
             if f.type is float: object.__setattr__(self, f.name, float(getattr(self, f.name)))  # 1 and 1. are one setting
-        if self.dataset == 'digits' and self.split == 'v1': raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
+        if self.dataset == 'digits' and self.split == 'v1':
+            raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
 
     @property
     def model(self):
@@ -98,13 +100,17 @@ def flag(f):
     return '--sa' if f.name == 'attention' else '--' + f.name.replace('_', '-')
 
 
+LIMITS = {'least': ('at least', ge), 'above': ('above', gt), 'most': ('at most', le), 'below': ('below', lt)}
+KINDS = {int: (int, 'an integer'), float: ((int, float), 'a number'), str: (str, 'a text')}
+
+
 def _check(name, value, type_, meta):
-    "Raise UsageError unless `value` is a `type_` within the limits of its knob."
-    if not isinstance(value, (int, float) if type_ is float else type_) or isinstance(value, bool):
-        raise UsageError(f'{name} {value!r}: not {"an integer" if type_ is int else "a number" if type_ is float else "a text"}')
-    if meta['choices'] and value not in meta['choices']:
-        raise UsageError(f'{name} {value}: unknown; choose from {", ".join(map(str, meta["choices"]))}{nearest(str(value), [str(c) for c in meta["choices"]])}')
+    "Raise UsageError unless `value` is a `type_` within the choices and limits of its knob."
+    kind, words = KINDS[type_]
+    if not isinstance(value, kind) or isinstance(value, bool): raise UsageError(f'{name} {value!r}: not {words}')
     if type_ is float and not math.isfinite(value): raise UsageError(f'{name} {value}: not a finite number')
-    for key, word, ok in [('least', 'at least', lambda v, l: v >= l), ('above', 'above', lambda v, l: v > l),
-                          ('most', 'at most', lambda v, l: v <= l), ('below', 'below', lambda v, l: v < l)]:
-        if meta[key] is not None and not ok(value, meta[key]): raise UsageError(f'{name} {value}: must be {word} {meta[key]}')
+    if (choices := meta['choices']) and value not in choices:
+        names = list(map(str, choices))
+        raise UsageError(f'{name} {value}: unknown; choose from {", ".join(names)}{nearest(str(value), names)}')
+    for key, (words, holds) in LIMITS.items():
+        if meta[key] is not None and not holds(value, meta[key]): raise UsageError(f'{name} {value}: must be {words} {meta[key]}')

@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['ATTENTION', 'SimpleSelfAttention', 'SelfAttention', 'SpectralWeight', 'multiply_adds']
+__all__ = ['ATTENTION', 'SelfAttention', 'SimpleSelfAttention', 'SpectralWeight', 'multiply_adds']
 
 
 class SpectralWeight(nn.Module):
@@ -27,7 +27,7 @@ class SpectralWeight(nn.Module):
     """
     def __init__(self, n_out, n_in, ks=1, sym=False, n_init=30):
         super().__init__()
-        if sym and (n_out, ks) != (n_in, 1): raise ValueError(f'sym needs ks=1 and n_out=n_in, got ks={ks}, {n_in} -> {n_out}')
+        if sym and (n_out, ks) != (n_in, 1): raise ValueError(f'sym needs ks=1 and a square weight, got ks={ks}, {n_in} -> {n_out}')
         self.sym = sym
         self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(n_out, n_in, ks)))
         self.register_buffer('u', F.normalize(torch.randn(n_out), dim=0))

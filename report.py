@@ -103,21 +103,23 @@ def default_source(settings):
 
 
 def percent(mean, sd, n, not_ok=0):
-    "'62.31 ± 1.2 (12)' from fractions: four digits, the number of runs in brackets, with those that did not end ok."
+    "'62.31 ± 1.2 (12)' from fractions: the number of runs in brackets, with those that did not end ok."
     if pd.isna(mean): return '–' if not not_ok else f'– ({not_ok} not ok)'
     spread = '' if pd.isna(sd) else f' ± {100 * sd:.1f}'
     count = '?' if pd.isna(n) else int(n)
-    return f'{100 * mean:.4g}{spread} ({count}' + (f', {not_ok} not ok)' if not_ok else ')')
+    return f'{100 * mean:.2f}'.removesuffix('0') + f'{spread} ({count}' + (f', {not_ok} not ok)' if not_ok else ')')
 
 
 def markdown(table):
     "A `comparison` as a Markdown table, in percent: mean ± standard deviation (number of runs)."
+    def side_cells(r, side):
+        arms = [percent(*(r.get(f'{side}_{arm}_{k}', 0) for k in ('mean', 'sd', 'n', 'not_ok'))) for arm in ('none', 'variant')]
+        change = 100 * (r[f'{side}_variant_mean'] - r[f'{side}_none_mean'])
+        return [*arms, '' if pd.isna(change) or r.variant == 'none' else f'{change:+.1f}']
+
     def cells(r):
-        def arms(side): return [percent(*(r[f'{side}_{c}_{k}'] for k in ('mean', 'sd', 'n')), int(r.get(f'{side}_{c}_not_ok', 0))) for c in ('none', 'variant')]
-        def change(side):
-            d = 100 * (r[f'{side}_variant_mean'] - r[f'{side}_none_mean'])
-            return '' if pd.isna(d) or r.variant == 'none' else f'{d:+.1f}'
-        return [title(r) + (' (best epoch)' if r.metric == 'max' else ''), r.variant, *arms('published'), change('published'), *arms('ours'), change('ours')]
+        name = title(r) + (' (best epoch)' if r.metric == 'max' else '')
+        return [name, r.variant, *side_cells(r, 'published'), *side_cells(r, 'ours')]
     head = ['experiment', 'attention', 'published: without', 'with', 'change', 'ours: without', 'with', 'change']
     lines = [head, ['---', '---'] + ['---:'] * 6, *(cells(r) for _, r in table.iterrows())]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
@@ -136,10 +138,12 @@ def strip_plot(runs, published=None):
         names = sorted(group.variant.unique(), key=lambda v: (v != 'none', v))
         for x, name in enumerate(names):
             acc = 100 * group.accuracy[group.variant == name].to_numpy()
-            ax.plot([x + 0.06 * ((i % 5) - 2) for i in range(len(acc))], acc, 'o', mfc='none', color='C0', label='a run' if x == 0 else None)
-            ax.hlines(acc.mean(), x - 0.25, x + 0.25, color='black', label='mean of ours' if x == 0 else None)
+            spread = [x + 0.06 * (i % 5 - 2) for i in range(len(acc))]
+            ax.plot(spread, acc, 'o', mfc='none', color='C0', label=None if x else 'a run')
+            ax.hlines(acc.mean(), x - 0.25, x + 0.25, color='black', label=None if x else 'mean of ours')
             p = published_for(group.iloc[0], name, published) if published is not None else None
-            if p is not None and p.metric == 'last': ax.plot(x + 0.33, 100 * p['mean'], 'D', color='C1', label='published mean')
+            if p is not None and p.metric == 'last':
+                ax.plot(x + 0.33, 100 * p['mean'], 'D', color='C1', label=None if x else 'published mean')
         ax.set_xticks(range(len(names)), [f'{v}\nn = {(group.variant == v).sum()}' for v in names])
         ax.set_xlim(-0.5, len(names) - 0.5)
         ax.set_title(title(group.iloc[0]), fontsize=9)
@@ -171,9 +175,9 @@ def main(argv=None):
     args = ap.parse_args(argv)
     try:
         runs, published = runlog.load(args.results / 'runs.csv'), load_published()
-        if args.readme: write_readme(readme_table(runs, published))
-        elif runs.empty: raise UsageError(f'{args.results / "runs.csv"}: no runs yet; python train_imagenette.py --help says how to make one')
-        else: print(markdown(comparison(runs, published)))
+        if args.readme: return write_readme(readme_table(runs, published))
+        if runs.empty: raise UsageError(f'{args.results / "runs.csv"}: no runs yet; train_imagenette.py makes them')
+        print(markdown(comparison(runs, published)))
     except UsageError as e:
         print(f'report.py: {e}', file=sys.stderr)
         return 2

@@ -9,10 +9,11 @@ import csv
 import os
 import platform
 import secrets
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,18 +39,20 @@ CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seco
 
 def new_run():
     "(run id, start time in UTC, ISO 8601) of a run that starts now; ids sort by time."
-    now = datetime.now(timezone.utc)
+    now = datetime.now(UTC)
     return f'{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}', now.isoformat(timespec='seconds').replace('+00:00', 'Z')
 
 
 def provenance():
     "What the code and the machine were: the columns of PROVENANCE but for the data and the device."
     def git(*args):
-        try: return subprocess.run(['git', '-C', str(Path(__file__).parent), *args], capture_output=True, text=True, check=True).stdout.strip()
+        command = ['git', '-C', str(Path(__file__).parent), *args]
+        try: return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError): return ''
     commit = git('rev-parse', 'HEAD')
     dirty = int(bool(git('status', '--porcelain', '--untracked-files=no', '--', '*.py'))) if commit else None
-    return dict(python=platform.python_version(), **{p: version(p) for p in ('torch', 'torchvision', 'fastai')}, git_commit=commit, git_dirty=dirty)
+    versions = {package: version(package) for package in ('torch', 'torchvision', 'fastai')}
+    return dict(python=platform.python_version(), **versions, git_commit=commit, git_dirty=dirty)
 
 
 # --- writing ---
@@ -106,7 +109,7 @@ def _append(rows, results):
         new = [row for row in rows if row['run_id'] not in known]
         if new: _write_rows(path, COLUMNS, old + new)
     if path.name != 'runs.csv':
-        print(f'{results / "runs.csv"} has other columns and was left alone: the row is in {path}; python runlog.py merge adds it later', file=sys.stderr)
+        print(f'{results / "runs.csv"} has other columns and was left alone: the row is in {path}', file=sys.stderr)
     return path, len(new)
 
 
@@ -116,11 +119,18 @@ def append(row, results=RESULTS):
 
 
 def merge(other, results=RESULTS):
-    "Add the rows of another runs file, each id once; columns that it lacks stay blank. Returns how many were new."
+    "Add the rows of another runs file, each id once, with their curves and predictions. Returns how many were new."
     columns, rows = _read_rows(other)
     if 'run_id' not in columns or set(columns) - COLUMNS.keys():
-        raise UsageError(f'{other}: not a runs file of this repository (columns {", ".join(sorted(set(columns) - COLUMNS.keys())) or "missing"})')
-    return _append(rows, results)[1]
+        foreign = ', '.join(sorted(set(columns) - COLUMNS.keys()))
+        raise UsageError(f'{other}: not a runs file of this repository ({"unknown columns " + foreign if foreign else "no run_id"})')
+    new = _append(rows, results)[1]  # columns that the file lacks stay blank
+    for name in [name for row in rows for name in (f'curves/{row["run_id"]}.csv', f'predictions/{row["run_id"]}.npz')]:
+        there, here = Path(other).parent / name, Path(results) / name
+        if there.exists() and not here.exists():
+            here.parent.mkdir(exist_ok=True)
+            shutil.copyfile(there, here)
+    return new
 
 
 def write_curve(run_id, rows, results=RESULTS):

@@ -55,10 +55,12 @@ def parse(argv):
     "(Config, the other flags) of a command line; UsageError on a mistake."
     ap = make_parser()
     args, unknown = ap.parse_known_args(argv)
-    if unknown: raise UsageError(f'unknown argument {unknown[0]}{nearest(unknown[0].split("=")[0], list(ap._option_string_actions))}; see --help')
+    if unknown:
+        hint = nearest(unknown[0].split('=')[0], list(ap._option_string_actions))
+        raise UsageError(f'unknown argument {unknown[0]}{hint}; see --help')
     config = {f.name: getattr(args, f.name) for f in fields(Config)}
     if args.woof is not None:
-        if config['dataset'] not in ('imagenette', 'imagewoof'): raise UsageError(f'--woof and --dataset {config["dataset"]}: give one of them')
+        if config['dataset'] == 'digits': raise UsageError('--woof and --dataset digits: give one of them')
         if args.woof: config['dataset'] = 'imagewoof'
     if args.sym and config['attention'] != 'none':
         if config['attention'] not in ('simple', 'simple_sym'): raise UsageError(f'--sym: for --sa simple only, not {config["attention"]}')

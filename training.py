@@ -39,7 +39,8 @@ def get_device(gpu=None):
     "The CUDA device number `gpu`; without a number the first one there is, or the CPU."
     n = torch.cuda.device_count()
     if gpu is None: return torch.device('cuda', 0) if n else torch.device('cpu')
-    if gpu not in range(n): raise UsageError(f'--gpu {gpu}: ' + (f'the CUDA devices are 0 to {n - 1}' if n else 'no CUDA device here; leave --gpu out to run on the CPU'))
+    if not n: raise UsageError(f'--gpu {gpu}: no CUDA device here; leave --gpu out to run on the CPU')
+    if gpu not in range(n): raise UsageError(f'--gpu {gpu}: the CUDA devices are 0 to {n - 1}')
     return torch.device('cuda', gpu)
 
 
@@ -48,14 +49,17 @@ def settle(cfg, device):
     cfg = resolve(cfg)
     precision = cfg.precision if cfg.precision != 'auto' else 'fp16' if device.type == 'cuda' else 'fp32'
     if precision == 'fp16' and device.type == 'cpu': raise UsageError('--precision fp16: needs a CUDA device; on a CPU take fp32 or bf16')
-    workers = cfg.workers if cfg.workers >= 0 else min(8, len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count())
-    return replace(cfg, precision=precision, workers=workers)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return replace(cfg, precision=precision, workers=cfg.workers if cfg.workers >= 0 else min(8, cores))
 
 
 def get_model(cfg, n_classes):
     "The network of `cfg`."
     try: return xresnet(cfg.arch, n_classes, ATTENTION[cfg.attention], cfg.sa_at, cfg.stem, cfg.act, cfg.pool)
     except ValueError as e: raise UsageError(f'--sa-at {cfg.sa_at}: {e}') from None
+
+
+def n_parameters(module): return sum(p.numel() for p in module.parameters())
 
 
 def get_opt_func(cfg):
@@ -113,7 +117,8 @@ class Measure(Callback):
 
     def after_epoch(self):
         values = zip(('train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'), self.recorder.values[-1])
-        self.curve.append(dict(epoch=self.epoch + 1, **{k: round(v, 6) for k, v in values}, seconds=round(time.perf_counter() - self.epoch_started, 3)))
+        seconds = round(time.perf_counter() - self.epoch_started, 3)
+        self.curve.append(dict(epoch=self.epoch + 1, **{k: round(v, 6) for k, v in values}, seconds=seconds))
         self.on_epoch(self.curve)
 
     def results(self, whole):
@@ -138,8 +143,8 @@ def peak_memory_mb(device):
 def device_name(device):
     "The CUDA device's name, or the CPU's with its vector instructions and the number of threads."
     if device.type == 'cuda': return torch.cuda.get_device_name(device)
-    cpu = 'CPU'
-    if os.path.exists('/proc/cpuinfo'): cpu = next((line.split(':')[1].strip() for line in open('/proc/cpuinfo') if line.startswith('model name')), cpu)
+    cpu, info = 'CPU', Path('/proc/cpuinfo')
+    if info.exists(): cpu = next((s.split(':')[1].strip() for s in info.read_text().splitlines() if s.startswith('model name')), cpu)
     return f'{cpu}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads'
 
 
@@ -158,7 +163,9 @@ def get_learner(cfg, dls, model, cbs=()):
 
 def print_epoch(learn, values):
     "A line of the names and values that a progress bar's table would show."
-    print('  '.join(f'{name} {v:.4f}' if isinstance(v, float) else f'{name} {v}' for name, v in zip(learn.recorder.metric_names, values)), flush=True)
+    epoch, *losses_and_metrics, seconds = values
+    names = learn.recorder.metric_names[1:]
+    print(f'epoch {epoch + 1}  ' + '  '.join(f'{name} {v:.4f}' for name, v in zip(names, losses_and_metrics)) + f'  {seconds}', flush=True)
 
 
 def fit(learn, cfg):
@@ -189,7 +196,7 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
     measure = Measure(partial(runlog.write_curve, run_id, results=results))
     learn = get_learner(cfg, dls, model, [measure])
     row = dict(run_id=run_id, started=started, **asdict(cfg), n_train=dls.train.n, n_val=dls.valid.n,
-               n_parameters=sum(p.numel() for p in model.parameters()), device=device_name(device),
+               n_parameters=n_parameters(model), device=device_name(device),
                data_fingerprint=dls.fingerprint, **runlog.provenance())
     status = 'failed'
     try:
@@ -203,16 +210,18 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
         path = runlog.append(row, results)
         print(f'{summary(row)}  -> {os.path.relpath(path)}')
     if status == 'ok':
-        runlog.write_predictions(run_id, results, logits=torch.cat(measure.logits).numpy(), targets=torch.cat(measure.targets).numpy(), files=np.array(dls.files))
+        runlog.write_predictions(run_id, results, logits=torch.cat(measure.logits).numpy(),
+                                 targets=torch.cat(measure.targets).numpy(), files=np.array(dls.files))
         if save: torch.save(dict(config=asdict(cfg), vocab=dls.vocab, model=model.state_dict()), save)
     return row
 
 
 def summary(row):
     "A row in one line."
-    what = f'{row["dataset"]} {row["split"]} {row["size"]}px {Config(arch=row["arch"], attention=row["attention"]).model} seed {row["seed"]}  {row["fit_seconds"]:.0f} s'
-    if row['status'] != 'ok': return f'{row["status"]} after {row["epochs_done"]} of {row["epochs"]} epochs  {what}'
-    return f'accuracy {row["accuracy"]:.3f}  (max {row["max_accuracy"]:.3f} at epoch {row["max_accuracy_epoch"]})  {what}'
+    model = Config(arch=row['arch'], attention=row['attention']).model
+    what = '{dataset} {split} {size}px {model} seed {seed}  {fit_seconds:.0f} s'.format(**row, model=model)
+    if row['status'] != 'ok': return '{status} after {epochs_done} of {epochs} epochs  '.format(**row) + what
+    return 'accuracy {accuracy:.3f}  (max {max_accuracy:.3f} at epoch {max_accuracy_epoch})  '.format(**row) + what
 
 
 def load_model(file):
@@ -227,11 +236,13 @@ def dump(cfg, n_classes=10):
     "The model of `cfg` as text: a line per module, its output shape for one image and its parameters."
     model = get_model(cfg, n_classes).eval()
     shapes = {}
-    for name, m in model.named_modules(): m.register_forward_hook(lambda m, i, o, name=name: shapes.setdefault(name, tuple(o.shape)))
+    def keep(name): return lambda m, i, o: shapes.update({name: tuple(o.shape)})
+    for name, m in model.named_modules(): m.register_forward_hook(keep(name))
     with torch.no_grad(): model(torch.zeros(1, 3, cfg.size, cfg.size))
-    lines = [f'{name:34}{type(m).__name__:22}{str(shapes.get(name, "")):22}{sum(p.numel() for p in m.parameters()):>12,}'
-             for name, m in model.named_modules() if name]
-    return '\n'.join([f'{"module":34}{"type":22}{"output":22}{"parameters":>12}', *lines, f'{cfg.model}: {sum(p.numel() for p in model.parameters()):,} parameters'])
+    lines = [f'{"module":34}{"type":22}{"output":22}{"parameters":>12}']
+    for name, m in model.named_modules():
+        if name: lines.append(f'{name:34}{type(m).__name__:22}{shapes.get(name, "")!s:22}{n_parameters(m):>12,}')
+    return '\n'.join([*lines, f'{cfg.model}: {n_parameters(model):,} parameters'])
 
 
 def find_lr(cfg, results=runlog.RESULTS, device=None):
@@ -242,7 +253,8 @@ def find_lr(cfg, results=runlog.RESULTS, device=None):
     learn = get_learner(cfg, dls, model)
     file = Path(results) / 'lr_find' / f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as learn.path:  # lr_find keeps the first weights in a file there
+    with tempfile.TemporaryDirectory() as folder:  # lr_find keeps the first weights in a file there
+        learn.path = Path(folder)
         lr = learn.lr_find(suggest_funcs=valley).valley
         matplotlib.pyplot.savefig(file, dpi=120)
     return lr, file

@@ -96,7 +96,8 @@ def xresnet(arch, n_classes=1000, attention=nn.Identity, sa_at='1', stem='32-64-
             modules.append(ResBlock(expansion, ni, nh, stride, here, act, pool))
             ni = nh * expansion
         layers[f'stage{stage}'] = nn.Sequential(*modules)
-    model = nn.Sequential(OrderedDict(layers | {'avgpool': nn.AdaptiveAvgPool2d(1), 'flatten': nn.Flatten(), 'head': nn.Linear(ni, n_classes)}))
+    layers |= {'avgpool': nn.AdaptiveAvgPool2d(1), 'flatten': nn.Flatten(), 'head': nn.Linear(ni, n_classes)}
+    model = nn.Sequential(OrderedDict(layers))
     for m in model.modules():  # BatchNorm2d starts with bias 0 by itself
         if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight)
     nn.init.zeros_(model.head.bias)

@@ -85,7 +85,8 @@ def test_draws_of_an_epoch_depend_on_seed_and_epoch_alone():
     again = epoch_draws(0, 3, 100)
     assert all(np.array_equal(a, b) for a, b in zip((order, u, flip), again))
     assert sorted(order) == list(range(100)) and 30 < flip.sum() < 70
-    for other in (epoch_draws(1, 3, 100), epoch_draws(0, 4, 100)): assert not np.array_equal(order, other[0]) and not np.array_equal(u, other[1])
+    for other in (epoch_draws(1, 3, 100), epoch_draws(0, 4, 100)):
+        assert not np.array_equal(order, other[0]) and not np.array_equal(u, other[1])
 
 
 # --- files ---
@@ -153,7 +154,8 @@ def test_noisy_labels_are_for_training_images_only(tree):
     with pytest.raises(UsageError, match=r'no noisy_\*\.csv'): get_dls(cfg)
     files = list(find_images(tree))
     wrong = {f: CLASSES[(CLASSES.index(f.split('/')[1]) + 1) % 3] for f in files}
-    (tree / 'noisy_set.csv').write_text('\n'.join(['path,noisy_labels_0,noisy_labels_5,is_valid', *(f'{f},{f.split("/")[1]},{wrong[f]},' for f in files)]))
+    lines = [f'{f},{f.split("/")[1]},{wrong[f]}' for f in files]
+    (tree / 'noisy_set.csv').write_text('\n'.join(['path,noisy_labels_0,noisy_labels_5', *lines]))
     train, valid = get_dls(cfg).loaders
     assert [CLASSES[y] for y in train.dataset.labels] == [wrong[f] for f in train.dataset.files]
     assert [CLASSES[y] for y in valid.dataset.labels] == [f.split('/')[1] for f in valid.dataset.files]

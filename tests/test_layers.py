@@ -1,5 +1,6 @@
 """Every test that can runs over ATTENTION: a new entry is tested for free."""
 import copy
+import functools
 import shutil
 
 import pytest
@@ -81,8 +82,8 @@ def test_multiply_adds_are_those_done(side, out_conv):
     done = {}
     for order in [*counts, 'auto']:
         layer = trained(SimpleSelfAttention, order=order, out_conv=out_conv)
-        layer.weight.forward = lambda w=layer.weight().detach(): w  # the norm's own products are not counted
-        if out_conv: layer.out.forward = lambda w=layer.out().detach(): w
+        for norm in (layer.weight, layer.out):  # its own products are not counted
+            if norm is not None: norm.forward = functools.partial(torch.clone, norm().detach())
         with FlopCounterMode(display=False) as counter: layer(x)
         done[order] = counter.get_total_flops() // 2
     assert done.pop('auto') == min(counts.values())
@@ -90,7 +91,8 @@ def test_multiply_adds_are_those_done(side, out_conv):
 
 
 def test_multiply_adds_of_the_issue():
-    assert multiply_adds(256, 1024) == {'channels': 2 * 256**2 * 1024 + 256**3, 'positions': 256**2 * 1024 + 2 * 256 * 1024**2, 'source': 3 * 256**2 * 1024}
+    C, N = 256, 1024
+    assert multiply_adds(C, N) == {'channels': 2 * C**2 * N + C**3, 'positions': C**2 * N + 2 * C * N**2, 'source': 3 * C**2 * N}
 
 
 def test_sym_is_symmetric_and_changes_the_result():
@@ -142,7 +144,9 @@ def test_sagan_keeps_no_matrix_of_positions():
 def test_gradcheck(name, side):
     layer = trained(name, 8).double()
     x = torch.randn(1, 8, side, side, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x, *p: torch.func.functional_call(layer, dict(zip(dict(layer.named_parameters()), p)), x), (x, *layer.parameters()))
+    names = [n for n, _ in layer.named_parameters()]
+    def function(x, *parameters): return torch.func.functional_call(layer, dict(zip(names, parameters)), x)
+    assert torch.autograd.gradcheck(function, (x, *layer.parameters()))
 
 
 @pytest.mark.parametrize('name', ATTENTION)
@@ -196,7 +200,8 @@ def test_copied_after_a_forward_pass_and_pickled(name, tmp_path):
     x = torch.randn(2, 16, 4, 4)
     layer(x)
     torch.save(layer, tmp_path / 'layer.pt')
-    for other in (copy.deepcopy(layer), torch.load(tmp_path / 'layer.pt', weights_only=False)): assert torch.equal(layer.eval()(x), other.eval()(x))
+    for other in (copy.deepcopy(layer), torch.load(tmp_path / 'layer.pt', weights_only=False)):
+        assert torch.equal(layer.eval()(x), other.eval()(x))
 
 
 @pytest.fixture
@@ -261,7 +266,9 @@ def test_wrong_input_names_both_shapes(name, shape):
     assert '(B, 16, H, W)' in str(e.value) and str(shape) in str(e.value)
 
 
-@pytest.mark.parametrize('kwargs, word', [({'ks': 2}, 'odd'), ({'ks': 3, 'sym': True}, 'ks=1'), ({'order': 'best'}, 'positions'), ({'ks': 3, 'order': 'channels'}, 'ks=3')])
+@pytest.mark.parametrize('kwargs, word', [
+    (dict(ks=2), 'odd'), (dict(ks=3, sym=True), 'ks=1'), (dict(order='best'), 'positions'), (dict(ks=3, order='channels'), 'ks=3'),
+])
 def test_wrong_options(kwargs, word):
     with pytest.raises(ValueError, match=word): SimpleSelfAttention(16, **kwargs)
 

@@ -52,7 +52,9 @@ def test_kill_9_leaves_a_whole_file(tmp_path):
     code = f'''
 import sys; sys.path.insert(0, {str(REPO)!r})
 import runlog
-for i in range(100000): runlog.append(dict(run_id=f"{{sys.argv[1]}}-{{i}}", status="ok", meta="m" * 2000), {str(tmp_path)!r}); print(i, flush=True)
+for i in range(100000):
+    runlog.append(dict(run_id=f"{{sys.argv[1]}}-{{i}}", status="ok", meta="m" * 2000), {str(tmp_path)!r})
+    print(i, flush=True)
 '''
     seen = 0
     rng = random.Random(0)
@@ -81,9 +83,12 @@ def test_merge_adds_each_row_once(tmp_path):
     here, there = tmp_path / 'here', tmp_path / 'there'
     runlog.append(row('a'), here)
     for run_id in 'abc': runlog.append(row(run_id, accuracy=0.7), there)
+    runlog.write_curve('b', [dict(epoch=1, accuracy=0.7)], there)
+    runlog.write_predictions('b', there, logits=[[0.]])
     assert runlog.merge(there / 'runs.csv', here) == 2 and runlog.merge(there / 'runs.csv', here) == 0
     df = runlog.load(here / 'runs.csv')
     assert df.run_id.tolist() == ['a', 'b', 'c'] and df.accuracy.tolist() == [0.5, 0.7, 0.7]
+    for name in ('curves/b.csv', 'predictions/b.npz'): assert (here / name).read_bytes() == (there / name).read_bytes()
 
 
 def test_merge_of_an_older_file_leaves_new_columns_blank(tmp_path):

@@ -3,7 +3,7 @@ import torch
 from fastai.layers import MaxPool
 from fastai.vision.models import xresnet as fastai_xresnet
 
-from layers import ATTENTION
+from layers import ATTENTION, SimpleSelfAttention
 from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS, parse_places, xresnet
 
 
@@ -40,7 +40,7 @@ def test_every_arch_has_fastais_parameters_and_the_sources_stem(arch):
 @pytest.mark.parametrize('size, side', [(128, 32), (256, 64)])
 def test_attention_stands_at_the_sources_place(size, side):
     model = xresnet('xresnet50', 10, ATTENTION['simple']).eval()
-    assert [n for n, m in model.named_modules() if type(m).__name__ == 'SimpleSelfAttention'] == ['stage1.2.attention']
+    assert [n for n, m in model.named_modules() if isinstance(m, SimpleSelfAttention)] == ['stage1.2.attention']
     seen = []
     model.stage1[2].attention.register_forward_hook(lambda m, i, o: seen.append(i[0].shape))
     with torch.no_grad(): model(torch.randn(1, 3, size, size))
@@ -58,11 +58,14 @@ def test_attention_changes_nothing_at_first(name):
     assert torch.equal(*outputs)
 
 
-@pytest.mark.parametrize('sa_at, expected', [('1', [(1, 2)]), ('1,2,3,4', [(1, 2), (2, 3), (3, 5), (4, 2)]), ('2.0', [(2, 0)]), ('1, 2.1', [(1, 2), (2, 1)])])
+@pytest.mark.parametrize('sa_at, expected', [
+    ('1', [(1, 2)]), ('1,2,3,4', [(1, 2), (2, 3), (3, 5), (4, 2)]), ('2.0', [(2, 0)]), ('1, 2.1', [(1, 2), (2, 1)]),
+])
 def test_places(sa_at, expected):
     assert parse_places(sa_at, ARCHS['xresnet50'][1]) == expected
     model = xresnet('xresnet50', 10, ATTENTION['simple'], sa_at)
-    assert {n for n, m in model.named_modules() if type(m).__name__ == 'SimpleSelfAttention'} == {f'stage{s}.{b}.attention' for s, b in expected}
+    found = {n for n, m in model.named_modules() if isinstance(m, SimpleSelfAttention)}
+    assert found == {f'stage{s}.{b}.attention' for s, b in expected}
 
 
 @pytest.mark.parametrize('sa_at', ['5', '1.3', '', 'first', '1,,2', '0', '-1'])

@@ -1,0 +1,271 @@
+"""The command, from its flags to its row."""
+import copy
+import csv
+import math
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, REPO
+from fastai.callback.training import ShortEpochCallback
+
+import runlog
+import train_imagenette
+import training
+from experiments import Config, UsageError, fields, flag, registry, resolve
+from layers import ATTENTION
+from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
+
+TINY = ('--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
+
+
+def config(*argv): return train_imagenette.parse([str(a) for a in argv])[0]
+
+
+def record(tmp_path): return runlog.load(tmp_path / 'results' / 'runs.csv')
+
+
+# --- flags ---
+
+def test_the_registries_are_read_as_they_are():
+    for file, name, value in [('layers.py', 'ATTENTION', ATTENTION), ('xresnet.py', 'ARCHS', ARCHS), ('xresnet.py', 'STEMS', STEMS),
+                              ('xresnet.py', 'ACTIVATIONS', ACTIVATIONS), ('xresnet.py', 'POOLS', POOLS)]:
+        assert registry(file, name) == list(value)
+
+
+def test_no_flags_give_the_recipe():
+    assert config() == Config()
+    recipe = dict(size=128, epochs=5, bs=64, lr=3e-3, arch='xresnet50', attention='none', sa_at='1', stem='32-64-64', act='relu',
+                  pool='avg', opt='adam', mom=0.9, sqrmom=0.99, eps=1e-6, wd=1e-2, schedule='one_cycle', label_smoothing=0.1,
+                  mixup=0, split='auto', source='auto')
+    assert {k: getattr(Config(), k) for k in recipe} == recipe
+    assert resolve(Config()).split == 'v1' and resolve(Config(dataset='digits')).split == 'v2'
+
+
+def test_the_sources_own_command_line():
+    cfg = config(*'--woof 1 --size 128 --bs 64 --mixup 0 --sa 0 --epoch 50 --lr 8e-3 --arch xresnet18 --log name'.split())
+    assert cfg == Config(dataset='imagewoof', epochs=50, lr=8e-3, arch='xresnet18', meta='name')
+
+
+@pytest.mark.parametrize('argv, expected', [
+    ('--woof', dict(dataset='imagewoof')), ('--woof 1', dict(dataset='imagewoof')), ('--woof=1', dict(dataset='imagewoof')),
+    ('--woof 0', {}),
+    ('--sa', dict(attention='simple')), ('--sa 1', dict(attention='simple')), ('--sa 0', {}), ('--sa sagan', dict(attention='sagan')),
+    ('--sa --size 64', dict(attention='simple', size=64)), ('--sa 1 --sym 1', dict(attention='simple_sym')), ('--sym 1', {}),
+    ('--sa --sym 0', dict(attention='simple')), ('--alpha 0.9', dict(sqrmom=0.9)), ('--label_smoothing 0', dict(label_smoothing=0.)),
+    ('--pct-noise 5', dict(pct_noise=5)), ('--pct_noise 5', dict(pct_noise=5)), ('--act_fn mish', dict(act='mish')),
+    ('--sa-at 1,2.0 --pool max --opt ranger --schedule flat_cos', dict(sa_at='1,2.0', pool='max', opt='ranger', schedule='flat_cos')),
+])
+def test_flags(argv, expected): assert config(*argv.split()) == Config(**expected)
+
+
+def test_every_field_is_a_flag_with_help(capsys):
+    with pytest.raises(SystemExit): train_imagenette.parse(['--help'])
+    text = capsys.readouterr().out
+    for f in fields(Config): assert f'{flag(f)} ' in text and ' '.join(f.metadata['help'].split()[:2]) in text
+
+
+@pytest.mark.parametrize('argv, words', [
+    ('--arch xresnet51', 'did you mean xresnet50?'), ('--sa sagn', 'did you mean sagan?'), ('--sa-at 9 --dump', '1 (or 1.0 to 1.2)'),
+    ('--size 31', '--size 31: must be at least 32'), ('--size big', "invalid int value: 'big'"), ('--pct-noise 7', '--pct-noise 7'),
+    ('--lr 0', '--lr 0.0: must be above 0'), ('--lr nan', 'not a finite number'), ('--bs', 'expected one argument'),
+    ('--epcohs 3', 'did you mean --epochs?'), ('stray', 'unknown argument stray'), ('--woof 2', '0 or 1'), ('--runs 0', 'at least 1'),
+    ('--sa sagan --sym', 'for --sa simple only'), ('--dataset digits --split v1', 'one split only'),
+    ('--dataset digits --woof', 'give one of them'), ('--data /no/such/folder', 'no such folder'), ('--gpu 99', '--gpu 99'),
+    ('--save /no/such/folder/m.pt', 'no such folder'), ('--seed 2147483647 --runs 2', '--seed 2147483648'),
+    ('--precision fp16 --dataset digits --size 32', 'needs a CUDA device'),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(argv, words, command):
+    if 'fp16' in argv and torch.cuda.is_available(): pytest.skip('fp16 works on CUDA')
+    code, out, err = command(*argv.split())
+    assert code == 2 and words in err and err.count('\n') == 1 and err.startswith('train_imagenette.py: ') and not out
+
+
+@pytest.mark.parametrize('argv, code', [(['--help'], 0), (['--epcohs', '3'], 2), (['--arch', 'resnet'], 2)])
+def test_answers_in_under_3_seconds(argv, code):
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        done = subprocess.run([sys.executable, REPO / 'train_imagenette.py', *argv], capture_output=True, text=True)
+        seconds.append(time.perf_counter() - start)
+        assert done.returncode == code and 'Traceback' not in done.stderr
+    assert min(seconds) < 3
+
+
+# --- runs ---
+
+def test_a_run_leaves_a_row_a_curve_and_predictions(tree, command, tmp_path):
+    code, out, err = command('--data', tree, '--sa', '--seed', 5, '--meta', 'a, "note"', *TINY[:-1], 2)
+    assert code == 0, err
+    row = record(tmp_path).iloc[0]
+    last = out.strip().splitlines()[-1]
+    assert last.startswith(f'accuracy {row.accuracy:.3f}  (max {row.max_accuracy:.3f} at epoch {row.max_accuracy_epoch})  ')
+    assert 'imagenette v1 32px xresnet18+simple seed 5' in last and last.endswith('runs.csv')
+    assert (row.status, row.split, row.source, row.attention, row.meta) == ('ok', 'v1', 'auto', 'simple', 'a, "note"')
+    assert (row.n_train, row.n_val, row.epochs_done, row.seed) == (30, 6, 2, 5)
+    assert row.n_parameters == sum(p.numel() for p in training.get_model(Config(arch='xresnet18', attention='simple'), 3).parameters())
+    assert row.fit_seconds > 0 and row.images_per_second > 0 and row.peak_memory_mb > 100 and row.torch == torch.__version__.split('+')[0]
+    assert len(row.git_commit) in (0, 40) and row.started.endswith('Z') and len(row.data_fingerprint) == 12
+
+    import pandas as pd
+    curve = pd.read_csv(tmp_path / 'results' / 'curves' / f'{row.run_id}.csv')
+    assert list(curve) == list(runlog.CURVE) and curve.epoch.tolist() == [1, 2]
+    assert curve.accuracy.iloc[-1] == row.accuracy and curve.accuracy.max() == row.max_accuracy
+    saved = np.load(tmp_path / 'results' / 'predictions' / f'{row.run_id}.npz')
+    assert (saved['logits'].argmax(1) == saved['targets']).mean() == pytest.approx(row.accuracy, abs=1e-6)
+    assert saved['logits'].shape == (6, 3) and [f.split('/')[1] for f in saved['files']] == [CLASSES[t] for t in saved['targets']]
+    log_probs = torch.log_softmax(torch.tensor(saved['logits']), 1)
+    loss = -(0.9 * log_probs[range(6), saved['targets']] + 0.1 * log_probs.mean(1)).mean()
+    assert loss.item() == pytest.approx(row.valid_loss, abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(tree, command, tmp_path):
+    for seed, workers in [(0, 0), (0, 2), (1, 0)]:
+        assert command('--data', tree, '--sa', '--mixup', 0.4, *TINY, '--seed', seed, '--workers', workers)[0] == 0
+    loss = record(tmp_path).valid_loss
+    assert loss[0] == loss[1] != loss[2]
+
+
+def test_runs_are_those_of_single_commands(tree, command, tmp_path):
+    assert command('--data', tree, *TINY, '--runs', 2, '--seed', 3)[0] == 0
+    assert command('--data', tree, *TINY, '--seed', 4)[0] == 0
+    df = record(tmp_path)
+    assert df.seed.tolist() == [3, 4, 4] and df.valid_loss[1] == df.valid_loss[2] != df.valid_loss[0] and df.run_id.is_unique
+
+
+def test_the_whole_way_on_digits(command, tmp_path):
+    code, _, err = command('--dataset', 'digits', '--size', 32, '--epochs', 3, '--arch', 'xresnet18', '--sa')
+    assert code == 0, err
+    row = record(tmp_path).iloc[0]
+    assert (row.n_train, row.n_val, row.split) == (1437, 360, 'v2') and row.accuracy > 0.4  # chance is 0.1
+
+
+@pytest.mark.parametrize('options', [
+    '--opt rms', '--opt sgd', '--opt ranger --schedule flat_cos', '--sh 0.3 --act mish --pool max', '--sa sagan --sa-at 1,2.0',
+    '--stem 32-32-64 --precision bf16 --sa simple_sym', '--split v2 --sa simple_out',
+])
+def test_every_kind_of_run_ends_ok(options, tree, command, tmp_path):
+    code, _, err = command('--data', tree, *TINY, *options.split())
+    assert code == 0 and record(tmp_path).status.tolist() == ['ok'], err
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tree, command, tmp_path):
+    code, out, _ = command('--data', tree, *TINY[:-1], 3, '--opt', 'sgd', '--lr', 1e30)
+    row = record(tmp_path).iloc[0]
+    assert code == 0 and row.status == 'diverged' and row.epochs_done < 3 and 'diverged after' in out
+    with open(tmp_path / 'results' / 'runs.csv', newline='') as f: raw = next(csv.DictReader(f))
+    assert raw['accuracy'] == raw['max_accuracy'] == raw['valid_loss'] == ''  # blank, not 0
+
+
+def test_an_unreadable_image_leaves_a_failed_row(tree, command, tmp_path):
+    file = tree / 'train' / CLASSES[1] / f'{CLASSES[1]}_train3.JPEG'
+    file.write_bytes(b'')
+    code, _, err = command('--data', tree, *TINY)
+    assert code == 2 and str(file) in err and err.count('\n') == 1 and record(tmp_path).status.tolist() == ['failed']
+
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_an_interrupted_row(number, code, tree, tmp_path):
+    argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 1]
+    process = subprocess.Popen([sys.executable, REPO / 'train_imagenette.py', *map(str, argv)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(2): assert process.stdout.readline().startswith('epoch ')
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    row = record(tmp_path).iloc[0]
+    assert process.returncode == code and row.status == 'interrupted' and 1 <= row.epochs_done < 1000 and math.isnan(row.accuracy)
+    assert 'interrupted after' in out and 'Traceback' not in err
+
+
+def test_dump_prints_shapes_and_parameters_and_trains_nothing(command, tmp_path):
+    code, out, _ = command('--dump', '--sa', '--size', 128, '--arch', 'xresnet50')
+    assert code == 0 and not (tmp_path / 'results').exists()
+    line = next(x for x in out.splitlines() if x.startswith('stage1.2.attention '))
+    assert '(1, 256, 32, 32)' in line and '65,537' in line  # 256 * 256 and gamma
+    assert f'{sum(p.numel() for p in training.get_model(Config(attention="simple"), 10).parameters()):,} parameters' in out
+
+
+def test_lrfinder_suggests_and_plots(tree, command, tmp_path):
+    code, out, err = command('--data', tree, *TINY, '--lrfinder')
+    assert code == 0, err
+    file = tmp_path / 'results' / 'lr_find' / 'imagenette-32-xresnet18-bs6.png'
+    assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG' and not (tmp_path / 'results' / 'runs.csv').exists()
+
+
+def test_a_saved_model_predicts_the_same(tree, command, tmp_path):
+    assert command('--data', tree, *TINY, '--sa', '--save', tmp_path / 'model.pt')[0] == 0
+    model, vocab = training.load_model(tmp_path / 'model.pt')
+    assert vocab == CLASSES and not model.training
+    dls = training.get_dls(training.settle(config('--data', tree, *TINY), torch.device('cpu')))
+    row = record(tmp_path).iloc[0]
+    saved = np.load(tmp_path / 'results' / 'predictions' / f'{row.run_id}.npz')
+    with torch.no_grad(): logits = torch.cat([model(x) for x, _ in dls.valid])
+    assert torch.allclose(logits, torch.tensor(saved['logits']), atol=1e-4)
+
+
+# --- recipe ---
+
+def learner(tree, *argv):
+    cfg, dls, model = training.prepare(config('--data', tree, *TINY, *argv), torch.device('cpu'))
+    return cfg, training.get_learner(cfg, dls, model)
+
+
+def hyperparameters(tree, *argv):
+    "What the optimizer used in each step: {name: array}."
+    cfg, learn = learner(tree, *argv)
+    training.fit(learn, cfg)
+    return {k: np.array(v) for k, v in learn.recorder.hps.items()}, learn
+
+
+def test_one_cycle_is_the_sources(tree):
+    hps, learn = hyperparameters(tree, '--epochs', 4)
+    lr, mom = hps['lr'], hps['mom']
+    assert len(lr) == 20 and lr[0] == pytest.approx(3e-4) and lr.argmax() == 6 and lr.max() == pytest.approx(3e-3)  # lr/10 up to lr in 30 %
+    assert lr[-1] < 1e-4 and mom[0] == pytest.approx(0.95) and mom[6] == pytest.approx(0.85) and mom[-1] > 0.94
+    hyper = learn.opt.hypers[0]
+    assert (hyper['sqr_mom'], hyper['eps'], hyper['wd']) == (0.99, 1e-6, 1e-2) and learn.loss_func.eps == 0.1
+
+
+def test_flat_cos_keeps_the_learning_rate_for_three_quarters(tree):
+    lr = hyperparameters(tree, '--epochs', 4, '--schedule', 'flat_cos')[0]['lr']
+    assert (lr[:15] == 3e-3).all() and lr[-1] < 1e-3
+
+
+def test_weight_decay_spares_norms_and_biases(tree):
+    _, learn = learner(tree, '--sa')
+    learn.create_opt()
+    names = {p: n for n, p in learn.model.named_parameters()}
+    spared = {names[p] for p, *_ in learn.opt.all_params() if not learn.opt.state[p].get('do_wd', True)}
+    norms = {f'{n}.{k}' for n, m in learn.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d) for k in ('weight', 'bias')}
+    assert spared == norms | {'head.bias'} and len(names) > len(spared)
+
+
+def test_one_step_is_decoupled_adam(tree):
+    "One batch through the Learner against torch's AdamW with weight decay on the same groups."
+    cfg, learn = learner(tree, '--sa')
+    model = copy.deepcopy(learn.model).train()
+    batch = next(iter(learn.dls.train))
+    learn.fit(1, cfg.lr, cbs=ShortEpochCallback(pct=0., short_valid=False))
+    torch.nn.functional.cross_entropy(model(batch[0]), batch[1], label_smoothing=0.1).backward()
+    groups = {True: [], False: []}
+    for p in model.parameters(): groups[p.ndim > 1 or p.shape == (1,)].append(p)
+    torch.optim.AdamW([dict(params=groups[True], weight_decay=cfg.wd), dict(params=groups[False], weight_decay=0)],
+                      lr=cfg.lr, betas=(cfg.mom, cfg.sqrmom), eps=cfg.eps).step()
+    for (name, p), q in zip(learn.model.named_parameters(), model.parameters()): assert torch.allclose(p, q, atol=1e-5), name
+
+
+def test_unknown_values_are_refused_by_config_itself():
+    with pytest.raises(UsageError, match='not an integer'): Config(epochs=1.5)
+    with pytest.raises(UsageError, match='not a text'): Config(meta=3)
+    assert Config(lr=1) == Config(lr=1.) and isinstance(Config(lr=1).lr, float)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_cuda_runs_in_fp16(command, tmp_path):
+    code, _, _ = command('--dataset', 'digits', '--size', 32, '--epochs', 3, '--arch', 'xresnet18', '--sa')
+    row = record(tmp_path).iloc[0]
+    assert code == 0 and row.precision == 'fp16' and row.status == 'ok' and row.accuracy > 0.4
