@@ -94,10 +94,12 @@ class Reseed(Callback):
 class Measure(Callback):
     "What a run measures of itself. Ends the fit at the first loss that is not finite."
     order = ProgressCallback.order + 10  # after Recorder
-    def __init__(self, on_epoch): self.on_epoch = on_epoch
+    def __init__(self, on_epoch):
+        self.on_epoch = on_epoch
+        self.curve, self.diverged, self.n_images, self.train_seconds, self.started = [], False, 0, 0., time.perf_counter()
 
     def before_fit(self):
-        self.curve, self.diverged, self.n_images, self.train_seconds, self.started = [], False, 0, 0., time.perf_counter()
+        self.started = time.perf_counter()
         if self.dls.device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
 
     def before_epoch(self): self.epoch_started = time.perf_counter()
