@@ -24,15 +24,11 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from experiments import UsageError
+from experiments import IMAGES, UsageError
 
 ARCHIVES = {  # (dataset, source): URL
     ('imagenette', '160'): URLs.IMAGENETTE_160, ('imagenette', '320'): URLs.IMAGENETTE_320, ('imagenette', 'full'): URLs.IMAGENETTE,
     ('imagewoof', '160'): URLs.IMAGEWOOF_160, ('imagewoof', '320'): URLs.IMAGEWOOF_320, ('imagewoof', 'full'): URLs.IMAGEWOOF,
-}
-COUNTS = {  # (dataset, split): training and validation images of a full archive
-    ('imagenette', 'v1'): (12_894, 500), ('imagenette', 'v2'): (9_469, 3_925),
-    ('imagewoof', 'v1'): (12_454, 500), ('imagewoof', 'v2'): (9_025, 3_929),
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO, ATTEMPTS = (0.35, 1.), (3 / 4, 4 / 3), 10  # of the random resized crop
@@ -45,8 +41,9 @@ SUFFIXES = {'.jpeg', '.jpg', '.png', '.bmp', '.webp'}
 def find_data(cfg):
     "The folder `cfg` trains on, downloaded or written first where need be."
     if cfg.data:
-        if not Path(cfg.data).is_dir(): raise UsageError(f'--data {cfg.data}: no such folder')
-        return Path(cfg.data)
+        path = Path(cfg.data)
+        if not path.is_dir(): raise UsageError(f'--data {path}: {"not a folder" if path.exists() else "no such folder"}')
+        return path
     if cfg.dataset == 'digits': return digits()
     url = ARCHIVES[cfg.dataset, cfg.source]
     try: return untar_data(url)
@@ -111,7 +108,9 @@ def noisy_labels(path, pct):
     found = sorted(path.glob('noisy_*.csv'))
     if not found: raise UsageError(f'--pct-noise {pct}: no noisy_*.csv in {path}')
     with open(found[0], newline='') as f:
-        return {row['path']: row[f'noisy_labels_{pct}'] for row in csv.DictReader(f)}
+        labels = {row.get('path'): row.get(f'noisy_labels_{pct}') for row in csv.DictReader(f)}
+    if not labels or None in labels or None in labels.values(): raise UsageError(f'{found[0]}: no columns path and noisy_labels_{pct}')
+    return labels
 
 
 # --- images ---
@@ -202,10 +201,13 @@ class ImageLoader(DataLoader):
 
 def get_dls(cfg, device='cpu'):
     "DataLoaders of a resolved `cfg`, with `vocab` (class names), `files` (of validation) and `fingerprint`."
-    path = find_data(cfg)
-    sizes = find_images(path)
+    try:
+        path = find_data(cfg)
+        sizes = find_images(path)
+        digest = fingerprint(sizes)
+    except (OSError, UnicodeError) as e: raise UsageError(f'cannot read the data: {e}') from None
     train, valid = split_files(list(sizes), cfg.split)
-    expected = COUNTS.get((cfg.dataset, cfg.split)) if not cfg.data else None
+    expected = IMAGES.get((cfg.dataset, cfg.split)) if not cfg.data else None
     if expected and len(sizes) != sum(expected):
         print(f'{path}: {len(sizes):,} of {sum(expected):,} images, not the full archive')
     elif expected and (len(train), len(valid)) != expected:
@@ -213,17 +215,23 @@ def get_dls(cfg, device='cpu'):
         raise UsageError(f'{path}: split {cfg.split} gives {counts}; extract the archive anew')
     if len(train) < cfg.bs: raise UsageError(f'{path}: {len(train)} training images make no batch of {cfg.bs}; lower --bs')
 
-    vocab = sorted({Path(f).parent.name for f in train})
-    unknown = sorted({Path(f).parent.name for f in valid} - set(vocab))
+    label = {f: Path(f).parent.name for f in sizes}
+    vocab = sorted({label[f] for f in train})
+    unknown = sorted({label[f] for f in valid} - set(vocab))
     if unknown: raise UsageError(f'{path}: class {", ".join(unknown)} of the validation images is not in training')
-    noisy = noisy_labels(path, cfg.pct_noise) if cfg.pct_noise else {}
+    if len(vocab) < 2: raise UsageError(f'{path}: one class only, {vocab[0]}; there is nothing to tell apart')
+    if cfg.pct_noise:
+        noisy = noisy_labels(path, cfg.pct_noise)
+        missing = [f for f in train if f.startswith('train/') and noisy.get(f) not in vocab]
+        if missing: raise UsageError(f'{path}: its noisy_*.csv has no label of ours for {missing[0]}')
+        label |= {f: noisy.get(f, label[f]) for f in train}
     index = {name: i for i, name in enumerate(vocab)}
-    labels = [index[noisy.get(f, Path(f).parent.name)] for f in train]
+    labels = [index[label[f]] for f in train]
 
     shared = dict(bs=cfg.bs, num_workers=cfg.workers, pin_memory=torch.device(device).type == 'cuda')
     dls = DataLoaders(
         ImageLoader(ImageFiles(path, train, labels, cfg.size, cfg.seed), sh=cfg.sh, drop_last=True, **shared),
-        ImageLoader(ImageFiles(path, valid, [index[Path(f).parent.name] for f in valid], cfg.size), **shared),
+        ImageLoader(ImageFiles(path, valid, [index[label[f]] for f in valid], cfg.size), **shared),
         path=path, device=torch.device(device))
-    dls.vocab, dls.files, dls.fingerprint = vocab, valid, fingerprint(sizes)
+    dls.vocab, dls.files, dls.fingerprint = vocab, valid, digest
     return dls

@@ -20,7 +20,7 @@ class UsageError(Exception):
 def registry(file, name):
     "Keys of the dict `name` in `file` beside this one, read from its text: importing it would cost torch's seconds."
     for node in ast.parse((Path(__file__).parent / file).read_text()).body:
-        if isinstance(node, ast.Assign) and node.targets[0].id == name: return [ast.literal_eval(k) for k in node.value.keys]
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name: return [ast.literal_eval(k) for k in node.value.keys]
     raise LookupError(f'{file} has no {name}')
 
 
@@ -40,8 +40,8 @@ def knob(default, help, *aliases, choices=None, least=None, above=None, most=Non
 class Config:
     "Every knob of one run. Raises UsageError on a value that cannot be."
     # data
-    dataset: str = knob('imagenette', 'dataset', choices=['imagenette', 'imagewoof', 'digits'])
-    split: str = knob('auto', 'v1: 500 validation images, as all published numbers; v2: the folders; auto: v1, for digits v2',
+    dataset: str = knob('imagenette', 'dataset; custom: that of --data', choices=['imagenette', 'imagewoof', 'digits', 'custom'])
+    split: str = knob('auto', 'v1: 500 validation images, as all published numbers; v2: the folders; auto: v1, of digits and custom v2',
                       choices=['auto', 'v1', 'v2'])
     size: int = knob(128, 'image size in pixels', least=32, most=1024)
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
@@ -61,7 +61,7 @@ class Config:
     lr: float = knob(3e-3, 'peak learning rate', above=0)
     schedule: str = knob('one_cycle', 'learning rate schedule', choices=['one_cycle', 'flat_cos'])
     opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
-    mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 to mom-0.05 and back', least=0, below=0.95)
+    mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 to mom-0.05 (or 0) and back', least=0, below=0.95)
     sqrmom: float = knob(0.99, 'decay of the squared gradients (beta2)', '--alpha', least=0, below=1)
     eps: float = knob(1e-6, 'epsilon of the optimizer', above=0)
     wd: float = knob(1e-2, 'decoupled weight decay, none on norms and biases', least=0)
@@ -80,6 +80,8 @@ class Config:
             if f.type is float: object.__setattr__(self, f.name, float(getattr(self, f.name)))  # 1 and 1. are one setting
         if self.dataset == 'digits' and self.split == 'v1':
             raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
+        if self.dataset == 'custom' and not self.data: raise UsageError('--dataset custom: name its folder with --data')
+        if 0 < self.mixup < 1e-3: raise UsageError(f'--mixup {self.mixup}: must be 0 or at least 0.001')
 
     @property
     def model(self):
@@ -91,8 +93,14 @@ def resolve(cfg):
     "`cfg` with what follows from its other fields written out: the archive and the split."
     source = 'full' if cfg.size > 224 else '320' if cfg.size > 128 else '160'
     if cfg.source != 'auto' or cfg.dataset == 'digits' or cfg.data: source = cfg.source
-    split = cfg.split if cfg.split != 'auto' else 'v2' if cfg.dataset == 'digits' else 'v1'
+    split = cfg.split if cfg.split != 'auto' else 'v1' if cfg.dataset in ('imagenette', 'imagewoof') else 'v2'
     return replace(cfg, source=source, split=split)
+
+
+IMAGES = {  # (dataset, split): training and validation images of a full archive
+    ('imagenette', 'v1'): (12_894, 500), ('imagenette', 'v2'): (9_469, 3_925),
+    ('imagewoof', 'v1'): (12_454, 500), ('imagewoof', 'v2'): (9_025, 3_929),
+}
 
 
 def flag(f):
@@ -108,6 +116,7 @@ def _check(name, value, type_, meta):
     "Raise UsageError unless `value` is a `type_` within the choices and limits of its knob."
     kind, words = KINDS[type_]
     if not isinstance(value, kind) or isinstance(value, bool): raise UsageError(f'{name} {value!r}: not {words}')
+    if type_ is str and not value.isprintable(): raise UsageError(f'{name} {value!r}: has characters that cannot be printed')
     if type_ is float and not math.isfinite(value): raise UsageError(f'{name} {value}: not a finite number')
     if (choices := meta['choices']) and value not in choices:
         names = list(map(str, choices))

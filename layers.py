@@ -92,18 +92,41 @@ def _product_like(x, a, b):
     return torch.bmm(b.mT, a.mT).mT if _is_channels_last(x) else torch.bmm(a, b)
 
 
+def _wide(dtype): return torch.float32 if dtype == torch.float16 else dtype  # of the small matrices
+
+
+def _long_product(a, b):
+    "a b as `_wide`: sums of many terms, in float16 held divided by their number on the way."
+    if a.dtype != torch.float16: return torch.bmm(a, b)
+    n = a.shape[2]
+    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=1 / n).float() * n
+
+
 class _Gram(torch.autograd.Function):
-    "scale * x x^T for (B, C, N). Its gradient is one product, scale * (g + g^T) x; autograd would make two."
+    "x x^T of (B, C, N) as `_wide`. Its gradient is one product, (g + g^T) x; autograd would make two."
     @staticmethod
-    def forward(ctx, x, scale):
+    def forward(ctx, x):
         ctx.save_for_backward(x)
-        ctx.scale = scale
-        return torch.baddbmm(x.new_zeros(1, 1, 1), x, x.mT, beta=0, alpha=scale)
+        return _long_product(x, x.mT)
 
     @staticmethod
     def backward(ctx, g):
         x, = ctx.saved_tensors
-        return _product_like(x, ctx.scale * (g + g.mT), x), None
+        return _product_like(x, (g + g.mT).to(x.dtype), x)
+
+
+class _Scores(torch.autograd.Function):
+    "a^T b of (B, C, N) as `_wide`; the gradients are not scaled, so float16 holds them too."
+    @staticmethod
+    def forward(ctx, a, b):
+        ctx.save_for_backward(a, b)
+        return _long_product(a.mT, b)
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        g = g.to(a.dtype)
+        return _product_like(a, b, g.mT), _product_like(b, a, g)
 
 
 def multiply_adds(n_channels, n_positions, ks=1, out_conv=False):
@@ -128,7 +151,8 @@ class SimpleSelfAttention(_Attention):
     out_conv  y = x + gamma * U (x x^T)(W x): SAGAN's last 1x1 convolution, which the source left out.
     order     how the product is evaluated, see `multiply_adds`; 'auto': the cheapest for the input at hand.
 
-    In float16 y saturates; x x^T is held divided by sqrt(N), fit for a root mean square of 30 at 64x64 positions.
+    In float16 the large products are float16 and the small matrices between them float32; y and the factor of x
+    saturate. Finite for inputs of root mean square up to 255 a channel; beyond that x x^T / N overflows.
     """
     def __init__(self, n_channels, ks=1, sym=False, out_conv=False, order='auto'):
         super().__init__(n_channels)
@@ -140,8 +164,8 @@ class SimpleSelfAttention(_Attention):
         self.out = SpectralWeight(n_channels, n_channels) if out_conv else None
 
     def attend(self, x, dtype):
-        x_, w = x.to(dtype), self.weight().to(dtype)
-        u = self.out().to(dtype) if self.out is not None else None
+        x_, w = x.to(dtype), self.weight().to(_wide(dtype))
+        u = self.out().to(_wide(dtype)) if self.out is not None else None
         C, N = x.shape[1:]
         order = self.order
         if order == 'auto':
@@ -149,16 +173,17 @@ class SimpleSelfAttention(_Attention):
             order = min(counts, key=counts.get)
 
         if order == 'positions':
-            scores = torch.bmm(x_.mT * C ** -0.5, self._conv(x_, w))  # (B, N, C) (B, C, N) -> (B, N, N)
+            scores = _Scores.apply(x_, self._conv(x_, w))  # (B, N, C) (B, C, N) -> (B, N, N)
             values = x_ if u is None else self._conv(x_, u)
-            return _add_product(x, values, _fit(self.gamma * C ** 0.5 * scores, dtype))
-        mix = _Gram.apply(x_, N ** -0.5)  # (B, C, C)
+            return _add_product(x, values, _fit(self.gamma * scores, dtype))
+        mix = _Gram.apply(x_)  # (B, C, C)
         if u is not None: mix = u @ mix
         if order == 'channels': mix = mix @ w
-        return _add_product(x, _fit(self.gamma * N ** 0.5 * mix, dtype), x_ if order == 'channels' else self._conv(x_, w))
+        return _add_product(x, _fit(self.gamma * mix, dtype), x_ if order == 'channels' else self._conv(x_, w))
 
     def _conv(self, x, w):
         "(B, C, N) -> (B, C, N), `w` (C, C*ks) along the positions."
+        w = w.to(x.dtype)
         if w.shape[1] == x.shape[1]: return _product_like(x, w.expand(len(x), -1, -1), x)
         return F.conv1d(x, w.unflatten(1, (x.shape[1], -1)), padding=self.ks // 2)
 

@@ -13,12 +13,13 @@ from pathlib import Path
 import pandas as pd
 
 import runlog
-from experiments import Config, UsageError, fields
+from experiments import IMAGES, Config, UsageError, fields, resolve
 
 # What makes runs comparable: every setting but the variant itself, the repetition and what no result depends on.
 SETTINGS = [f.name for f in fields(Config) if f.name not in ('attention', 'sa_at', 'seed', 'workers', 'meta')]
-GROUP = [*SETTINGS, 'data_fingerprint']
+GROUP = [*SETTINGS, 'n_train', 'n_val', 'data_fingerprint']
 TITLE = ['dataset', 'split', 'size', 'epochs', 'arch']  # the settings named in every title; the others where not the default
+PUBLISHED = [*TITLE, 'mixup', 'lr', 'bs']  # the settings that the published rows differ in; in the others they have the defaults
 MARKERS = '<!-- table: written by python report.py --readme -->', '<!-- end of table -->'
 
 
@@ -28,7 +29,7 @@ def load_published(folder=runlog.RESULTS / 'published'):
     "The published means of aggregates.csv, accuracies as fractions; blank settings are the source's defaults."
     df = pd.read_csv(Path(folder) / 'aggregates.csv')
     df = df.fillna({'lr': Config.lr, 'bs': Config.bs}).rename(columns={'source': 'publication', 'attention': 'variant', 'n_runs': 'n'})
-    return df.assign(mean=df.mean_pct / 100, sd=df.stdev_pct / 100, n=df.n.astype('Int64'))
+    return df.assign(mean=df.mean_pct / 100, sd=df.stdev_pct / 100)
 
 
 def variant(runs):
@@ -47,9 +48,14 @@ def summarise(runs):
 
 
 def published_for(settings, name, published):
-    "The published row (a Series) for `settings` (of GROUP) and the variant `name`, or None. A later table overrules an earlier."
+    """The published row (a Series) for `settings` (of GROUP) and the variant `name`, or None. A later table overrules an earlier.
+
+    None too for runs on other than the full archive of that size, or with any other setting off the default.
+    """
+    full = IMAGES.get((settings['dataset'], settings['split']))
+    if special(settings, PUBLISHED) or ('n_train' in settings and (settings['n_train'], settings['n_val']) != full): return None
     same = published.variant == name
-    for key in ('dataset', 'split', 'size', 'epochs', 'arch', 'mixup', 'lr', 'bs'): same &= published[key] == settings[key]
+    for key in PUBLISHED: same &= published[key] == settings[key]
     return published[same].iloc[-1] if same.any() else None
 
 
@@ -70,7 +76,11 @@ def comparison(runs, published):
     for _, p in published[(published.variant != 'none') & ~published.index.isin(met)].iterrows():
         said = {arm: published_for(p, arm, published) for arm in ('none', p.variant)}
         rows.append(_row(p, p.variant, {}, said))
-    return pd.DataFrame(rows)
+    table = pd.DataFrame(rows)
+    titles, ours = table.apply(title, axis=1), table.data_fingerprint.notna()
+    rest = table.precision + ', data ' + table.data_fingerprint  # told only where the titles of two settings are the same
+    twice = ours & (titles.map(rest[ours].groupby(titles[ours]).nunique()) > 1)
+    return table.assign(title=titles.where(~twice, titles + ', ' + rest))
 
 
 def _row(settings, name, arms, said):
@@ -91,15 +101,16 @@ def _row(settings, name, arms, said):
 def title(settings):
     "A setting in words: 'imagewoof v1, 128 px, 5 epochs, xresnet50', then what is not the default."
     text = f'{settings["dataset"]} {settings["split"]}, {settings["size"]} px, {settings["epochs"]} epochs, {settings["arch"]}'
-    special = [f'{k} {settings[k]}' for k in SETTINGS if k not in (*TITLE, 'precision') and not pd.isna(settings.get(k))
-               and settings[k] not in (getattr(Config, k), '') and not (k == 'source' and settings[k] == default_source(settings))]
-    return ', '.join([text, *special])
+    text = ', '.join([text, *(f'{key} {settings[key]}' for key in special(settings, TITLE))])
+    full, n = IMAGES.get((settings['dataset'], settings['split'])), settings.get('n_train')
+    return text if pd.isna(n) or not full or n == full[0] else f'{text}, only {n} training images'
 
 
-def default_source(settings):
-    "The archive that --source auto takes at this size."
-    from experiments import resolve
-    return resolve(Config(dataset=settings['dataset'], size=int(settings['size']))).source
+def special(settings, known):
+    "The settings not in `known` that are off their default; the precision, which follows from the device, is left out."
+    default = resolve(Config(dataset='imagenette', size=int(settings['size'])))
+    return [key for key in SETTINGS if key not in (*known, 'precision') and not pd.isna(settings.get(key))
+            and settings[key] != getattr(default, key) and not (key == 'source' and settings[key] == 'auto')]
 
 
 def percent(mean, sd, n, not_ok=0):
@@ -111,14 +122,16 @@ def percent(mean, sd, n, not_ok=0):
 
 
 def markdown(table):
-    "A `comparison` as a Markdown table, in percent: mean ± standard deviation (number of runs)."
+    "A `comparison` as a Markdown table, in percent: mean ± standard deviation (runs), change ± its standard error."
     def side_cells(r, side):
-        arms = [percent(*(r.get(f'{side}_{arm}_{k}', 0) for k in ('mean', 'sd', 'n', 'not_ok'))) for arm in ('none', 'variant')]
-        change = 100 * (r[f'{side}_variant_mean'] - r[f'{side}_none_mean'])
-        return [*arms, '' if pd.isna(change) or r.variant == 'none' else f'{change:+.1f}']
+        arms = {arm: [r.get(f'{side}_{arm}_{k}', 0) for k in ('mean', 'sd', 'n', 'not_ok')] for arm in ('none', 'variant')}
+        (m0, sd0, n0, _), (m1, sd1, n1, _) = arms.values()
+        if r.variant == 'none' or pd.isna(m1 - m0): return [*(percent(*a) for a in arms.values()), '']
+        error = (sd0**2 / n0 + sd1**2 / n1)**0.5  # NaN where a standard deviation is
+        return [*(percent(*a) for a in arms.values()), f'{100 * (m1 - m0):+.1f}' + ('' if pd.isna(error) else f' ± {100 * error:.1f}')]
 
     def cells(r):
-        name = title(r) + (' (best epoch)' if r.metric == 'max' else '')
+        name = r.title + (' (best epoch)' if r.metric == 'max' else '')
         return [name, r.variant, *side_cells(r, 'published'), *side_cells(r, 'ours')]
     head = ['experiment', 'attention', 'published: without', 'with', 'change', 'ours: without', 'with', 'change']
     lines = [head, ['---', '---'] + ['---:'] * 6, *(cells(r) for _, r in table.iterrows())]
@@ -156,7 +169,8 @@ def strip_plot(runs, published=None):
 
 def readme_table(runs, published):
     "What README.md shows: all runs of ours on Imagenette and Imagewoof, the main table and the three-way one as published."
-    return markdown(comparison(runs[runs.dataset != 'digits'], published[published.table.isin(['main', 'three-way'])]))
+    ours = runs[runs.dataset.isin(['imagenette', 'imagewoof']) & (runs.data == '')]
+    return markdown(comparison(ours, published[published.table.isin(['main', 'three-way'])]))
 
 
 def write_readme(table, file=Path(__file__).parent / 'README.md'):

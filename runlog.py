@@ -80,37 +80,52 @@ def _write_rows(path, columns, rows):
 
 
 def _read_rows(path):
-    "(columns, rows) of a CSV file, every value as text."
+    """The rows {column: text} of a runs file; None if it has columns that are not ours.
+
+    A setting that the file lacks, because it is older than the setting, is at its default: that is what ran.
+    """
     with open(path, newline='', encoding='utf-8') as f:
         reader = csv.DictReader(f)
-        return reader.fieldnames or [], list(reader)
+        columns = reader.fieldnames or ['run_id']
+        if 'run_id' not in columns or not set(columns) <= COLUMNS.keys(): return None
+        return [{name: str(getattr(Config, name)) for name in CONFIG if name not in columns} | row for row in reader]
 
 
 def _writable(results):
-    "The runs file to append to and its rows: runs.csv, or where that has other columns, the first runs-N.csv that has ours."
+    "(runs file to append to, its rows): runs.csv, or where that has foreign columns, the first runs-N.csv that has ours."
     for name in ['runs.csv', *(f'runs-{n}.csv' for n in range(2, 1000))]:
         path = Path(results) / name
-        if not path.exists() or not path.stat().st_size: return path, []
-        columns, rows = _read_rows(path)
-        if columns == list(COLUMNS): return path, rows
+        rows = _read_rows(path) if path.exists() else []
+        if rows is not None: return path, rows
     raise UsageError(f'{results}: no runs file with our columns, and no name left for one')
 
 
 def _append(rows, results):
     "Add those `rows` whose id is not there yet; returns (path, how many were added)."
     for row in rows:
-        if row.keys() - COLUMNS.keys(): raise ValueError(f'no such columns: {sorted(row.keys() - COLUMNS.keys())}')
+        if row.keys() - COLUMNS.keys(): raise ValueError(f'no such columns: {sorted(map(str, row.keys() - COLUMNS.keys()))}')
         if row.get('status') not in STATUSES: raise ValueError(f'no such status: {row.get("status")!r}')
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results / '.runs.lock'):
         path, old = _writable(results)
         known = {row['run_id'] for row in old}
-        new = [row for row in rows if row['run_id'] not in known]
-        if new: _write_rows(path, COLUMNS, old + new)
+        new = {row['run_id']: row for row in reversed(rows) if row['run_id'] not in known}  # of one id twice the first
+        if new: _write_rows(path, COLUMNS, old + list(reversed(new.values())))
     if path.name != 'runs.csv':
         print(f'{results / "runs.csv"} has other columns and was left alone: the row is in {path}', file=sys.stderr)
     return path, len(new)
+
+
+def check(results=RESULTS):
+    "Raise UsageError unless a row can be written to `results`: asked before a run, not after it."
+    results = Path(results)
+    try:
+        results.mkdir(parents=True, exist_ok=True)
+        with FileLock(results / '.runs.lock', timeout=60): _writable(results)
+        with _replacing(results / '.probe') as f: f.write('a row fits')
+        (results / '.probe').unlink()
+    except (OSError, UnicodeError, csv.Error) as e: raise UsageError(f'{results}: no row can be written there ({e})') from None
 
 
 def append(row, results=RESULTS):
@@ -119,18 +134,18 @@ def append(row, results=RESULTS):
 
 
 def merge(other, results=RESULTS):
-    "Add the rows of another runs file, each id once, with their curves and predictions. Returns how many were new."
-    columns, rows = _read_rows(other)
-    if 'run_id' not in columns or set(columns) - COLUMNS.keys():
-        foreign = ', '.join(sorted(set(columns) - COLUMNS.keys()))
-        raise UsageError(f'{other}: not a runs file of this repository ({"unknown columns " + foreign if foreign else "no run_id"})')
-    new = _append(rows, results)[1]  # columns that the file lacks stay blank
+    "Add the rows of another runs file, each id once, with their curves and predictions; returns (path, how many were new)."
+    try: rows = _read_rows(other)
+    except (OSError, UnicodeError, csv.Error) as e: raise UsageError(f'{other}: cannot be read ({e})') from None
+    if rows is None: raise UsageError(f'{other}: not a runs file of this repository (foreign columns, or no run_id)')
+    try: path, new = _append(rows, results)
+    except ValueError as e: raise UsageError(f'{other}: {e}') from None
     for name in [name for row in rows for name in (f'curves/{row["run_id"]}.csv', f'predictions/{row["run_id"]}.npz')]:
         there, here = Path(other).parent / name, Path(results) / name
         if there.exists() and not here.exists():
             here.parent.mkdir(exist_ok=True)
             shutil.copyfile(there, here)
-    return new
+    return path, new
 
 
 def write_curve(run_id, rows, results=RESULTS):
@@ -151,9 +166,13 @@ def write_predictions(run_id, results=RESULTS, **arrays):
 def load(path=RESULTS / 'runs.csv'):
     "runs.csv as a DataFrame with typed columns; an empty one if there is no file."
     import pandas as pd
-    dtypes = {name: {int: 'Int64', float: float, str: str}[kind] for name, kind in COLUMNS.items()}
-    if not Path(path).exists(): return pd.DataFrame({name: pd.Series(dtype=kind) for name, kind in dtypes.items()})
-    return pd.read_csv(path, dtype=dtypes, keep_default_na=False, na_values={n: [''] for n, t in COLUMNS.items() if t is not str})
+    rows = _read_rows(path) if Path(path).exists() else []
+    if rows is None: raise UsageError(f'{path}: not a runs file of this repository (foreign columns, or no run_id)')
+    df = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
+    for name, kind in COLUMNS.items():
+        values = df[name].fillna('')
+        df[name] = values.astype(str) if kind is str else pd.to_numeric(values).astype({int: 'Int64', float: float}[kind])
+    return df
 
 
 def main(argv=None):
@@ -164,7 +183,7 @@ def main(argv=None):
     m.add_argument('other', type=Path)
     m.add_argument('--results', type=Path, default=RESULTS, help='results directory')
     args = ap.parse_args(argv)
-    try: print(f'{merge(args.other, args.results)} rows added to {args.results / "runs.csv"}')
+    try: print('{1} rows added to {0}'.format(*merge(args.other, args.results)))
     except (UsageError, OSError) as e:
         print(f'runlog.py: {e}', file=sys.stderr)
         return 2

@@ -37,7 +37,8 @@ def make_parser():
         text = f.metadata['help'] + (f': {", ".join(map(str, c))}' if (c := f.metadata['choices']) else '')
         options = dict(nargs='?', const='simple', type=attention) if f.name == 'attention' else dict(type=f.type)
         metavar = 'NAME' if c and f.type is str else f.type.__name__.upper().replace('STR', 'TEXT')
-        ap.add_argument(*names, dest=f.name, default=f.default, metavar=metavar, **options,
+        default = None if f.name == 'dataset' else f.default  # it depends on --woof and --data
+        ap.add_argument(*names, dest=f.name, default=default, metavar=metavar, **options,
                         help=f'{text} (default {f.default})'.replace('%', '%%') if f.default != '' else text)
     on = dict(nargs='?', const=True, default=False, type=switch, metavar='0|1')
     ap.add_argument('--woof', **on | dict(default=None), help='short for --dataset imagewoof')
@@ -59,14 +60,17 @@ def parse(argv):
         hint = nearest(unknown[0].split('=')[0], list(ap._option_string_actions))
         raise UsageError(f'unknown argument {unknown[0]}{hint}; see --help')
     config = {f.name: getattr(args, f.name) for f in fields(Config)}
-    if args.woof is not None:
-        if config['dataset'] == 'digits': raise UsageError('--woof and --dataset digits: give one of them')
-        if args.woof: config['dataset'] = 'imagewoof'
-    if args.sym and config['attention'] != 'none':
+    if args.woof is not None and args.dataset not in (None, 'imagenette', 'imagewoof'):
+        raise UsageError(f'--woof and --dataset {args.dataset}: give one of them')
+    if args.woof: config['dataset'] = 'imagewoof'
+    elif not args.dataset: config['dataset'] = 'custom' if args.data and args.woof is None else 'imagenette'
+    if args.sym and config['attention'] == 'none': print('--sym does nothing without --sa', file=sys.stderr)
+    elif args.sym:
         if config['attention'] not in ('simple', 'simple_sym'): raise UsageError(f'--sym: for --sa simple only, not {config["attention"]}')
         config['attention'] = 'simple_sym'
     if args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
     if args.save and not args.save.absolute().parent.is_dir(): raise UsageError(f'--save {args.save}: no such folder')
+    if args.save and args.save.is_dir(): raise UsageError(f'--save {args.save}: a folder, not a file')
     cfg = Config(**config)
     replace(cfg, seed=cfg.seed + args.runs - 1)  # the last seed is checked now, not after the run before it
     return cfg, args

@@ -3,12 +3,15 @@
     row = run(Config(dataset='digits', size=32, arch='xresnet18', attention='simple'))
     model, vocab = load_model('digits.pt')      # where run(..., save='digits.pt') left it, ready for inference
 """
+import contextlib
 import math
 import os
 import resource
+import signal
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -32,7 +35,7 @@ import runlog
 from data import get_dls
 from experiments import Config, UsageError, resolve
 from layers import ATTENTION
-from xresnet import xresnet
+from xresnet import ARCHS, format_places, parse_places, xresnet
 
 
 def get_device(gpu=None):
@@ -49,14 +52,16 @@ def settle(cfg, device):
     cfg = resolve(cfg)
     precision = cfg.precision if cfg.precision != 'auto' else 'fp16' if device.type == 'cuda' else 'fp32'
     if precision == 'fp16' and device.type == 'cpu': raise UsageError('--precision fp16: needs a CUDA device; on a CPU take fp32 or bf16')
+    try: sa_at = format_places(parse_places(cfg.sa_at, ARCHS[cfg.arch][1]), ARCHS[cfg.arch][1])
+    except ValueError as e: raise UsageError(f'--sa-at {cfg.sa_at}: {e}') from None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    return replace(cfg, precision=precision, workers=cfg.workers if cfg.workers >= 0 else min(8, cores))
+    workers = cfg.workers if cfg.workers >= 0 else min(8, cores)
+    return replace(cfg, precision=precision, workers=workers, sa_at=sa_at)
 
 
 def get_model(cfg, n_classes):
     "The network of `cfg`."
-    try: return xresnet(cfg.arch, n_classes, ATTENTION[cfg.attention], cfg.sa_at, cfg.stem, cfg.act, cfg.pool)
-    except ValueError as e: raise UsageError(f'--sa-at {cfg.sa_at}: {e}') from None
+    return xresnet(cfg.arch, n_classes, ATTENTION[cfg.attention], cfg.sa_at, cfg.stem, cfg.act, cfg.pool)
 
 
 def n_parameters(module): return sum(p.numel() for p in module.parameters())
@@ -100,22 +105,24 @@ class Measure(Callback):
 
     def before_fit(self):
         self.started = time.perf_counter()
-        if self.dls.device.type == 'cuda': torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory(self.dls.device)
 
     def before_epoch(self): self.epoch_started = time.perf_counter()
-    def before_train(self): self.train_started = time.perf_counter()
+    def before_train(self): self.train_started, self.epoch_images = time.perf_counter(), 0
     def before_validate(self): self.logits, self.targets = [], []
 
     def after_batch(self):
         if not math.isfinite(self.loss.item()):
             self.diverged = True
             raise CancelFitException
-        if self.training: self.n_images += len(self.x)
+        if self.training: self.epoch_images += len(self.x)
         else:
             self.logits.append(self.pred.float().cpu())
             self.targets.append(self.y.cpu())
 
-    def after_train(self): self.train_seconds += time.perf_counter() - self.train_started
+    def after_train(self):
+        self.n_images += self.epoch_images
+        self.train_seconds += time.perf_counter() - self.train_started
 
     def after_epoch(self):
         values = zip(('train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'), self.recorder.values[-1])
@@ -133,12 +140,21 @@ class Measure(Callback):
             last, best = self.curve[-1], max(self.curve, key=lambda e: e['accuracy'])
             out |= {k: last[k] for k in ('accuracy', 'top5_accuracy', 'valid_loss', 'train_loss')}
             out |= dict(max_accuracy=best['accuracy'], max_accuracy_epoch=best['epoch'])
+            if len(self.dls.vocab) <= 5: del out['top5_accuracy']
         return out
 
 
+def reset_peak_memory(device):
+    "Let the peak of `peak_memory_mb` start from here (on a CPU where Linux lets a process do so)."
+    if device.type == 'cuda': return torch.cuda.reset_peak_memory_stats(device)
+    with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
+
+
 def peak_memory_mb(device):
-    "Peak memory in MiB: allocated on a CUDA device; on a CPU, resident in this process since it started."
+    "Peak memory in MiB: allocated on a CUDA device; on a CPU, resident in this process, its loader processes apart."
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**20
+    with contextlib.suppress(OSError, StopIteration):
+        return int(next(s for s in Path('/proc/self/status').read_text().splitlines() if s.startswith('VmHWM')).split()[1]) / 2**10
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
 
 
@@ -174,7 +190,7 @@ def fit(learn, cfg):
     "Train for cfg.epochs on the schedule of `cfg`."
     if cfg.schedule == 'flat_cos': return learn.fit_flat_cos(cfg.epochs, cfg.lr)
     # fastai 1's cycle moved the momentum from 0.95 to 0.85 and back whatever --mom said; here --mom is its middle
-    moms = cfg.mom + 0.05, cfg.mom - 0.05, cfg.mom + 0.05
+    moms = cfg.mom + 0.05, max(0, cfg.mom - 0.05), cfg.mom + 0.05
     learn.fit_one_cycle(cfg.epochs, cfg.lr, div=10, pct_start=0.3, moms=moms)
 
 
@@ -192,6 +208,7 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
     Whatever ends the training leaves its row: ok, diverged (a loss not finite), interrupted, failed; the exception
     that ended the last two goes on to the caller.
     """
+    runlog.check(results)
     device = device or get_device()
     cfg, dls, model = prepare(cfg, device)
     run_id, started = runlog.new_run()
@@ -209,13 +226,30 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
         raise
     finally:
         row |= dict(status=status, **measure.results(whole=status == 'ok'))
-        path = runlog.append(row, results)
-        print(f'{summary(row)}  -> {os.path.relpath(path)}')
+        with undisturbed(): print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
     if status == 'ok':
         runlog.write_predictions(run_id, results, logits=torch.cat(measure.logits).numpy(),
                                  targets=torch.cat(measure.targets).numpy(), files=np.array(dls.files))
         if save: torch.save(dict(config=asdict(cfg), vocab=dls.vocab, model=model.state_dict()), save)
     return row
+
+
+@contextlib.contextmanager
+def undisturbed():
+    "A second Ctrl-C or SIGTERM waits for nothing and stops nothing within the block."
+    if threading.current_thread() is not threading.main_thread(): return (yield)
+    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    try: yield
+    finally:
+        for number, handler in handlers.items(): signal.signal(number, handler)
+
+
+def write(row, results):
+    "Append `row`, or print it where that fails: it is not lost. Returns the path."
+    try: return runlog.append(row, results)
+    except (OSError, UnicodeError, UsageError):
+        print(f'the row could not be written; it is: {row}', file=sys.stderr)
+        raise
 
 
 def summary(row):
@@ -236,7 +270,7 @@ def load_model(file):
 
 def dump(cfg, n_classes=10):
     "The model of `cfg` as text: a line per module, its output shape for one image and its parameters."
-    model = get_model(cfg, n_classes).eval()
+    model = get_model(settle(cfg, torch.device('cpu')), n_classes).eval()
     shapes = {}
     def keep(name): return lambda m, i, o: shapes.update({name: tuple(o.shape)})
     for name, m in model.named_modules(): m.register_forward_hook(keep(name))
@@ -251,12 +285,14 @@ def find_lr(cfg, results=runlog.RESULTS, device=None):
     "(suggested learning rate, PNG of the plot) by fastai's lr_find, 'valley' rule; trains nothing that is kept."
     import matplotlib
     matplotlib.use('Agg')
+    runlog.check(results)
     cfg, dls, model = prepare(cfg, device or get_device())
     learn = get_learner(cfg, dls, model)
     file = Path(results) / 'lr_find' / f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:  # lr_find keeps the first weights in a file there
         learn.path = Path(folder)
-        lr = learn.lr_find(suggest_funcs=valley).valley
+        try: lr = learn.lr_find(suggest_funcs=valley).valley
+        except IndexError: raise UsageError('--lrfinder: the loss is not finite from the start, so there is no suggestion') from None
         matplotlib.pyplot.savefig(file, dpi=120)
     return lr, file

@@ -62,16 +62,21 @@ class ResBlock(nn.Module):
 
 
 def parse_places(sa_at, blocks):
-    """[(stage, block)] of a setting such as '1' (last block of stage 1), '1,2,3,4' or '2.0' (first block of stage 2).
+    """Sorted [(stage, block)] of a setting such as '1' (last block of stage 1), '1,2,3,4' or '2.0' (first block of stage 2).
 
     `blocks`: blocks per stage. A place that does not exist is a ValueError that lists those that do.
     """
     named = {f'{s}.{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
     named |= {str(s): (s, n - 1) for s, n in enumerate(blocks, 1)}
-    try: return [named[p.strip()] for p in sa_at.split(',')]
+    try: return sorted({named[p.strip()] for p in sa_at.split(',')})
     except KeyError as e:
         stages = ', '.join(f'{s} (or {s}.0 to {s}.{n - 1})' for s, n in enumerate(blocks, 1))
         raise ValueError(f'no place {e} for attention; there are {stages}') from None
+
+
+def format_places(places, blocks):
+    "The one setting that stands for `places`: for xresnet50, of '2,1.2' as of '1,2.3' it is '1,2'."
+    return ','.join(str(s) if b == blocks[s - 1] - 1 else f'{s}.{b}' for s, b in places)
 
 
 def xresnet(arch, n_classes=1000, attention=nn.Identity, sa_at='1', stem='32-64-64', act='relu', pool='avg'):
@@ -98,7 +103,7 @@ def xresnet(arch, n_classes=1000, attention=nn.Identity, sa_at='1', stem='32-64-
         layers[f'stage{stage}'] = nn.Sequential(*modules)
     layers |= {'avgpool': nn.AdaptiveAvgPool2d(1), 'flatten': nn.Flatten(), 'head': nn.Linear(ni, n_classes)}
     model = nn.Sequential(OrderedDict(layers))
-    for m in model.modules():  # BatchNorm2d starts with bias 0 by itself
-        if isinstance(m, (nn.Conv2d, nn.Linear)): nn.init.kaiming_normal_(m.weight)
+    for name, m in model.named_modules():  # BatchNorm2d starts with bias 0 by itself; attention initialises itself
+        if isinstance(m, (nn.Conv2d, nn.Linear)) and '.attention' not in name: nn.init.kaiming_normal_(m.weight)
     nn.init.zeros_(model.head.bias)
     return model

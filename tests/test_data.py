@@ -1,5 +1,6 @@
 import math
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +18,7 @@ from data import crop_boxes, epoch_draws, find_images, fingerprint, get_dls, rea
 from experiments import Config, UsageError, resolve
 
 
-def config(tree, **kwargs): return resolve(Config(**dict(data=str(tree), size=32, bs=6, workers=0) | kwargs))
+def config(tree, **kwargs): return resolve(Config(**dict(dataset='custom', data=str(tree), size=32, bs=6, workers=0, split='v1') | kwargs))
 
 
 # --- crops ---
@@ -112,12 +113,12 @@ def test_splits(tree):
 
 def test_counts_of_a_full_archive_are_checked(tree, monkeypatch, capsys):
     monkeypatch.setattr(data, 'find_data', lambda cfg: tree)
-    cfg = replace(config(tree), data='', dataset='imagewoof')
+    cfg = replace(config(tree), dataset='imagewoof', data='')
     for counts, message in [((30, 6), ''), ((100, 6), '36 of 106 images, not the full archive')]:
-        monkeypatch.setattr(data, 'COUNTS', {('imagewoof', 'v1'): counts})
+        monkeypatch.setattr(data, 'IMAGES', {('imagewoof', 'v1'): counts})
         get_dls(cfg)
         assert message in capsys.readouterr().out
-    monkeypatch.setattr(data, 'COUNTS', {('imagewoof', 'v1'): (31, 5)})
+    monkeypatch.setattr(data, 'IMAGES', {('imagewoof', 'v1'): (31, 5)})
     with pytest.raises(UsageError, match=r'30 \+ 6 images, expected 31 \+ 5'): get_dls(cfg)
 
 
@@ -161,6 +162,16 @@ def test_noisy_labels_are_for_training_images_only(tree):
     assert [CLASSES[y] for y in valid.dataset.labels] == [f.split('/')[1] for f in valid.dataset.files]
 
 
+@pytest.mark.parametrize('lines, words', [
+    ([], 'no columns'), (['path,noisy_labels_1', 'a,b'], 'no columns'),
+    (['path,noisy_labels_5', 'elsewhere.JPEG,n02086240'], 'no label of ours'),
+    (['path,noisy_labels_5', 'train/n02086240/ILSVRC2012_val_0000_train.JPEG,n0'], 'no label of ours'),
+])
+def test_noisy_labels_that_fit_nothing_are_refused(tree, lines, words):
+    (tree / 'noisy_set.csv').write_text('\n'.join(lines))
+    with pytest.raises(UsageError, match=words): get_dls(config(tree, split='v2', pct_noise=5))
+
+
 # --- mistakes ---
 
 @pytest.mark.parametrize('spoil, words', [
@@ -169,6 +180,9 @@ def test_noisy_labels_are_for_training_images_only(tree):
     (lambda t: [f.unlink() for f in (t / 'val' / CLASSES[0]).iterdir()], f'{CLASSES[0]}: no images'),
     (lambda t: [f.unlink() for f in t.rglob('ILSVRC*')], 'try --split v2'),
     (lambda t: (t / 'train' / CLASSES[0]).rename(t / 'train' / 'n09'), 'n02086240 of the validation images is not in training'),
+    (lambda t: (t / 'val' / CLASSES[0] / 'gone.png').symlink_to('nowhere'), 'cannot read the data: .*gone.png'),
+    (lambda t: [shutil.rmtree(t / f / c) for f in ('train', 'val') for c in CLASSES[1:]], 'one class only'),
+    (lambda t: (shutil.rmtree(t), t.touch()), 'not a folder'),
 ])
 def test_folders_that_cannot_be_used(tree, spoil, words):
     spoil(tree)
@@ -229,11 +243,10 @@ def test_validation_is_the_same_every_time(tree):
 
 
 def test_random_erasing_is_for_training_images_only(tree):
-    import random
-    random.seed(0)
     plain, erased = get_dls(config(tree)), get_dls(config(tree, sh=0.5))
-    same = [torch.equal(a, b) for _ in range(4) for (a, _), (b, _) in zip(plain.train, erased.train)]
-    assert 0 < sum(same) < len(same)  # p = 0.3 a batch
+    assert erased.train.erase.p == 0.3 and erased.valid.erase is None
+    erased.train.erase.p = 1.
+    assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(plain.train, erased.train))
     assert torch.equal(next(iter(plain.valid))[0], next(iter(erased.valid))[0])
 
 
@@ -245,5 +258,5 @@ REAL = Path(os.environ.get('IMAGEWOOF_160', '~/.fastai/data/imagewoof2-160')).ex
 def test_the_real_archive(split, counts):
     files = find_images(REAL)
     train, valid = split_files(files, split)
-    assert (len(train), len(valid)) == counts == data.COUNTS['imagewoof', split]
+    assert (len(train), len(valid)) == counts == data.IMAGES['imagewoof', split]
     if split == 'v1': assert {sum(f.split('/')[1] == c for f in valid) for c in os.listdir(REAL / 'train')} == {50}

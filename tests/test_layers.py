@@ -183,10 +183,25 @@ def test_finite_under_autocast(name, gamma, autocast, half_input):
 
 
 @pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('gamma', [0., 0.1])
+@pytest.mark.parametrize('correlated', [False, True])
+@pytest.mark.parametrize('side', [4, 32])  # N < C and N > C
+def test_finite_in_float16_up_to_a_root_mean_square_of_200(name, gamma, correlated, side):
+    layer = ATTENTION[name](64)
+    layer.gamma.data.fill_(gamma)
+    x = (200 * torch.randn(1, 1 if correlated else 64, side, side)).expand(1, 64, side, side).half().requires_grad_()
+    with torch.autocast('cpu', torch.float16): y = layer(x)
+    assert y.isfinite().all() and (gamma or torch.equal(x, y))
+    (y.float().mean() / 100).backward()
+    assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+@pytest.mark.parametrize('name', VARIANTS)
 @pytest.mark.parametrize('autocast', [torch.float16, torch.bfloat16])
-def test_close_to_float32_under_autocast(name, autocast):
+@pytest.mark.parametrize('side', [4, 8])
+def test_close_to_float32_under_autocast(name, autocast, side):
     layer = trained(name, 32)
-    x = torch.randn(2, 32, 8, 8)
+    x = torch.randn(2, 32, side, side)
     reference = grads(layer, x)
 
     def forward(x):

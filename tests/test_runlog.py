@@ -85,30 +85,43 @@ def test_merge_adds_each_row_once(tmp_path):
     for run_id in 'abc': runlog.append(row(run_id, accuracy=0.7), there)
     runlog.write_curve('b', [dict(epoch=1, accuracy=0.7)], there)
     runlog.write_predictions('b', there, logits=[[0.]])
-    assert runlog.merge(there / 'runs.csv', here) == 2 and runlog.merge(there / 'runs.csv', here) == 0
+    assert [runlog.merge(there / 'runs.csv', here) for _ in range(2)] == [(here / 'runs.csv', 2), (here / 'runs.csv', 0)]
     df = runlog.load(here / 'runs.csv')
     assert df.run_id.tolist() == ['a', 'b', 'c'] and df.accuracy.tolist() == [0.5, 0.7, 0.7]
     for name in ('curves/b.csv', 'predictions/b.npz'): assert (here / name).read_bytes() == (there / name).read_bytes()
 
 
-def test_merge_of_an_older_file_leaves_new_columns_blank(tmp_path):
-    (tmp_path / 'old.csv').write_text('run_id,status,accuracy\nz,ok,0.25\n')
-    assert runlog.merge(tmp_path / 'old.csv', tmp_path) == 1
+def test_a_file_older_than_a_setting_is_read_at_its_default_and_widened(tmp_path):
+    (tmp_path / 'runs.csv').write_text('run_id,status,accuracy,lr\nz,ok,0.25,0.008\n')
+    assert runlog.load(tmp_path / 'runs.csv').iloc[0][['bs', 'lr', 'act', 'accuracy']].tolist() == [64, 0.008, 'relu', 0.25]
+    assert runlog.append(row(), tmp_path) == tmp_path / 'runs.csv'
     df = runlog.load(tmp_path / 'runs.csv')
-    assert df.accuracy.tolist() == [0.25] and df.seed.isna().all()
+    assert df.run_id.tolist() == ['z', 'a'] and df.bs[0] == 64 and df.lr[0] == 0.008 and df.n_val.isna().all()
 
 
-def test_merge_of_a_foreign_file_is_refused(tmp_path, capsys):
-    (tmp_path / 'foreign.csv').write_text('name,acc\na,1\n')
-    with pytest.raises(UsageError, match='not a runs file'): runlog.merge(tmp_path / 'foreign.csv', tmp_path)
-    for file in ('foreign.csv', 'missing.csv'):
-        assert runlog.main(['merge', str(tmp_path / file), '--results', str(tmp_path)]) == 2
-        assert capsys.readouterr().err.count('\n') == 1
+@pytest.mark.parametrize('text', [
+    None, 'name,acc\na,1\n', 'run_id,acc\na,1\n', 'run_id,accuracy\na,1\n', 'run_id,status\na,ok,1\n', 'run_id\n\xe9',
+])
+def test_merge_of_a_foreign_file_is_refused(text, tmp_path, capsys):
+    if text: (tmp_path / 'foreign.csv').write_text(text, encoding='latin-1')
+    assert runlog.main(['merge', str(tmp_path / 'foreign.csv'), '--results', str(tmp_path)]) == 2
+    assert capsys.readouterr().err.count('\n') == 1 and not (tmp_path / 'runs.csv').exists()
 
 
 def test_the_same_id_twice_is_one_row(tmp_path):
     for _ in range(2): runlog.append(row(), tmp_path)
-    assert len(runlog.load(tmp_path / 'runs.csv')) == 1
+    (tmp_path / 'twice.csv').write_text('run_id,status,accuracy\nb,ok,0.1\nb,ok,0.2\nc,ok,0.3\n')
+    assert runlog.merge(tmp_path / 'twice.csv', tmp_path)[1] == 2
+    assert runlog.load(tmp_path / 'runs.csv').accuracy.tolist() == [0.5, 0.1, 0.3]
+
+
+@pytest.mark.parametrize('content', [b'run_id\n\xe9\n', b'run_id\n' + b'"' + b'x' * 200_000])
+def test_a_results_folder_that_cannot_take_a_row_is_refused_before_the_run(content, tmp_path):
+    runlog.check(tmp_path / 'new')
+    assert sorted(p.name for p in (tmp_path / 'new').iterdir()) == ['.runs.lock']
+    (tmp_path / 'runs.csv').write_bytes(content)
+    with pytest.raises(UsageError, match='no row can be written'): runlog.check(tmp_path)
+    with pytest.raises(UsageError, match='no row can be written'): runlog.check(tmp_path / 'runs.csv')
 
 
 def test_a_full_disk_keeps_the_file(tmp_path, monkeypatch):

@@ -20,7 +20,7 @@ from experiments import Config, UsageError, fields, flag, registry, resolve
 from layers import ATTENTION
 from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
 
-TINY = ('--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
+TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
 
 
 def config(*argv): return train_imagenette.parse([str(a) for a in argv])[0]
@@ -63,6 +63,12 @@ def test_the_sources_own_command_line():
 def test_flags(argv, expected): assert config(*argv.split()) == Config(**expected)
 
 
+def test_the_dataset_of_a_folder():
+    assert config('--data', 'x') == Config(dataset='custom', data='x') and resolve(config('--data', 'x')).split == 'v2'
+    woof = config('--data', 'x', '--woof')
+    assert woof == Config(dataset='imagewoof', data='x') and resolve(woof).split == 'v1'
+
+
 def test_every_field_is_a_flag_with_help(capsys):
     with pytest.raises(SystemExit): train_imagenette.parse(['--help'])
     text = capsys.readouterr().out
@@ -77,7 +83,8 @@ def test_every_field_is_a_flag_with_help(capsys):
     ('--sa sagan --sym', 'for --sa simple only'), ('--dataset digits --split v1', 'one split only'),
     ('--dataset digits --woof', 'give one of them'), ('--data /no/such/folder', 'no such folder'), ('--gpu 99', '--gpu 99'),
     ('--save /no/such/folder/m.pt', 'no such folder'), ('--seed 2147483647 --runs 2', '--seed 2147483648'),
-    ('--precision fp16 --dataset digits --size 32', 'needs a CUDA device'),
+    ('--precision fp16 --dataset digits --size 32', 'needs a CUDA device'), ('--mixup 1e-300', '--mixup 1e-300'),
+    ('--dataset custom', 'name its folder'), ('--save /tmp', 'a folder, not a file'), ('--meta \udcff', 'cannot be printed'),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, command):
     if 'fp16' in argv and torch.cuda.is_available(): pytest.skip('fp16 works on CUDA')
@@ -104,10 +111,11 @@ def test_a_run_leaves_a_row_a_curve_and_predictions(tree, command, tmp_path):
     row = record(tmp_path).iloc[0]
     last = out.strip().splitlines()[-1]
     assert last.startswith(f'accuracy {row.accuracy:.3f}  (max {row.max_accuracy:.3f} at epoch {row.max_accuracy_epoch})  ')
-    assert 'imagenette v1 32px xresnet18+simple seed 5' in last and last.endswith('runs.csv')
+    assert 'custom v1 32px xresnet18+simple seed 5' in last and last.endswith('runs.csv')
     assert (row.status, row.split, row.source, row.attention, row.meta) == ('ok', 'v1', 'auto', 'simple', 'a, "note"')
     assert (row.n_train, row.n_val, row.epochs_done, row.seed) == (30, 6, 2, 5)
     assert row.n_parameters == sum(p.numel() for p in training.get_model(Config(arch='xresnet18', attention='simple'), 3).parameters())
+    assert math.isnan(row.top5_accuracy)  # of 3 classes
     assert row.fit_seconds > 0 and row.images_per_second > 0 and row.peak_memory_mb > 100 and row.torch == torch.__version__.split('+')[0]
     assert len(row.git_commit) in (0, 40) and row.started.endswith('Z') and len(row.data_fingerprint) == 12
 
@@ -181,6 +189,20 @@ def test_a_signal_leaves_an_interrupted_row(number, code, tree, tmp_path):
     assert 'interrupted after' in out and 'Traceback' not in err
 
 
+def test_a_results_folder_that_is_none_is_told_before_training(tree, tmp_path, capfd):
+    (tmp_path / 'file').touch()
+    for more in ([], ['--lrfinder']):
+        code = train_imagenette.main([*map(str, ['--data', tree, *TINY, '--results', tmp_path / 'file', *more])])
+        out, err = capfd.readouterr()
+        assert code == 2 and not out and err.count('\n') == 1 and 'no row can be written' in err
+
+
+def test_a_row_that_cannot_be_written_is_printed(tree, command, monkeypatch):
+    def full(*args): raise OSError(28, 'No space left on device')
+    monkeypatch.setattr(runlog, 'append', full)
+    with pytest.raises(OSError, match='No space'): command('--data', tree, *TINY)
+
+
 def test_dump_prints_shapes_and_parameters_and_trains_nothing(command, tmp_path):
     code, out, _ = command('--dump', '--sa', '--size', 128, '--arch', 'xresnet50')
     assert code == 0 and not (tmp_path / 'results').exists()
@@ -192,7 +214,7 @@ def test_dump_prints_shapes_and_parameters_and_trains_nothing(command, tmp_path)
 def test_lrfinder_suggests_and_plots(tree, command, tmp_path):
     code, out, err = command('--data', tree, *TINY, '--lrfinder')
     assert code == 0, err
-    file = tmp_path / 'results' / 'lr_find' / 'imagenette-32-xresnet18-bs6.png'
+    file = tmp_path / 'results' / 'lr_find' / 'custom-32-xresnet18-bs6.png'
     assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG' and not (tmp_path / 'results' / 'runs.csv').exists()
 
 
@@ -262,6 +284,11 @@ def test_unknown_values_are_refused_by_config_itself():
     with pytest.raises(UsageError, match='not an integer'): Config(epochs=1.5)
     with pytest.raises(UsageError, match='not a text'): Config(meta=3)
     assert Config(lr=1) == Config(lr=1.) and isinstance(Config(lr=1).lr, float)
+
+
+def test_momentum_never_falls_below_zero(tree):
+    mom = hyperparameters(tree, '--epochs', 4, '--mom', 0)[0]['mom']
+    assert mom.min() >= 0 and mom[0] == pytest.approx(0.05)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')

@@ -4,7 +4,7 @@ from fastai.layers import MaxPool
 from fastai.vision.models import xresnet as fastai_xresnet
 
 from layers import ATTENTION, SimpleSelfAttention
-from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS, parse_places, xresnet
+from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS, format_places, parse_places, xresnet
 
 
 @pytest.mark.parametrize('arch', ['xresnet18', 'xresnet34', 'xresnet50'])
@@ -58,6 +58,20 @@ def test_attention_changes_nothing_at_first(name):
     assert torch.equal(*outputs)
 
 
+def test_attention_keeps_its_own_initialisation_and_moves_no_other():
+    class Zero(torch.nn.Module):
+        def __init__(self, n_channels):
+            super().__init__()
+            self.conv = torch.nn.Conv2d(n_channels, n_channels, 1)
+            torch.nn.init.zeros_(self.conv.weight)
+    states = []
+    for attention in (ATTENTION['none'], Zero):
+        torch.manual_seed(0)
+        states.append(xresnet('xresnet18', 10, attention).state_dict())
+    assert (states[1].pop('stage1.1.attention.conv.weight') == 0).all() and states[1].pop('stage1.1.attention.conv.bias').shape
+    assert states[0].keys() == states[1].keys() and all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+
+
 @pytest.mark.parametrize('sa_at, expected', [
     ('1', [(1, 2)]), ('1,2,3,4', [(1, 2), (2, 3), (3, 5), (4, 2)]), ('2.0', [(2, 0)]), ('1, 2.1', [(1, 2), (2, 1)]),
 ])
@@ -71,6 +85,12 @@ def test_places(sa_at, expected):
 @pytest.mark.parametrize('sa_at', ['5', '1.3', '', 'first', '1,,2', '0', '-1'])
 def test_a_place_that_does_not_exist_lists_those_that_do(sa_at):
     with pytest.raises(ValueError, match=r'1 \(or 1.0 to 1.2\), 2 \(or 2.0 to 2.3\), 3 .* 4 '): parse_places(sa_at, ARCHS['xresnet50'][1])
+
+
+@pytest.mark.parametrize('sa_at, one', [('1,1', '1'), ('1.2', '1'), ('2,1', '1,2'), ('2.0, 1.2', '1,2.0')])
+def test_one_form_for_a_set_of_places(sa_at, one):
+    blocks = ARCHS['xresnet50'][1]
+    assert format_places(parse_places(sa_at, blocks), blocks) == one
 
 
 @pytest.mark.parametrize('act', ACTIVATIONS)
