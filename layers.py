@@ -152,7 +152,7 @@ class SimpleSelfAttention(_Attention):
     order     how the product is evaluated, see `multiply_adds`; 'auto': the cheapest for the input at hand.
 
     In float16 the large products are float16 and the small matrices between them float32; y and the factor of x
-    saturate. Finite for inputs of root mean square up to 255 a channel; beyond that x x^T / N overflows.
+    saturate. Finite while the root mean square of a channel (of a position, where N < C) is at most 255.
     """
     def __init__(self, n_channels, ks=1, sym=False, out_conv=False, order='auto'):
         super().__init__(n_channels)

@@ -1,0 +1,177 @@
+#!/usr/bin/env python
+"""Ours against fastai's own, measured side by side: alternating calls, medians, ratios above 1 in our favour.
+
+    python scripts/benchmark.py layer [--quick]              forward + backward of the attention layers, time and peak memory
+    python scripts/benchmark.py step [--quick] [--data DIR]  a training step of xresnet50 + simple at 128 px, loading included
+
+Prints a table and writes it with the hardware and the versions to results/benchmarks/<what>.csv. Without --data the
+step runs on 640 random JPEGs of Imagewoof's usual size, 213x160, so that nothing is downloaded.
+"""
+import argparse
+import sys
+import tempfile
+import time
+import warnings
+from functools import partial
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
+
+import numpy as np
+import pandas as pd
+import torch
+from fastai import layers as fastai_layers
+from fastai.callback.core import Callback, CancelFitException
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.transforms import GrandparentSplitter, Normalize, get_image_files, parent_label
+from fastai.learner import Learner
+from fastai.losses import LabelSmoothingCrossEntropy
+from fastai.metrics import accuracy, top_k_accuracy
+from fastai.vision.augment import FlipItem, RandomResizedCrop
+from fastai.vision.core import imagenet_stats
+from fastai.vision.data import ImageBlock
+from fastai.vision.models.xresnet import xresnet50
+from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
+
+import runlog
+import training
+from experiments import Config, UsageError
+from layers import ATTENTION
+
+LAYERS = [  # ours, fastai's, shape, shape of --quick
+    ('simple', fastai_layers.SimpleSelfAttention, (16, 256, 32, 32), (4, 256, 32, 32)),
+    ('simple', fastai_layers.SimpleSelfAttention, (8, 256, 64, 64), (2, 256, 64, 64)),
+    ('sagan', fastai_layers.SelfAttention, (4, 256, 64, 64), (1, 256, 64, 64)),
+    ('sagan', fastai_layers.SelfAttention, (4, 64, 64, 64), (1, 64, 64, 64)),
+]
+
+
+# --- measuring ---
+
+def alternate(functions, device, rounds):
+    "Median seconds of each function, called in turn `rounds` times after one call to warm up."
+    seconds = [[] for _ in functions]
+    for n in range(rounds + 1):
+        for times, f in zip(seconds, functions):
+            start = time.perf_counter()
+            f()
+            if device.type == 'cuda': torch.cuda.synchronize(device)
+            if n: times.append(time.perf_counter() - start)
+    return [float(np.median(times)) for times in seconds]
+
+
+def peak_mb(f, device):
+    "Peak MiB of tensors allocated during f() beyond those before it."
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile: f()
+    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    return float(np.cumsum([e.nbytes() for e in events]).max()) / 2**20
+
+
+def matrix_rate(device):
+    "Multiply-adds per second of a float32 matrix product (float16 on CUDA), the best of ten."
+    n, dtype = (8192, torch.float16) if device.type == 'cuda' else (2048, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return n**3 / min(alternate([lambda: a @ a], device, 1)[0] for _ in range(10))
+
+
+# --- the benchmarks: each gives the rows of its table ---
+
+def layer(args, device):
+    "Forward + backward of a layer, gamma not 0, float32 on a CPU, float16 autocast on CUDA."
+    for name, peer, full, quick in LAYERS:
+        shape = quick if args.quick else full
+        x, g = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
+        steps = [partial(forward_backward, make(shape[1]).to(device), x, g) for make in (peer, ATTENTION[name])]
+        theirs, ours = alternate(steps, device, 3 if args.quick else 9)
+        their_mb, our_mb = (peak_mb(f, device) for f in steps)
+        yield dict(layer=name, shape='x'.join(map(str, shape)), fastai_ms=1e3 * theirs, ours_ms=1e3 * ours, faster=theirs / ours,
+                   fastai_mb=their_mb, ours_mb=our_mb, memory=our_mb / their_mb)
+
+
+def forward_backward(module, x, g):
+    "The gradients of x and the parameters, gamma being 0.1."
+    module.gamma.data.fill_(0.1)
+    with torch.autocast('cuda', torch.float16, enabled=x.is_cuda): y = module(x)
+    return torch.autograd.grad(y, [x, *module.parameters()], g.to(y.dtype))
+
+
+class Clock(Callback):
+    "Ends the fit after `n` training steps; `seconds`: of the steps, the first two of a fit left out (the loader starts)."
+    def __init__(self, n): self.n, self.seconds = n, []
+
+    def after_step(self):
+        if self.dls.device.type == 'cuda': torch.cuda.synchronize(self.dls.device)
+        now = time.perf_counter()
+        if self.iter >= 2: self.seconds.append(now - self.last)
+        self.last = now
+        if self.iter + 1 == self.n: raise CancelFitException
+
+
+def plain_learner(cfg, device):
+    "The experiment of `cfg` written with fastai's own parts, the way its train_imagenette.py example is."
+    block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
+                      splitter=GrandparentSplitter(valid_name='val'), batch_tfms=Normalize.from_stats(*imagenet_stats),
+                      item_tfms=[RandomResizedCrop(cfg.size, min_scale=0.35), FlipItem(0.5)])
+    dls = block.dataloaders(cfg.data, bs=cfg.bs, num_workers=cfg.workers, device=device)
+    learn = Learner(dls, xresnet50(n_out=dls.c, sa=True), LabelSmoothingCrossEntropy(), training.get_opt_func(cfg), wd=cfg.wd,
+                    metrics=[accuracy, partial(top_k_accuracy, k=min(5, dls.c))])
+    return learn.to_fp16() if device.type == 'cuda' else learn
+
+
+def random_images(folder, n=640, size=(213, 160)):
+    "A tree of `n` smooth random JPEGs for training in 10 classes, and one each for validation."
+    rng = np.random.default_rng(0)
+    for i in range(n + 10):
+        file = Path(folder) / ('train' if i < n else 'val') / str(i % 10) / f'{i}.JPEG'
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(size, Image.BICUBIC).save(file, quality=90)
+    return str(folder)
+
+
+def step(args, device):
+    "A whole training step: loading, augmentation, model, loss, optimizer, metrics."
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = Config(dataset='custom', data=args.data or random_images(folder), split='v2', attention='simple', bs=16 if args.quick else 64)
+        cfg, dls, model = training.prepare(cfg, device)
+        learners = [plain_learner(cfg, device), training.get_learner(cfg, dls, model)]
+        clocks = [Clock(6 if args.quick else 8) for _ in learners]
+        for _ in range(1 if args.quick else 3):
+            for learn, clock in zip(learners, clocks):
+                with learn.no_bar(), learn.no_logging(): learn.fit(1, cfg.lr, cbs=clock)
+        theirs, ours = (float(np.median(clock.seconds)) for clock in clocks)
+        x = torch.randn(cfg.bs, 3, cfg.size, cfg.size, device=device)
+        with FlopCounterMode(display=False) as counter: model(x).sum().backward()
+        share = counter.get_total_flops() / 2 / ours / matrix_rate(device)
+        yield dict(model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, steps=len(clocks[0].seconds),
+                   fastai_images_per_second=cfg.bs / theirs, ours_images_per_second=cfg.bs / ours, faster=theirs / ours,
+                   share_of_matrix_rate=share)
+
+
+def main(argv=None):
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap.add_argument('what', choices=['layer', 'step'])
+    ap.add_argument('--quick', action='store_true', help='smaller shapes and fewer repetitions, under a minute')
+    ap.add_argument('--data', help='folder train|val/<class>/<image> for the step (default: random images)')
+    ap.add_argument('--gpu', type=int, help='CUDA device (default: the first, or the CPU)')
+    ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
+    args = ap.parse_args(argv)
+    try: device = training.get_device(args.gpu)
+    except UsageError as e:
+        print(f'benchmark.py: {e}', file=sys.stderr)
+        return 2
+    table = pd.DataFrame({'layer': layer, 'step': step}[args.what](args, device))
+    print(table.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
+    file = args.results / 'benchmarks' / f'{args.what}{"-quick" * args.quick}.csv'
+    file.parent.mkdir(parents=True, exist_ok=True)
+    table.round(4).assign(device=training.device_name(device), started=runlog.new_run()[1], **runlog.provenance()).to_csv(file, index=False)
+    print(f'-> {file}')
+
+
+if __name__ == '__main__': sys.exit(main())
