@@ -36,6 +36,9 @@ def knob(default, help, *aliases, choices=None, least=None, above=None, most=Non
     return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, **limits))
 
 
+SWITCH = [0, 1]
+
+
 @dataclass(frozen=True)
 class Config:
     "Every knob of one run. Raises UsageError on a value that cannot be."
@@ -70,6 +73,11 @@ class Config:
     sh: float = knob(0., 'random erasing: largest part of the image erased; 0: off', least=0, most=1)
     # machine
     precision: str = knob('auto', 'auto: fp16 autocast on CUDA, fp32 on a CPU', choices=['auto', 'fp32', 'fp16', 'bf16'])
+    loader: str = knob('auto', 'workers: decodes and crops in loader processes; device: decodes once, keeps and crops on the device; '
+                       'auto: device on a GPU that holds the images', choices=['auto', 'workers', 'device'])
+    fused: int = knob(1, "adam in one kernel of torch; 0: fastai's own, the same function", choices=SWITCH)
+    channels_last: int = knob(1, 'memory format of the network; 0: channels first', choices=SWITCH)
+    compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH)
     workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256)
     seed: int = knob(0, 'seed of weights, order, crops, flips and mixup', least=0, most=2**31 - 1)
     meta: str = knob('', 'free text, kept in the row', '--log')

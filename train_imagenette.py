@@ -11,7 +11,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import Config, UsageError, fields, flag, nearest
+from experiments import SWITCH, Config, UsageError, fields, flag, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,7 +35,9 @@ def make_parser():
         names = [flag(f), *f.metadata['aliases']]
         names += ['--' + n[2:].replace('-', '_') for n in names if '-' in n[2:]]
         text = f.metadata['help'] + (f': {", ".join(map(str, c))}' if (c := f.metadata['choices']) else '')
-        options = dict(nargs='?', const='simple', type=attention) if f.name == 'attention' else dict(type=f.type)
+        options = dict(type=f.type)
+        if f.name == 'attention': options = dict(nargs='?', const='simple', type=attention)
+        if c is SWITCH: options |= dict(nargs='?', const=1)
         metavar = 'NAME' if c and f.type is str else f.type.__name__.upper().replace('STR', 'TEXT')
         default = None if f.name == 'dataset' else f.default  # it depends on --woof and --data
         ap.add_argument(*names, dest=f.name, default=default, metavar=metavar, **options,
