@@ -238,6 +238,15 @@ def test_compiles_in_one_graph(name, autocast, fresh_dynamo):
     assert max(map(error, grads(compiled, x, forward(compiled)), expected)) < (0.05 if autocast else 1e-5)
 
 
+@pytest.mark.parametrize('name', VARIANTS)
+def test_compiles_in_one_graph_for_any_height_and_width(name, fresh_dynamo):
+    layer = trained(name).train()
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, dynamic=True, backend='aot_eager')
+    for side in ((3, 3), (8, 5), (7, 9)):  # N < C, N > C, as before
+        x = torch.randn(2, 16, *side)
+        assert max(map(error, grads(compiled, x), grads(layer, x))) < 1e-5
+
+
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
 def test_compiles_to_code(fresh_dynamo):
     layer = trained('simple')
