@@ -40,14 +40,16 @@ class SpectralWeight(nn.Module):
 
     @torch.no_grad()
     def _power_step(self, w):
-        self.u.copy_(F.normalize(w @ self.v, dim=0))
-        self.v.copy_(F.normalize(w.mT @ self.u, dim=0))
+        # a trace of the vectors themselves, so that a weight of zeros does not lose them
+        self.u.copy_(F.normalize(torch.addmv(self.u, w, self.v, beta=1e-9), dim=0))
+        self.v.copy_(F.normalize(torch.addmv(self.v, w.mT, self.u, beta=1e-9), dim=0))
 
     def forward(self):
         w = self._matrix()
         if self.training: self._power_step(w.detach())
         u, v = self.u.clone(), self.v.clone()  # the next pass writes to the buffers: backward needs these values
-        return w / torch.dot(u, w @ v)
+        norm = torch.dot(u, w @ v)
+        return w / (norm + (norm == 0))  # zeros stay zeros
 
     def extra_repr(self): return f'{tuple(self.weight.shape)}, sym={self.sym}'
 
