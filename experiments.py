@@ -17,6 +17,16 @@ class UsageError(Exception):
         super().__init__(message.rstrip().rsplit('UsageError: ')[-1])  # a loader's worker wraps it in its traceback
 
 
+class Terminated(KeyboardInterrupt):
+    "SIGTERM. `came`: it has, and what is raised from then on follows from it (loader processes end by it too)."
+    came = False
+
+
+def is_stop(e):
+    "Whether an exception means Ctrl-C or SIGTERM: also where torch tells first that SIGTERM ended a loader process."
+    return isinstance(e, KeyboardInterrupt) or Terminated.came or 'killed by signal: Terminated' in str(e)
+
+
 def registry(file, name):
     "Keys of the dict `name` in `file` beside this one, read from its text: importing it would cost torch's seconds."
     for node in ast.parse((Path(__file__).parent / file).read_text()).body:

@@ -8,10 +8,12 @@ import argparse
 import os
 import signal
 import sys
+import threading
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import Config, UsageError, fields, flag, nearest
+from experiments import Config, Terminated, UsageError, fields, flag, is_stop, nearest
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,14 +78,17 @@ def parse(argv):
     return cfg, args
 
 
-class Terminated(KeyboardInterrupt): "SIGTERM."
-
-
 def stop_on_sigterm():
     "Let SIGTERM end this process the way Ctrl-C does; loader workers, which inherit the handler, just end."
     main = os.getpid()
-    def stop(*_):
+    Terminated.came = False
+    def stop(_, frame):
         if os.getpid() != main: os._exit(0)
+        Terminated.came = True
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's would raise for the workers that SIGTERM ends too,
+        sys.unraisablehook = lambda *_: None                     # and its half-made iterators complain when they are deleted
+        if any(f.f_code.co_name == '__del__' for f, _ in traceback.walk_stack(frame)):  # which would swallow the exception
+            return threading.Timer(0.1, os.kill, (main, signal.SIGTERM)).start()
         raise Terminated
     signal.signal(signal.SIGTERM, stop)
 
@@ -108,7 +113,9 @@ def main(argv=None):
     except UsageError as e:
         print(f'train_imagenette.py: {e}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt as e: return 128 + (signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT)
+    except (KeyboardInterrupt, Exception) as e:
+        if not is_stop(e): raise
+        return 128 + (signal.SIGINT if type(e) is KeyboardInterrupt else signal.SIGTERM)
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -33,7 +33,7 @@ from fastai.torch_core import set_seed
 
 import runlog
 from data import get_dls
-from experiments import Config, UsageError, resolve
+from experiments import Config, UsageError, is_stop, resolve
 from layers import ATTENTION
 from xresnet import ARCHS, format_places, parse_places, xresnet
 
@@ -221,12 +221,13 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
     try:
         fit(learn, cfg)
         status = 'diverged' if measure.diverged else 'ok'
-    except KeyboardInterrupt:
-        status = 'interrupted'
+    except BaseException as e:
+        if is_stop(e): status = 'interrupted'
         raise
     finally:
-        row |= dict(status=status, **measure.results(whole=status == 'ok'))
-        with undisturbed(): print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
+        with undisturbed():
+            row |= dict(status=status, **measure.results(whole=status == 'ok'))
+            print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
     if status == 'ok':
         runlog.write_predictions(run_id, results, logits=torch.cat(measure.logits).numpy(),
                                  targets=torch.cat(measure.targets).numpy(), files=np.array(dls.files))

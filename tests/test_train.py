@@ -2,6 +2,7 @@
 import copy
 import csv
 import math
+import os
 import signal
 import subprocess
 import sys
@@ -187,6 +188,26 @@ def test_a_signal_leaves_an_interrupted_row(number, code, tree, tmp_path):
     row = record(tmp_path).iloc[0]
     assert process.returncode == code and row.status == 'interrupted' and 1 <= row.epochs_done < 1000 and math.isnan(row.accuracy)
     assert 'interrupted after' in out and 'Traceback' not in err
+
+
+def test_sigterm_to_the_loader_processes_too_leaves_the_same(tree, tmp_path):
+    argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 2]
+    processes = [subprocess.Popen([sys.executable, REPO / 'train_imagenette.py', *map(str, argv)], text=True, start_new_session=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(5)]
+    for process in processes:
+        assert process.stdout.readline().startswith('epoch ')
+        os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 143 and 'interrupted after' in out and not err
+    assert record(tmp_path).status.tolist() == ['interrupted'] * 5
+
+
+def test_a_loader_process_ended_by_sigterm_first_leaves_the_same(tree, command, tmp_path, monkeypatch):
+    def fit(*args): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
+    monkeypatch.setattr(training, 'fit', fit)
+    code, out, err = command('--data', tree, *TINY)
+    assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and 'interrupted after' in out and not err
 
 
 def test_a_results_folder_that_is_none_is_told_before_training(tree, tmp_path, capfd):
