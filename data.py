@@ -8,7 +8,6 @@ the number of loader processes nor on the epochs before it.
 """
 import csv
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from experiments import IMAGES, UsageError
+from experiments import IMAGES, UsageError, find_images
 
 ARCHIVES = {  # (dataset, source): URL
     ('imagenette', '160'): URLs.IMAGENETTE_160, ('imagenette', '320'): URLs.IMAGENETTE_320, ('imagenette', 'full'): URLs.IMAGENETTE,
@@ -33,17 +32,13 @@ ARCHIVES = {  # (dataset, source): URL
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SCALE, RATIO, ATTEMPTS = (0.35, 1.), (3 / 4, 4 / 3), 10  # of the random resized crop
 VALID_MARGIN = 32  # pixels that the validation images are larger than their centre crop
-SUFFIXES = {'.jpeg', '.jpg', '.png', '.bmp', '.webp'}
 
 
 # --- files ---
 
 def find_data(cfg):
     "The folder `cfg` trains on, downloaded or written first where need be."
-    if cfg.data:
-        path = Path(cfg.data)
-        if not path.is_dir(): raise UsageError(f'--data {path}: {"not a folder" if path.exists() else "no such folder"}')
-        return path
+    if cfg.data: return Path(cfg.data)
     if cfg.dataset == 'digits': return digits()
     url = ARCHIVES[cfg.dataset, cfg.source]
     try: return untar_data(url)
@@ -71,19 +66,6 @@ def digits():
         shutil.rmtree(part)
         if not path.exists(): raise
     return path
-
-
-def find_images(path):
-    "{relative path: bytes} of the images in train|val/<class>/ of `path`, sorted."
-    files = {}
-    for folder in ('train', 'val'):
-        if not (path / folder).is_dir(): raise UsageError(f'{path}: no folder {folder}; expected train|val/<class>/<image>')
-        for label in sorted(d.name for d in os.scandir(path / folder) if d.is_dir()):
-            found = [f for f in os.scandir(path / folder / label) if Path(f.name).suffix.lower() in SUFFIXES]
-            if not found: raise UsageError(f'{path / folder / label}: no images in this class folder')
-            files |= {f'{folder}/{label}/{f.name}': f.stat().st_size for f in found}
-    if not files: raise UsageError(f'{path}: no images in train|val/<class>/')
-    return dict(sorted(files.items()))
 
 
 def fingerprint(files):

@@ -14,8 +14,8 @@ from conftest import CLASSES, make_image
 from PIL import Image
 
 import data
-from data import crop_boxes, epoch_draws, find_images, fingerprint, get_dls, read_image, split_files, train_image, valid_image
-from experiments import Config, UsageError, resolve
+from data import crop_boxes, epoch_draws, fingerprint, get_dls, read_image, split_files, train_image, valid_image
+from experiments import Config, UsageError, find_images, resolve
 
 
 def config(tree, **kwargs): return resolve(Config(**dict(dataset='custom', data=str(tree), size=32, bs=6, workers=0, split='v1') | kwargs))

@@ -3,8 +3,9 @@ import torch
 from fastai.layers import MaxPool
 from fastai.vision.models import xresnet as fastai_xresnet
 
+from experiments import ARCHS, format_places, parse_places
 from layers import ATTENTION, SimpleSelfAttention
-from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS, format_places, parse_places, xresnet
+from xresnet import ACTIVATIONS, POOLS, STEMS, xresnet
 
 
 @pytest.mark.parametrize('arch', ARCHS)
