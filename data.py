@@ -6,8 +6,6 @@ the decoded images on the device and crops there. Both normalise with ImageNet's
 All that is random in an epoch (order, crops, flips) is drawn at once from (seed, epoch), so it depends neither on
 the loader, nor on the number of its processes, nor on the epochs before it.
 """
-import csv
-import hashlib
 import os
 import shutil
 import tempfile
@@ -24,6 +22,7 @@ from fastai.vision.augment import RandomErasing
 from PIL import Image
 
 from experiments import IMAGES, UsageError
+from files import find_images, fingerprint, noisy_labels, split_files
 from images import Pixels, crop_boxes, epoch_draws, read_image, stack, train_image, valid_image
 
 ARCHIVES = {  # (dataset, source): URL
@@ -31,17 +30,13 @@ ARCHIVES = {  # (dataset, source): URL
     ('imagewoof', '160'): URLs.IMAGEWOOF_160, ('imagewoof', '320'): URLs.IMAGEWOOF_320, ('imagewoof', 'full'): URLs.IMAGEWOOF,
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SUFFIXES = {'.jpeg', '.jpg', '.png', '.bmp', '.webp'}
 
 
 # --- files ---
 
 def find_data(cfg):
     "The folder `cfg` trains on, downloaded or written first where need be."
-    if cfg.data:
-        path = Path(cfg.data)
-        if not path.is_dir(): raise UsageError(f'--data {path}: {"not a folder" if path.exists() else "no such folder"}')
-        return path
+    if cfg.data: return Path(cfg.data)
     if cfg.dataset == 'digits': return digits()
     url = ARCHIVES[cfg.dataset, cfg.source]
     try: return untar_data(url)
@@ -69,46 +64,6 @@ def digits():
         shutil.rmtree(part)
         if not path.exists(): raise
     return path
-
-
-def find_images(path):
-    "{relative path: bytes} of the images in train|val/<class>/ of `path`, sorted."
-    files = {}
-    for folder in ('train', 'val'):
-        if not (path / folder).is_dir(): raise UsageError(f'{path}: no folder {folder}; expected train|val/<class>/<image>')
-        for label in sorted(d.name for d in os.scandir(path / folder) if d.is_dir()):
-            found = [f for f in os.scandir(path / folder / label) if Path(f.name).suffix.lower() in SUFFIXES]
-            if not found: raise UsageError(f'{path / folder / label}: no images in this class folder')
-            files |= {f'{folder}/{label}/{f.name}': f.stat().st_size for f in found}
-    if not files: raise UsageError(f'{path}: no images in train|val/<class>/')
-    return dict(sorted(files.items()))
-
-
-def fingerprint(files):
-    "12 hexadecimal digits of the paths and sizes of {path: bytes}."
-    return hashlib.sha256('\n'.join(f'{f}\t{n}' for f, n in files.items()).encode()).hexdigest()[:12]
-
-
-def split_files(files, split):
-    """(training files, validation files) of the paths in `files`.
-
-    v2: by their folder. v1: those named ILSVRC2012_val_* validate, wherever they lie, and the rest trains. That
-    rule is inferred from the counts of the first release (500 validation images, 50 a class) and a few file names
-    quoted in 2019; today's archives hold the same images in other folders.
-    """
-    valid = {f for f in files if (Path(f).name.startswith('ILSVRC2012_val_') if split == 'v1' else f.startswith('val/'))}
-    if not valid: raise UsageError('split v1 validates on images named ILSVRC2012_val_*, and there are none; try --split v2')
-    return [f for f in files if f not in valid], [f for f in files if f in valid]
-
-
-def noisy_labels(path, pct):
-    "{relative path: label} with `pct` percent of the training labels wrong, from the archive's noisy_*.csv."
-    found = sorted(path.glob('noisy_*.csv'))
-    if not found: raise UsageError(f'--pct-noise {pct}: no noisy_*.csv in {path}')
-    with open(found[0], newline='') as f:
-        labels = {row.get('path'): row.get(f'noisy_labels_{pct}') for row in csv.DictReader(f)}
-    if not labels or None in labels or None in labels.values(): raise UsageError(f'{found[0]}: no columns path and noisy_labels_{pct}')
-    return labels
 
 
 # --- datasets ---

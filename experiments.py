@@ -17,6 +17,16 @@ class UsageError(Exception):
         super().__init__(message.rstrip().rsplit('UsageError: ')[-1])  # a loader's worker wraps it in its traceback
 
 
+class Terminated(KeyboardInterrupt):
+    "SIGTERM. `came`: it has, and what is raised from then on follows from it (loader processes end by it too)."
+    came = False
+
+
+def is_stop(e):
+    "Whether an exception means Ctrl-C or SIGTERM: also where torch tells first that SIGTERM ended a loader process."
+    return isinstance(e, KeyboardInterrupt) or Terminated.came or 'killed by signal: Terminated' in str(e)
+
+
 def registry(file, name):
     "Keys of the dict `name` in `file` beside this one, read from its text: importing it would cost torch's seconds."
     for node in ast.parse((Path(__file__).parent / file).read_text()).body:
@@ -28,6 +38,15 @@ def nearest(name, names):
     "A hint at the name meant: ' (did you mean ...?)' or ''."
     close = get_close_matches(name, names, n=1, cutoff=0.4)
     return f' (did you mean {close[0]}?)' if close else ''
+
+
+ARCHS = {  # name: (expansion, blocks per stage)
+    'xresnet18': (1, (2, 2, 2, 2)),
+    'xresnet34': (1, (3, 4, 6, 3)),
+    'xresnet50': (4, (3, 4, 6, 3)),
+    'xresnet101': (4, (3, 4, 23, 3)),
+    'xresnet152': (4, (3, 8, 36, 3)),
+}
 
 
 def knob(default, help, *aliases, choices=None, least=None, above=None, most=None, below=None):
@@ -50,9 +69,10 @@ class Config:
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
                        choices=['auto', '160', '320', 'full'])
     data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download')
-    pct_noise: int = knob(0, 'percent of noisy labels in training, from the CSV of the archive', choices=[0, 1, 5, 25, 50])
+    pct_noise: int = knob(0, 'percent of noisy labels in training, from the CSV of the archive, made for v2: with v1 about 0.7 times that',
+                         choices=[0, 1, 5, 25, 50])
     # model
-    arch: str = knob('xresnet50', 'network', choices=registry('xresnet.py', 'ARCHS'))
+    arch: str = knob('xresnet50', 'network', choices=list(ARCHS))
     attention: str = knob('none', 'attention layer', choices=registry('layers.py', 'ATTENTION'))
     sa_at: str = knob('1', 'where it stands: stages (their last block) or stage.block, such as 1,2,3,4 or 2.0')
     stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=registry('xresnet.py', 'STEMS'))
@@ -64,7 +84,8 @@ class Config:
     lr: float = knob(3e-3, 'peak learning rate', above=0)
     schedule: str = knob('one_cycle', 'learning rate schedule', choices=['one_cycle', 'flat_cos'])
     opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
-    mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 to mom-0.05 (or 0) and back', least=0, below=0.95)
+    mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 (or (1+mom)/2, if less) to mom-0.05 (or 0) and back',
+                       least=0, below=1)
     sqrmom: float = knob(0.99, 'decay of the squared gradients (beta2)', '--alpha', least=0, below=1)
     eps: float = knob(1e-6, 'epsilon of the optimizer', above=0)
     wd: float = knob(1e-2, 'decoupled weight decay, none on norms and biases', least=0)
@@ -89,6 +110,8 @@ class Config:
         if self.dataset == 'digits' and self.split == 'v1':
             raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
         if self.dataset == 'custom' and not self.data: raise UsageError('--dataset custom: name its folder with --data')
+        try: parse_places(self.sa_at, ARCHS[self.arch][1])
+        except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None
         if 0 < self.mixup < 1e-3: raise UsageError(f'--mixup {self.mixup}: must be 0 or at least 0.001')
 
     @property
@@ -98,11 +121,30 @@ class Config:
 
 
 def resolve(cfg):
-    "`cfg` with what follows from its other fields written out: the archive and the split."
+    "`cfg` with what follows from its other fields written out: the archive, the split, the places of the attention in one form."
     source = 'full' if cfg.size > 224 else '320' if cfg.size > 128 else '160'
     if cfg.source != 'auto' or cfg.dataset == 'digits' or cfg.data: source = cfg.source
     split = cfg.split if cfg.split != 'auto' else 'v1' if cfg.dataset in ('imagenette', 'imagewoof') else 'v2'
-    return replace(cfg, source=source, split=split)
+    blocks = ARCHS[cfg.arch][1]
+    return replace(cfg, source=source, split=split, sa_at=format_places(parse_places(cfg.sa_at, blocks), blocks))
+
+
+def parse_places(sa_at, blocks):
+    """Sorted [(stage, block)] of a setting such as '1' (last block of stage 1), '1,2,3,4' or '2.0' (first block of stage 2).
+
+    `blocks`: blocks per stage. A place that does not exist is a ValueError that lists those that do.
+    """
+    named = {f'{s}.{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
+    named |= {str(s): (s, n - 1) for s, n in enumerate(blocks, 1)}
+    try: return sorted({named[p.strip()] for p in sa_at.split(',')})
+    except KeyError as e:
+        stages = ', '.join(f'{s} (or {s}.0 to {s}.{n - 1})' for s, n in enumerate(blocks, 1))
+        raise ValueError(f'no place {e} for attention; there are {stages}') from None
+
+
+def format_places(places, blocks):
+    "The one setting that stands for `places`: for xresnet50, of '2,1.2' as of '1,2.3' it is '1,2'."
+    return ','.join(str(s) if b == blocks[s - 1] - 1 else f'{s}.{b}' for s, b in places)
 
 
 IMAGES = {  # (dataset, split): training and validation images of a full archive

@@ -40,14 +40,16 @@ class SpectralWeight(nn.Module):
 
     @torch.no_grad()
     def _power_step(self, w):
-        self.u.copy_(F.normalize(w @ self.v, dim=0))
-        self.v.copy_(F.normalize(w.mT @ self.u, dim=0))
+        # a trace of the vectors themselves, so that a weight of zeros does not lose them
+        self.u.copy_(F.normalize(torch.addmv(self.u, w, self.v, beta=1e-9), dim=0))
+        self.v.copy_(F.normalize(torch.addmv(self.v, w.mT, self.u, beta=1e-9), dim=0))
 
     def forward(self):
         w = self._matrix()
         if self.training: self._power_step(w.detach())
         u, v = self.u.clone(), self.v.clone()  # the next pass writes to the buffers: backward needs these values
-        return w / torch.dot(u, w @ v)
+        norm = torch.dot(u, w @ v)
+        return w / (norm + (norm == 0))  # zeros stay zeros
 
     def extra_repr(self): return f'{tuple(self.weight.shape)}, sym={self.sym}'
 
@@ -175,6 +177,14 @@ def multiply_adds(n_channels, n_positions, ks=1, out_conv=False):
                      'source': conv + 2 * C * C * N + C ** 3 * out_conv}
 
 
+def _cheapest(counts):
+    "The key of the smallest value. By a loop: torch.compile has no min() with a key for sizes that it keeps open."
+    best = 'source'
+    for order in counts:
+        if counts[order] < counts[best]: best = order
+    return best
+
+
 class SimpleSelfAttention(_Attention):
     """y = x + gamma * (x x^T)(W x) on x seen as (C, N): attention without softmax, query, key or value.
 
@@ -200,9 +210,7 @@ class SimpleSelfAttention(_Attention):
         u = self.out().to(_wide(dtype)) if self.out is not None else None
         C, N = x.shape[1:]
         order = self.order
-        if order == 'auto':
-            counts = multiply_adds(C, N, self.ks, u is not None)
-            order = min(counts, key=counts.get)
+        if order == 'auto': order = _cheapest(multiply_adds(C, N, self.ks, u is not None))
 
         if order == 'positions':
             scores = _Scores.apply(x_, self._conv(x_, w))  # (B, N, C) (B, C, N) -> (B, N, N)

@@ -60,22 +60,41 @@ def published_for(settings, name, published):
     return published[same].iloc[-1] if same.any() else None
 
 
+def said_of(settings, name, published):
+    """{variant: its published row or None} of the pair none and `name`.
+
+    Where the source compared at equal run time, that without attention is the one of the same table, of more epochs.
+    """
+    said = {arm: published_for(settings, arm, published) for arm in ('none', name)}
+    if said['none'] is None and said[name] is not None:
+        said['none'] = published[(published.variant == 'none') & (published.table == said[name].table)].iloc[-1]
+    return said
+
+
 def comparison(runs, published):
     """One row per setting and variant with attention, ours and published; a side without runs is NaN.
 
-    Columns: the settings, variant, metric (last or max), for side in (ours, published) and arm in (none, variant):
-    <side>_<arm>_n, _mean, _sd; fractions. Ours come first, then the published settings that have no run of ours.
+    Columns: the settings, variant, metric (last or max), epochs_none (where they differ), for side in (ours, published)
+    and arm in (none, variant): <side>_<arm>_n, _mean, _sd; fractions. Ours come first, then what was published and no
+    run of ours stands beside; there, what was published without attention and is in no pair, has a row of its own.
     """
     ours = summarise(runs)
     rows, met = [], set()
     for _, group in ours.groupby(GROUP, sort=False, dropna=False):
-        arms = {r.variant: r for r in group.itertuples()}
+        settings, arms = group.iloc[0], {r.variant: r for r in group.itertuples()}
         for name in [v for v in arms if v != 'none'] or ['none']:
-            said = {arm: published_for(group.iloc[0], arm, published) for arm in ('none', name)}
+            said, pair = said_of(settings, name, published), arms
+            if said['none'] is not None and said['none'].epochs != settings.epochs:
+                if 'none' in arms: said['none'] = None  # ours are of equal epochs
+                else:
+                    same = (ours[GROUP] == pd.Series(dict(settings) | dict(epochs=said['none'].epochs))[GROUP]).all(axis=1)
+                    pair = arms | dict(zip(['none'], ours[same & (ours.variant == 'none')].itertuples()))
             met |= {p.name for p in said.values() if p is not None}
-            rows.append(_row(group.iloc[0], name, arms, said))
-    for _, p in published[(published.variant != 'none') & ~published.index.isin(met)].iterrows():
-        said = {arm: published_for(p, arm, published) for arm in ('none', p.variant)}
+            rows.append(_row(settings, name, pair, said))
+    for _, p in published.sort_values('variant', key=lambda v: v == 'none', kind='stable').iterrows():  # pairs first
+        if p.name in met: continue
+        said = said_of(p, p.variant, published) | {p.variant: p}
+        met |= {q.name for q in said.values()}
         rows.append(_row(p, p.variant, {}, said))
     table = pd.DataFrame(rows)
     titles, ours = table.apply(title, axis=1), table.data_fingerprint.notna()
@@ -88,6 +107,7 @@ def _row(settings, name, arms, said):
     "A row of `comparison`: `arms` {variant: row of summarise}, `said` {variant: published row or None}."
     metric = next((p.metric for p in said.values() if p is not None), 'last')
     row = {key: settings.get(key) for key in GROUP} | dict(variant=name, metric=metric)
+    row['epochs_none'] = said['none'].epochs if said['none'] is not None else settings.epochs
     suffix = '_max' if metric == 'max' else ''
     for arm, column in (('none', 'none'), (name, 'variant')):
         r, p = arms.get(arm), said.get(arm)
@@ -101,7 +121,9 @@ def _row(settings, name, arms, said):
 
 def title(settings):
     "A setting in words: 'imagewoof v1, 128 px, 5 epochs, xresnet50', then what is not the default."
-    text = f'{settings["dataset"]} {settings["split"]}, {settings["size"]} px, {settings["epochs"]} epochs, {settings["arch"]}'
+    epochs, without = settings['epochs'], settings.get('epochs_none')
+    epochs = f'{epochs} epochs' + (f' (without: {without})' if without not in (None, epochs) else '')
+    text = f'{settings["dataset"]} {settings["split"]}, {settings["size"]} px, {epochs}, {settings["arch"]}'
     text = ', '.join([text, *(f'{key} {settings[key]}' for key in special(settings, TITLE))])
     full, n = IMAGES.get((settings['dataset'], settings['split'])), settings.get('n_train')
     return text if pd.isna(n) or not full or n == full[0] else f'{text}, only {n} training images'
@@ -127,7 +149,8 @@ def markdown(table):
     def side_cells(r, side):
         arms = {arm: [r.get(f'{side}_{arm}_{k}', 0) for k in ('mean', 'sd', 'n', 'not_ok')] for arm in ('none', 'variant')}
         (m0, sd0, n0, _), (m1, sd1, n1, _) = arms.values()
-        if r.variant == 'none' or pd.isna(m1 - m0): return [*(percent(*a) for a in arms.values()), '']
+        if r.variant == 'none': return [percent(*arms['none']), '–', '']
+        if pd.isna(m1 - m0): return [*(percent(*a) for a in arms.values()), '']
         error = (sd0**2 / n0 + sd1**2 / n1)**0.5  # NaN where a standard deviation is
         return [*(percent(*a) for a in arms.values()), f'{100 * (m1 - m0):+.1f}' + ('' if pd.isna(error) else f' ± {100 * error:.1f}')]
 

@@ -12,7 +12,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -63,14 +63,21 @@ def _replacing(path):
     "A text file that takes the place of `path` when the block ends well: `path` is always old or new, never half."
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.{os.getpid()}')
+    part = path.with_name(f'.{path.name}.part')  # one name, so that what a kill -9 leaves is overwritten; runs.csv has its lock
     try:
         with open(part, 'w', newline='', encoding='utf-8') as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
+        with suppress(OSError): _sync_folder(path.parent)  # not all file systems can
     finally: part.unlink(missing_ok=True)
+
+
+def _sync_folder(path):
+    fd = os.open(path, os.O_RDONLY)
+    try: os.fsync(fd)
+    finally: os.close(fd)
 
 
 def _write_rows(path, columns, rows):
@@ -124,9 +131,10 @@ def check(results=RESULTS):
     results = Path(results)
     try:
         results.mkdir(parents=True, exist_ok=True)
-        with FileLock(results / '.runs.lock', timeout=60): _writable(results)
-        with _replacing(results / '.probe') as f: f.write('a row fits')
-        (results / '.probe').unlink()
+        with FileLock(results / '.runs.lock', timeout=60):
+            _writable(results)
+            with _replacing(results / '.probe') as f: f.write('a row fits')
+            (results / '.probe').unlink()
     except (OSError, UnicodeError, csv.Error) as e: raise UsageError(f'{results}: no row can be written there ({e})') from None
 
 

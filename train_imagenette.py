@@ -8,10 +8,13 @@ import argparse
 import os
 import signal
 import sys
+import threading
+import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import SWITCH, Config, UsageError, fields, flag, nearest
+from experiments import SWITCH, Config, Terminated, UsageError, fields, flag, is_stop, nearest
+from files import find_images
 
 
 class Parser(argparse.ArgumentParser):
@@ -71,21 +74,35 @@ def parse(argv):
         if config['attention'] not in ('simple', 'simple_sym'): raise UsageError(f'--sym: for --sa simple only, not {config["attention"]}')
         config['attention'] = 'simple_sym'
     if args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
-    if args.save and not args.save.absolute().parent.is_dir(): raise UsageError(f'--save {args.save}: no such folder')
-    if args.save and args.save.is_dir(): raise UsageError(f'--save {args.save}: a folder, not a file')
     cfg = Config(**config)
     replace(cfg, seed=cfg.seed + args.runs - 1)  # the last seed is checked now, not after the run before it
+    try:
+        if cfg.data: find_images(Path(cfg.data))
+    except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
+    if args.save: probe(args.save)
     return cfg, args
 
 
-class Terminated(KeyboardInterrupt): "SIGTERM."
+def probe(file):
+    "Raise UsageError unless `file` can be written; leaves it as it was."
+    new = not os.path.lexists(file)
+    try:
+        with open(file, 'ab'): pass
+        if new: file.unlink()
+    except OSError as e: raise UsageError(f'--save {file}: cannot be written ({e.strerror})') from None
 
 
 def stop_on_sigterm():
     "Let SIGTERM end this process the way Ctrl-C does; loader workers, which inherit the handler, just end."
     main = os.getpid()
-    def stop(*_):
+    Terminated.came = False
+    def stop(_, frame):
         if os.getpid() != main: os._exit(0)
+        Terminated.came = True
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's would raise for the workers that SIGTERM ends too,
+        sys.unraisablehook = lambda *_: None                     # and its half-made iterators complain when they are deleted
+        if any(f.f_code.co_name == '__del__' for f, _ in traceback.walk_stack(frame)):  # which would swallow the exception
+            return threading.Timer(0.1, os.kill, (main, signal.SIGTERM)).start()
         raise Terminated
     signal.signal(signal.SIGTERM, stop)
 
@@ -95,7 +112,7 @@ def train(cfg, args):
     import warnings
     warnings.filterwarnings('ignore', category=FutureWarning, module='torch')  # of fastai's own torch.jit.script
     import training  # torch and fastai take seconds: not before the command line is known to be good
-    if args.dump: return print(training.dump(cfg))
+    if args.dump: return print(training.dump(cfg), flush=True)
     device = training.get_device(args.gpu)
     if args.lrfinder:
         lr, file = training.find_lr(cfg, args.results, device)
@@ -105,12 +122,17 @@ def train(cfg, args):
 
 
 def main(argv=None):
-    "Exit code 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130 or 143: stopped by Ctrl-C or SIGTERM."
+    "Exit code 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe."
     try: train(*parse(argv))
     except UsageError as e:
         print(f'train_imagenette.py: {e}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt as e: return 128 + (signal.SIGTERM if isinstance(e, Terminated) else signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there when it ends
+        return 128 + signal.SIGPIPE
+    except (KeyboardInterrupt, Exception) as e:
+        if not is_stop(e): raise
+        return 128 + (signal.SIGINT if type(e) is KeyboardInterrupt else signal.SIGTERM)
 
 
 if __name__ == '__main__': sys.exit(main())

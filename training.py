@@ -34,9 +34,10 @@ from fastai.torch_core import norm_bias_params, set_seed
 
 import runlog
 from data import get_dls
-from experiments import Config, UsageError, resolve
+from experiments import Config, UsageError, is_stop, resolve
+from files import find_images
 from layers import ATTENTION
-from xresnet import ARCHS, format_places, parse_places, xresnet
+from xresnet import xresnet
 
 
 def get_device(gpu=None):
@@ -53,11 +54,9 @@ def settle(cfg, device):
     cfg = resolve(cfg)
     precision = cfg.precision if cfg.precision != 'auto' else 'fp16' if device.type == 'cuda' else 'fp32'
     if precision == 'fp16' and device.type == 'cpu': raise UsageError('--precision fp16: needs a CUDA device; on a CPU take fp32 or bf16')
-    try: sa_at = format_places(parse_places(cfg.sa_at, ARCHS[cfg.arch][1]), ARCHS[cfg.arch][1])
-    except ValueError as e: raise UsageError(f'--sa-at {cfg.sa_at}: {e}') from None
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     workers = cfg.workers if cfg.workers >= 0 else min(8, cores)
-    return replace(cfg, precision=precision, workers=workers, sa_at=sa_at)
+    return replace(cfg, precision=precision, workers=workers)
 
 
 def get_model(cfg, n_classes):
@@ -257,8 +256,8 @@ def fit(learn, cfg):
     "Train for cfg.epochs on the schedule of `cfg`."
     if cfg.schedule == 'flat_cos': return learn.fit_flat_cos(cfg.epochs, cfg.lr)
     # fastai 1's cycle moved the momentum from 0.95 to 0.85 and back whatever --mom said; here --mom is its middle
-    moms = cfg.mom + 0.05, max(0, cfg.mom - 0.05), cfg.mom + 0.05
-    learn.fit_one_cycle(cfg.epochs, cfg.lr, div=10, pct_start=0.3, moms=moms)
+    high, low = min(cfg.mom + 0.05, (1 + cfg.mom) / 2), max(0, cfg.mom - 0.05)
+    learn.fit_one_cycle(cfg.epochs, cfg.lr, div=10, pct_start=0.3, moms=(high, low, high))
 
 
 def prepare(cfg, device):
@@ -290,12 +289,13 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
     try:
         fit(learn, cfg)
         status = 'diverged' if measure.diverged else 'ok'
-    except KeyboardInterrupt:
-        status = 'interrupted'
+    except BaseException as e:
+        if is_stop(e): status = 'interrupted'
         raise
     finally:
-        row |= dict(status=status, **measure.results(whole=status == 'ok'))
-        with undisturbed(): print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
+        with undisturbed():
+            row |= dict(status=status, **measure.results(whole=status == 'ok'))
+            print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
     if status == 'ok':
         runlog.write_predictions(run_id, results, logits=torch.cat(measure.logits).cpu().numpy(),
                                  targets=torch.cat(measure.targets).cpu().numpy(), files=np.array(dls.files))
@@ -337,9 +337,10 @@ def load_model(file):
     return model.eval(), saved['vocab']
 
 
-def dump(cfg, n_classes=10):
+def dump(cfg):
     "The model of `cfg` as text: a line per module, its output shape for one image and its parameters."
-    model = get_model(settle(cfg, torch.device('cpu')), n_classes).eval()
+    classes = {f.split('/')[1] for f in find_images(Path(cfg.data)) if f.startswith('train/')} if cfg.data else range(10)
+    model = get_model(cfg, len(classes)).eval()
     shapes = {}
     def keep(name): return lambda m, i, o: shapes.update({name: tuple(o.shape)})
     for name, m in model.named_modules(): m.register_forward_hook(keep(name))
@@ -357,7 +358,8 @@ def find_lr(cfg, results=runlog.RESULTS, device=None):
     runlog.check(results)
     cfg, dls, model = prepare(cfg, device or get_device())
     learn = get_learner(cfg, dls, model)
-    file = Path(results) / 'lr_find' / f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}.png'
+    special = [f'-{k}{getattr(cfg, k)}' for k in ('sa_at', 'opt', 'mom', 'wd', 'mixup') if getattr(cfg, k) != getattr(Config, k)]
+    file = Path(results) / 'lr_find' / f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}{"".join(special)}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:  # lr_find keeps the first weights in a file there
         learn.path = Path(folder)

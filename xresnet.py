@@ -12,13 +12,8 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-ARCHS = {  # name: (expansion, blocks per stage)
-    'xresnet18': (1, (2, 2, 2, 2)),
-    'xresnet34': (1, (3, 4, 6, 3)),
-    'xresnet50': (4, (3, 4, 6, 3)),
-    'xresnet101': (4, (3, 4, 23, 3)),
-    'xresnet152': (4, (3, 8, 36, 3)),
-}
+from experiments import ARCHS, parse_places
+
 STEMS = {'32-64-64': (32, 64, 64), '32-32-64': (32, 32, 64)}  # the source's, fastai's
 ACTIVATIONS = {
     'relu': partial(nn.ReLU, inplace=True),
@@ -61,29 +56,11 @@ class ResBlock(nn.Module):
     def forward(self, x): return self.act(self.attention(self.convs(x)) + self.shortcut(x))
 
 
-def parse_places(sa_at, blocks):
-    """Sorted [(stage, block)] of a setting such as '1' (last block of stage 1), '1,2,3,4' or '2.0' (first block of stage 2).
-
-    `blocks`: blocks per stage. A place that does not exist is a ValueError that lists those that do.
-    """
-    named = {f'{s}.{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
-    named |= {str(s): (s, n - 1) for s, n in enumerate(blocks, 1)}
-    try: return sorted({named[p.strip()] for p in sa_at.split(',')})
-    except KeyError as e:
-        stages = ', '.join(f'{s} (or {s}.0 to {s}.{n - 1})' for s, n in enumerate(blocks, 1))
-        raise ValueError(f'no place {e} for attention; there are {stages}') from None
-
-
-def format_places(places, blocks):
-    "The one setting that stands for `places`: for xresnet50, of '2,1.2' as of '1,2.3' it is '1,2'."
-    return ','.join(str(s) if b == blocks[s - 1] - 1 else f'{s}.{b}' for s, b in places)
-
-
 def xresnet(arch, n_classes=1000, attention=nn.Identity, sa_at='1', stem='32-64-64', act='relu', pool='avg'):
     """An XResNet for RGB images (B, 3, H, W), H and W at least 32, to logits (B, n_classes).
 
     attention  a layer factory, n_channels -> module (B, C, H, W) -> (B, C, H, W), put at each place of `sa_at`
-    sa_at      places, see `parse_places`
+    sa_at      places, see `experiments.parse_places`
     stem, act, pool: names in STEMS, ACTIVATIONS, POOLS
     """
     expansion, blocks = ARCHS[arch]

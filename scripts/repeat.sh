@@ -2,6 +2,7 @@
 # Train N times with seeds 0 to N-1, a process each; several arms, separated by --, are interleaved:
 #   scripts/repeat.sh N FLAGS... [-- FLAGS...]...
 #   scripts/repeat.sh 12 --woof --size 128 -- --woof --size 128 --sa
+# Goes on after a run that fails and ends with 1 then; a mistake in the flags, Ctrl-C and SIGTERM end it at once.
 set -euo pipefail
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: scripts/repeat.sh N FLAGS... [-- FLAGS...]...   (N: how many runs of each)" >&2
@@ -9,14 +10,28 @@ if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
 fi
 n=$1
 shift
+repo=$(dirname "$0")/..
+python=${PYTHON:-python}
+if [[ -z ${PYTHON:-} && -x $repo/.venv/bin/python ]]; then python=$repo/.venv/bin/python; fi
+failed=0
 for ((seed = 0; seed < n; seed++)); do
   arm=()
   for flag in "$@" --; do
     if [[ $flag != -- ]]; then
       arm+=("$flag")
     else
-      "${PYTHON:-python}" "$(dirname "$0")/../train_imagenette.py" ${arm[@]+"${arm[@]}"} --seed "$seed"
+      code=0
+      "$python" "$repo/train_imagenette.py" ${arm[@]+"${arm[@]}"} --seed "$seed" || code=$?
+      case $code in
+        0) ;;
+        2 | 130 | 143) exit "$code" ;;
+        *) failed=$((failed + 1)) ;;
+      esac
       arm=()
     fi
   done
 done
+if ((failed)); then
+  echo "repeat.sh: $failed runs failed" >&2
+  exit 1
+fi

@@ -10,8 +10,9 @@ import torch
 from conftest import CLASSES
 
 import data
-from data import find_images, fingerprint, get_dls, split_files
+from data import get_dls
 from experiments import Config, UsageError, resolve
+from files import find_images, fingerprint, split_files
 from images import read_image, valid_image
 
 

@@ -120,6 +120,16 @@ def test_spectral_weight_is_fixed_in_eval():
     assert not torch.equal(norm.train()(), norm())
 
 
+def test_a_weight_of_zeros_is_finite_and_normalised_again_once_it_is_not():
+    norm = SpectralWeight(16, 16)
+    norm.weight.data.zero_()
+    w = norm()
+    assert (w == 0).all() and torch.autograd.grad(w.sum(), norm.weight)[0].isfinite().all()
+    norm.weight.data.normal_()
+    for _ in range(50): norm()
+    assert torch.linalg.matrix_norm(norm(), 2).item() == pytest.approx(1, abs=0.05)
+
+
 @pytest.mark.parametrize('n_channels', [16, 6, 512])  # C/8 whole, C < 8, more than one head
 def test_sagan_is_the_explicit_softmax(n_channels):
     layer = trained(SelfAttention, n_channels)
@@ -236,6 +246,15 @@ def test_compiles_in_one_graph(name, autocast, fresh_dynamo):
         return f
     expected = grads(layer, x, forward(layer))
     assert max(map(error, grads(compiled, x, forward(compiled)), expected)) < (0.05 if autocast else 1e-5)
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_compiles_in_one_graph_for_any_height_and_width(name, fresh_dynamo):
+    layer = trained(name).train()
+    compiled = torch.compile(copy.deepcopy(layer), fullgraph=True, dynamic=True, backend='aot_eager')
+    for side in ((3, 3), (8, 5), (7, 9)):  # N < C, N > C, as before
+        x = torch.randn(2, 16, *side)
+        assert max(map(error, grads(compiled, x), grads(layer, x))) < 1e-5
 
 
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')

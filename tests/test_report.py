@@ -51,10 +51,30 @@ def test_runs_stand_beside_the_published_numbers_of_their_setting(published):
     assert ours.ours_none_mean[128, 'simple'] == pytest.approx(0.625) and ours.ours_variant_mean[128, 'simple'] == 0.65
 
 
-def test_every_published_row_with_attention_is_in_the_table_once(published):
-    for runs in (runlog.load('/no/such/file'), make_runs('simple', [0.65])):
+def test_every_published_row_is_in_the_table_and_those_with_attention_once(published):
+    for runs in (runlog.load('/no/such/file'), make_runs('simple', [0.65]), make_runs('none', [0.8], arch='xresnet18', epochs=50, lr=8e-3)):
         table = report.comparison(runs, published)
-        assert len(table) == (published.variant != 'none').sum() and table.published_variant_mean.notna().all()
+        none = published.variant == 'none'
+        shown = table[table.variant != 'none'].published_variant_mean
+        assert sorted(shown) == sorted(published['mean'][~none]) and set(table.published_none_mean.dropna()) == set(published['mean'][none])
+    assert table.title.value_counts().max() == 2  # simple and sagan of one setting
+
+
+def test_published_pairs_of_equal_run_time_have_their_own_epochs(published):
+    def row(runs, variant='simple'):
+        table = report.comparison(runs, published)
+        return table[table.title.str.contains('128 px, 47 epochs') & (table.variant == variant) & (table.mixup == 0)].iloc[0]
+    for variant, mean in (('simple', 0.8567), ('sagan', 0.8547)):
+        r = row(runlog.load('/no/such/file'), variant)
+        assert r.title == 'imagewoof v1, 128 px, 47 epochs (without: 50), xresnet18, lr 0.008'
+        assert r[['published_none_mean', 'published_variant_mean']].tolist() == pytest.approx([0.8498, mean])
+    arm = dict(arch='xresnet18', lr=8e-3)
+    ours = [make_runs('simple', [0.80], [0.85], epochs=47, **arm), make_runs('none', [0.78], [0.84], epochs=50, **arm)]
+    for variant in ('simple', 'sagan'):
+        r = row(pd.concat([*ours, make_runs('sagan', [0.80], [0.85], epochs=47, **arm)]), variant)
+        assert r[['ours_none_mean', 'ours_variant_mean', 'published_none_mean']].tolist() == pytest.approx([0.84, 0.85, 0.8498])
+    r = row(pd.concat([*ours, make_runs('none', [0.77], [0.83], epochs=47, **arm)]))  # of equal epochs: another comparison
+    assert r.ours_none_mean == 0.83 and np.isnan(r.published_none_mean) and 'without' not in r.title
 
 
 def test_last_and_best_epoch_are_never_mixed(published):
@@ -95,6 +115,7 @@ def test_markdown(published):
     assert lines[2] == ('| imagewoof v1, 128 px, 5 epochs, xresnet50 | simple | 62.3 (12) | 65.2 (12) | +2.9 '
                         '| 62.0 ± 2.8 (2, 1 not ok) | 65.0 ± 0.3 (2) | +3.0 ± 2.0 |')
     assert any('| 85.67 ± 0.9 (20) |' in line and 'best epoch' in line for line in lines)
+    assert any('| none | 82.1 (10) | – |  | – | – |  |' in line for line in lines)
     assert len({line.count('|') for line in lines}) == 1
 
 

@@ -2,6 +2,7 @@ import multiprocessing as mp
 import os
 import random
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -68,6 +69,7 @@ for i in range(100000):
         assert df.run_id.is_unique and (df.status == 'ok').all() and (df.meta.str.len() == 2000).all()
         assert seen + done <= len(df) <= seen + done + 1  # every row that was reported, and at most the one in flight
         seen = len(df)
+    assert {p.name for p in tmp_path.iterdir()} <= {'.runs.lock', '.runs.csv.part', 'runs.csv'}
 
 
 def test_a_file_with_other_columns_is_left_alone(tmp_path, capsys):
@@ -132,6 +134,19 @@ def test_a_full_disk_keeps_the_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match='No space'): runlog.append(row('b'), tmp_path)
     assert (tmp_path / 'runs.csv').read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ['.runs.lock', 'runs.csv']
+
+
+def test_what_a_kill_left_behind_goes_with_the_next_row(tmp_path):
+    (tmp_path / '.runs.csv.part').write_text('run_id,sta')
+    runlog.append(row(), tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.runs.lock', 'runs.csv'] and len(runlog.load(tmp_path / 'runs.csv')) == 1
+
+
+def test_the_file_and_then_its_folder_reach_the_disk(tmp_path, monkeypatch):
+    synced = []
+    monkeypatch.setattr(os, 'fsync', lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), (tmp_path / 'runs.csv').exists())))
+    runlog.append(row(), tmp_path)
+    assert synced == [(False, False), (True, True)]
 
 
 def test_run_ids_are_unique_and_sort_by_time():

@@ -3,6 +3,8 @@ import copy
 import csv
 import functools
 import math
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ import train_imagenette
 import training
 from experiments import Config, UsageError, fields, flag, registry, resolve
 from layers import ATTENTION
-from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
+from xresnet import ACTIVATIONS, POOLS, STEMS
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
 
@@ -34,7 +36,7 @@ def record(tmp_path): return runlog.load(tmp_path / 'results' / 'runs.csv')
 # --- flags ---
 
 def test_the_registries_are_read_as_they_are():
-    for file, name, value in [('layers.py', 'ATTENTION', ATTENTION), ('xresnet.py', 'ARCHS', ARCHS), ('xresnet.py', 'STEMS', STEMS),
+    for file, name, value in [('layers.py', 'ATTENTION', ATTENTION), ('xresnet.py', 'STEMS', STEMS),
                               ('xresnet.py', 'ACTIVATIONS', ACTIVATIONS), ('xresnet.py', 'POOLS', POOLS)]:
         assert registry(file, name) == list(value)
 
@@ -66,10 +68,10 @@ def test_the_sources_own_command_line():
 def test_flags(argv, expected): assert config(*argv.split()) == Config(**expected)
 
 
-def test_the_dataset_of_a_folder():
-    assert config('--data', 'x') == Config(dataset='custom', data='x') and resolve(config('--data', 'x')).split == 'v2'
-    woof = config('--data', 'x', '--woof')
-    assert woof == Config(dataset='imagewoof', data='x') and resolve(woof).split == 'v1'
+def test_the_dataset_of_a_folder(tree):
+    cfg, woof = config('--data', tree), config('--data', tree, '--woof')
+    assert cfg == Config(dataset='custom', data=str(tree)) and resolve(cfg).split == 'v2'
+    assert woof == Config(dataset='imagewoof', data=str(tree)) and resolve(woof).split == 'v1'
 
 
 def test_every_field_is_a_flag_with_help(capsys):
@@ -85,9 +87,10 @@ def test_every_field_is_a_flag_with_help(capsys):
     ('--epcohs 3', 'did you mean --epochs?'), ('stray', 'unknown argument stray'), ('--woof 2', '0 or 1'), ('--runs 0', 'at least 1'),
     ('--sa sagan --sym', 'for --sa simple only'), ('--dataset digits --split v1', 'one split only'),
     ('--dataset digits --woof', 'give one of them'), ('--data /no/such/folder', 'no such folder'), ('--gpu 99', '--gpu 99'),
-    ('--save /no/such/folder/m.pt', 'no such folder'), ('--seed 2147483647 --runs 2', '--seed 2147483648'),
+    ('--save /no/such/folder/m.pt', 'cannot be written (No such file'), ('--seed 2147483647 --runs 2', '--seed 2147483648'),
     ('--precision fp16 --dataset digits --size 32', 'needs a CUDA device'), ('--mixup 1e-300', '--mixup 1e-300'),
-    ('--dataset custom', 'name its folder'), ('--save /tmp', 'a folder, not a file'), ('--meta \udcff', 'cannot be printed'),
+    ('--dataset custom', 'name its folder'), ('--data /', 'no folder train'), ('--mom 1', '--mom 1.0: must be below 1'),
+    ('--save /tmp', 'cannot be written (Is a directory)'), ('--meta \udcff', 'cannot be printed'),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, command):
     if 'fp16' in argv and torch.cuda.is_available(): pytest.skip('fp16 works on CUDA')
@@ -95,12 +98,14 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, words, command):
     assert code == 2 and words in err and err.count('\n') == 1 and err.startswith('train_imagenette.py: ') and not out
 
 
-@pytest.mark.parametrize('argv, code', [(['--help'], 0), (['--epcohs', '3'], 2), (['--arch', 'resnet'], 2)])
+@pytest.mark.parametrize('argv, code', [
+    ('--help', 0), ('--epcohs 3', 2), ('--arch resnet', 2), ('--sa-at 9', 2), ('--data /no/such/folder', 2), ('--data /', 2),
+])
 def test_answers_in_under_3_seconds(argv, code):
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, REPO / 'train_imagenette.py', *argv], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, REPO / 'train_imagenette.py', *argv.split()], capture_output=True, text=True)
         seconds.append(time.perf_counter() - start)
         assert done.returncode == code and 'Traceback' not in done.stderr
     assert min(seconds) < 3
@@ -192,6 +197,26 @@ def test_a_signal_leaves_an_interrupted_row(number, code, tree, tmp_path):
     assert 'interrupted after' in out and 'Traceback' not in err
 
 
+def test_sigterm_to_the_loader_processes_too_leaves_the_same(tree, tmp_path):
+    argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 2]
+    processes = [subprocess.Popen([sys.executable, REPO / 'train_imagenette.py', *map(str, argv)], text=True, start_new_session=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(5)]
+    for process in processes:
+        assert process.stdout.readline().startswith('epoch ')
+        os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 143 and 'interrupted after' in out and not err
+    assert record(tmp_path).status.tolist() == ['interrupted'] * 5
+
+
+def test_a_loader_process_ended_by_sigterm_first_leaves_the_same(tree, command, tmp_path, monkeypatch):
+    def fit(*args): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
+    monkeypatch.setattr(training, 'fit', fit)
+    code, out, err = command('--data', tree, *TINY)
+    assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and 'interrupted after' in out and not err
+
+
 def test_a_results_folder_that_is_none_is_told_before_training(tree, tmp_path, capfd):
     (tmp_path / 'file').touch()
     for more in ([], ['--lrfinder']):
@@ -214,11 +239,31 @@ def test_dump_prints_shapes_and_parameters_and_trains_nothing(command, tmp_path)
     assert f'{sum(p.numel() for p in training.get_model(Config(attention="simple"), 10).parameters()):,} parameters' in out
 
 
-def test_lrfinder_suggests_and_plots(tree, command, tmp_path):
-    code, out, err = command('--data', tree, *TINY, '--lrfinder')
-    assert code == 0, err
-    file = tmp_path / 'results' / 'lr_find' / 'custom-32-xresnet18-bs6.png'
-    assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG' and not (tmp_path / 'results' / 'runs.csv').exists()
+def test_dump_has_a_head_for_the_classes_of_the_folder_and_needs_no_device(tree, command):
+    code, out, _ = command('--dump', '--data', tree, '--size', 32, '--arch', 'xresnet18', '--precision', 'fp16')
+    assert code == 0 and '(1, 3)' in next(x for x in out.splitlines() if x.startswith('head '))
+
+
+def test_a_reader_that_closes_the_pipe_is_no_fault():
+    argv = [sys.executable, REPO / 'train_imagenette.py', '--dump', '--arch', 'xresnet152', '--size', '32']  # more than a pipe holds
+    process = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout.readline().startswith('module')
+    process.stdout.close()
+    assert process.stderr.read() == '' and process.wait() == 141
+
+
+def test_lrfinder_suggests_and_plots_each_setting_in_its_own_file(tree, command, tmp_path):
+    for more, name in [((), ''), (('--opt', 'sgd', '--sa-at', '1,2'), '-sa_at1,2-optsgd')]:
+        code, out, err = command('--data', tree, *TINY, '--lrfinder', *more)
+        assert code == 0, err
+        file = tmp_path / 'results' / 'lr_find' / f'custom-32-xresnet18-bs6{name}.png'
+        assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG' and not (tmp_path / 'results' / 'runs.csv').exists()
+
+
+def test_a_file_to_save_to_is_tried_and_left_as_it_was(tmp_path):
+    (tmp_path / 'old.pt').write_text('old')
+    for name in ('old.pt', 'new.pt'): config('--save', tmp_path / name)
+    assert (tmp_path / 'old.pt').read_text() == 'old' and not (tmp_path / 'new.pt').exists()
 
 
 def test_a_saved_model_predicts_the_same(tree, command, tmp_path):
@@ -230,6 +275,26 @@ def test_a_saved_model_predicts_the_same(tree, command, tmp_path):
     saved = np.load(tmp_path / 'results' / 'predictions' / f'{row.run_id}.npz')
     with torch.no_grad(): logits = torch.cat([model(x) for x, _ in dls.valid])
     assert torch.allclose(logits, torch.tensor(saved['logits']), atol=1e-4)
+
+
+@pytest.mark.parametrize('python, codes, calls, code', [
+    ('PYTHON', {}, 4, 0), ('.venv/bin/python', {}, 4, 0),
+    ('PYTHON', {'--woof --seed 0': 1}, 4, 1), ('PYTHON', {'--woof --sa --seed 0': 137}, 4, 1),
+    ('PYTHON', {'--woof --seed 0': 2}, 1, 2), ('PYTHON', {'--woof --sa --seed 0': 143}, 2, 143),
+])
+def test_repeat_interleaves_the_arms_and_goes_on_after_a_run_that_fails(python, codes, calls, code, tmp_path):
+    script, fake, log = (tmp_path / name for name in ('scripts/repeat.sh', '.venv/bin/python', 'log'))
+    for file in (script, fake): file.parent.mkdir(parents=True)
+    shutil.copy(REPO / 'scripts' / 'repeat.sh', script)
+    cases = ''.join(f'"{flags}") exit {n};; ' for flags, n in codes.items())
+    fake.write_text(f'#!/bin/sh\nshift\necho "$*" >> {log}\ncase "$*" in {cases} *) exit 0;; esac\n')
+    fake.chmod(0o755)
+    if python == 'PYTHON': fake = fake.rename(tmp_path / 'other')
+    env = {k: v for k, v in os.environ.items() if k != 'PYTHON'} | ({'PYTHON': str(fake)} if python == 'PYTHON' else {})
+    argv = ['bash', str(script), '2', '--woof', '--', '--woof', '--sa']
+    done = subprocess.run(argv, env=env, capture_output=True, text=True)
+    assert done.returncode == code and ('1 runs failed' in done.stderr) == (code == 1)
+    assert log.read_text().splitlines() == [f'{arm} --seed {s}' for s in (0, 1) for arm in ('--woof', '--woof --sa')][:calls]
 
 
 # --- recipe ---
@@ -333,9 +398,14 @@ def test_unknown_values_are_refused_by_config_itself():
     assert Config(lr=1) == Config(lr=1.) and isinstance(Config(lr=1).lr, float)
 
 
-def test_momentum_never_falls_below_zero(tree):
-    mom = hyperparameters(tree, '--epochs', 4, '--mom', 0)[0]['mom']
-    assert mom.min() >= 0 and mom[0] == pytest.approx(0.05)
+@pytest.mark.parametrize('middle, high, low', [(0, 0.05, 0), (0.5, 0.55, 0.45), (0.95, 0.975, 0.9), (0.99, 0.995, 0.94)])
+def test_the_cycle_of_the_momentum_stays_within_0_and_1(middle, high, low, tree):
+    mom = hyperparameters(tree, '--epochs', 4, '--mom', middle)[0]['mom']
+    assert mom[0] == pytest.approx(high) and mom.max() < 1 and mom.min() == pytest.approx(low)
+
+
+def test_momentum_is_constant_under_flat_cos(tree):
+    assert set(hyperparameters(tree, '--mom', 0.95, '--schedule', 'flat_cos')[1].opt.hypers.attrgot('mom')) == {0.95}
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')

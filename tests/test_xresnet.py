@@ -3,11 +3,12 @@ import torch
 from fastai.layers import MaxPool
 from fastai.vision.models import xresnet as fastai_xresnet
 
+from experiments import ARCHS, format_places, parse_places
 from layers import ATTENTION, SimpleSelfAttention
-from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS, format_places, parse_places, xresnet
+from xresnet import ACTIVATIONS, POOLS, STEMS, xresnet
 
 
-@pytest.mark.parametrize('arch', ['xresnet18', 'xresnet34', 'xresnet50'])
+@pytest.mark.parametrize('arch', ARCHS)
 def test_without_attention_it_is_fastais_network(arch):
     ours, theirs = xresnet(arch, 10, stem='32-32-64'), getattr(fastai_xresnet, arch)(n_out=10)
     state, reference = ours.state_dict(), theirs.state_dict()
