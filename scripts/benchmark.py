@@ -132,6 +132,7 @@ def cost(args, device):
         N = side**2  # B, C, N as in layers.py
         B = max(1, scale * (1024 if args.quick else 4096) // N)
         x, g = torch.randn(B, C, side, side, device=device, requires_grad=True), torch.randn(B, C, side, side, device=device)
+        print(f'C = {C}, N = {N}, {B} images a call', file=sys.stderr)
         measured = []
         for name, order, count, module in contenders(C, N):
             row = dict(layer=name, order=order, B=B, C=C, N=N, multiply_adds=count)
