@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import REPO
 
-import report
+import layer_cost
 from layers import ATTENTION, multiply_adds
 
 spec = importlib.util.spec_from_file_location('benchmark', REPO / 'scripts' / 'benchmark.py')
@@ -44,7 +44,7 @@ def run_cost(monkeypatch, tmp_path, *shapes):
     "The table of `cost --quick` at `shapes` (C, side)."
     monkeypatch.setattr(benchmark, 'QUICK_COST', shapes)
     assert not benchmark.main(['cost', '--quick', '--results', str(tmp_path)])
-    return report.load_cost(tmp_path / 'benchmarks' / 'cost-quick.csv')
+    return layer_cost.load_cost(tmp_path / 'benchmarks' / 'cost-quick.csv')
 
 
 def test_cost_has_every_layer_in_every_order_at_every_shape(monkeypatch, tmp_path, capsys):
@@ -67,7 +67,7 @@ def test_cost_skips_what_is_too_large_and_says_so(monkeypatch, tmp_path, capsys)
     skipped = table[table.ms.isna()]
     assert set(skipped.N) == {64} and table.peak_mb.isna().equals(table.ms.isna()) and 'NaN' in capsys.readouterr().out
     assert set(skipped.name) == {'simple positions', 'simple_sym positions', 'simple_out positions', 'fastai sagan'}
-    assert report.cost_plot(table).axes and report.against_softmax(table).faster.notna().all()
+    assert layer_cost.cost_plot(table).axes and layer_cost.against_softmax(table).faster.notna().all()
 
 
 def test_the_positions_hold_the_matrices_that_the_bound_counts():
@@ -94,29 +94,29 @@ def made_up_cost(**ms):
 
 def test_crossovers_are_where_the_costs_are_equal():
     table = made_up_cost(channels=lambda C, N: 600 * N, positions=lambda C, N: N**2)
-    row = report.crossovers(table).iloc[0]
+    row = layer_cost.crossovers(table).iloc[0]
     assert row.multiply_adds == pytest.approx(256) and row.ms_image == pytest.approx(600)
     for factor, at in ((1e-3, 0), (1e9, np.inf)):
         table = made_up_cost(channels=lambda C, N, factor=factor: factor * N, positions=lambda C, N: N**2)
-        assert report.crossovers(table).ms_image[0] == at and report.cost_plot(table).axes
+        assert layer_cost.crossovers(table).ms_image[0] == at and layer_cost.cost_plot(table).axes
 
 
 def test_the_verdict_follows_the_table():
     "simple is taken in the order of the fewest multiply-adds: positions at N = 64, channels elsewhere."
     cost = dict(channels=lambda C, N: 2. * N, positions=lambda C, N: 4. * N, unfused=lambda C, N: 8. * N)
     table = made_up_cost(sagan=lambda C, N: N * N / 128, **cost)
-    against = report.against_softmax(table).set_index(['C', 'N'])
+    against = layer_cost.against_softmax(table).set_index(['C', 'N'])
     assert against.order[256, 64] == 'positions' and (against.order.drop((256, 64)) == 'channels').all()
     assert against.faster[256, 4096] == pytest.approx(16) and against.faster_unfused[256, 64] == pytest.approx(2)
-    text = report.softmax_verdict(table)
+    text = layer_cost.softmax_verdict(table)
     assert 'at 4 of 6 shapes' in text and '(C, N) = (256, 64), (256, 256).' in text and 'fastest of simple at 5 of the 6' in text
     assert 'from 0.12 at N = 64 to 16 at N = 4096' in text
-    assert 'at 6 of 6 shapes' in report.softmax_verdict(made_up_cost(sagan=lambda C, N: 100. * N, **cost))
+    assert 'at 6 of 6 shapes' in layer_cost.softmax_verdict(made_up_cost(sagan=lambda C, N: 100. * N, **cost))
 
 
 def test_cost_plot_shows_every_layer_and_both_crossovers():
     table = made_up_cost(channels=lambda C, N: 600. * N, positions=lambda C, N: 1. * N**2, sagan=lambda C, N: 9. * N)
-    time, against_c, *_ = report.cost_plot(table).axes
+    time, against_c, *_ = layer_cost.cost_plot(table).axes
     lines = [line for line in time.lines if len(line.get_xdata()) == 4]
     assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 3
     assert sorted(line.get_xdata()[0] for line in time.lines if len(line.get_xdata()) == 2) == pytest.approx([256, 600])

@@ -4,12 +4,13 @@ from conftest import REPO
 from nbclient import NotebookClient
 from test_report import unchanged
 
+import layer_cost
 import report
 import runlog
 
 SHOWN = {  # notebook: (the record it shows, a text that has to be in it)
     'results.ipynb': ('results/runs.csv', lambda: report.markdown(report.comparison(runlog.load(), report.load_published()))),
-    'layer_cost.ipynb': ('results/benchmarks/cost.csv', lambda: report.softmax_verdict(report.load_cost())),
+    'layer_cost.ipynb': ('results/benchmarks/cost.csv', lambda: layer_cost.softmax_verdict(layer_cost.load_cost())),
 }
 
 
