@@ -250,11 +250,10 @@ def test_a_reader_that_closes_the_pipe_is_no_fault():
 
 
 def test_lrfinder_suggests_and_plots_each_setting_in_its_own_file(tree, command, tmp_path):
-    for more, name in [((), ''), (('--opt', 'sgd', '--sa-at', '1,2'), '-sa_at1,2-optsgd')]:
-        code, out, err = command('--data', tree, *TINY, '--lrfinder', *more)
-        assert code == 0, err
-        file = tmp_path / 'results' / 'lr_find' / f'custom-32-xresnet18-bs6{name}.png'
-        assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG' and not (tmp_path / 'results' / 'runs.csv').exists()
+    code, out, err = command('--data', tree, *TINY, '--lrfinder', '--opt', 'sgd', '--sa-at', '1,2', '--wd', 0.01)
+    assert code == 0, err
+    file = tmp_path / 'results' / 'lr_find' / 'custom-32-xresnet18-bs6-sa_at1,2-optsgd.png'
+    assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG' and not (tmp_path / 'results' / 'runs.csv').exists()
 
 
 def test_a_file_to_save_to_is_tried_and_left_as_it_was(tmp_path):
