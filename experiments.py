@@ -17,14 +17,14 @@ class UsageError(Exception):
         super().__init__(message.rstrip().rsplit('UsageError: ')[-1])  # a loader's worker wraps it in its traceback
 
 
-class Terminated(KeyboardInterrupt):
-    "SIGTERM. `came`: it has, and what is raised from then on follows from it (loader processes end by it too)."
-    came = False
+class Stopped(KeyboardInterrupt):
+    "Ctrl-C or SIGTERM. `by`: the signal that came; what is raised from then on follows from it (loader processes end by it too)."
+    by = 0
 
 
 def is_stop(e):
     "Whether an exception means Ctrl-C or SIGTERM: also where torch tells first that SIGTERM ended a loader process."
-    return isinstance(e, KeyboardInterrupt) or Terminated.came or 'killed by signal: Terminated' in str(e)
+    return isinstance(e, KeyboardInterrupt) or Stopped.by > 0 or 'killed by signal: Terminated' in str(e)
 
 
 def registry(file, name):

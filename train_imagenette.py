@@ -13,7 +13,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import SWITCH, Config, Terminated, UsageError, fields, flag, is_stop, nearest
+from experiments import SWITCH, Config, Stopped, UsageError, fields, flag, is_stop, nearest
 from files import find_images
 
 
@@ -92,19 +92,18 @@ def probe(file):
     except OSError as e: raise UsageError(f'--save {file}: cannot be written ({e.strerror})') from None
 
 
-def stop_on_sigterm():
-    "Let SIGTERM end this process the way Ctrl-C does; loader workers, which inherit the handler, just end."
-    main = os.getpid()
-    Terminated.came = False
-    def stop(_, frame):
+def stop_on_signals():
+    "Let Ctrl-C and SIGTERM end this process by Stopped; loader workers, which inherit the handler, just end."
+    main, Stopped.by = os.getpid(), 0
+    def stop(number, frame):
         if os.getpid() != main: os._exit(0)
-        Terminated.came = True
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's would raise for the workers that SIGTERM ends too,
-        sys.unraisablehook = lambda *_: None                     # and its half-made iterators complain when they are deleted
+        Stopped.by = number
+        signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's would raise for the workers that the signal ends too,
+        sys.unraisablehook = lambda *_: None            # and its half-made iterators complain when they are deleted
         if any(f.f_code.co_name == '__del__' for f, _ in traceback.walk_stack(frame)):  # which would swallow the exception
-            return threading.Timer(0.1, os.kill, (main, signal.SIGTERM)).start()
-        raise Terminated
-    signal.signal(signal.SIGTERM, stop)
+            return threading.Timer(0.1, os.kill, (main, number)).start()
+        raise Stopped
+    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, stop)
 
 
 def train(cfg, args):
@@ -117,7 +116,7 @@ def train(cfg, args):
     if args.lrfinder:
         lr, file = training.find_lr(cfg, args.results, device)
         return print(f'suggested learning rate {lr:.1e}, plot in {os.path.relpath(file)}')
-    stop_on_sigterm()
+    stop_on_signals()
     for i in range(args.runs): training.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save)
 
 
@@ -132,7 +131,7 @@ def main(argv=None):
         return 128 + signal.SIGPIPE
     except (KeyboardInterrupt, Exception) as e:
         if not is_stop(e): raise
-        return 128 + (signal.SIGINT if type(e) is KeyboardInterrupt else signal.SIGTERM)
+        return 128 + (Stopped.by or (signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM))
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -1,0 +1,134 @@
+"""The recipe of a Config as a fastai Learner, and what makes its step fast.
+
+Every speed-up leaves the function that is computed alone and can be switched off: `--fused 0`, `--channels-last 0`,
+`--compile 0` (the default), `--loader workers`. On a GPU no step waits for the host: the optimizer decides there whether
+float16 overflowed, and the smoothed loss stays there.
+"""
+import sys
+from functools import partial
+
+import numpy as np
+import torch
+from fastai.callback.core import Callback, CancelStepException, TrainEvalCallback
+from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.mixup import MixUp
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.schedule import valley  # noqa: F401  (importing it gives Learner its schedules)
+from fastai.imports import IN_NOTEBOOK
+from fastai.learner import AvgSmoothLoss, Learner
+from fastai.losses import LabelSmoothingCrossEntropy
+from fastai.metrics import accuracy, top_k_accuracy
+from fastai.optimizer import SGD, Adam, OptimWrapper, RMSProp, ranger
+from fastai.torch_core import norm_bias_params, set_seed
+
+# --- optimizer and precision ---
+
+def get_opt_func(cfg):
+    "fastai's optimizer of `cfg`; adam, if `fused`, as torch's AdamW: the same steps in one kernel."
+    if is_fused(cfg): return partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(cfg.mom, cfg.sqrmom), eps=cfg.eps, fused=True))
+    return {
+        'adam': partial(Adam, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
+        'rms': partial(RMSProp, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
+        'sgd': partial(SGD, mom=cfg.mom),
+        'ranger': partial(ranger, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
+    }[cfg.opt]
+
+
+def is_fused(cfg): return cfg.opt == 'adam' and cfg.fused
+
+
+def decay_groups(model):
+    "[parameters that decay, norms and biases, which do not]: fastai tells them apart by their state, torch by their group."
+    still = norm_bias_params(model)
+    ids = set(map(id, still))
+    return [[p for p in model.parameters() if id(p) not in ids], list(still)]
+
+
+class Autocast(MixedPrecision):
+    "fastai's mixed precision, also on a CPU; a fused optimizer skips steps that overflow by itself, without asking the host."
+    def before_fit(self):
+        super().before_fit()
+        if self.dls.device.type != 'cuda': self.autocast = torch.autocast(self.dls.device.type, AMP_DTYPES[self.amp_mode])
+
+    def before_step(self):
+        if not isinstance(self.opt, OptimWrapper): return super().before_step()
+        self.scaler.step(self.opt.opt)
+        raise CancelStepException
+
+
+AMP_DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
+
+
+# --- callbacks ---
+
+class Reseed(Callback):
+    "Makes the random numbers of an epoch a function of (seed, epoch): the loader's draws, mixup, random erasing."
+    order = ProgressCallback.order - 1
+    def __init__(self, seed): self.seed = seed
+    def before_epoch(self):
+        self.dls.train.dataset.set_epoch(self.epoch)
+        set_seed(int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0]))
+
+
+class Compile(Callback):
+    """Trains through torch.compile, with CUDA graphs on a GPU; validates without, as the last batch has a size of its own.
+
+    A later model of the same kind in this process finds what was compiled for the first.
+    """
+    order = TrainEvalCallback.order + 1
+    def before_fit(self):
+        self.plain = self.model
+        self.compiled = torch.compile(self.model, mode='reduce-overhead' if self.dls.device.type == 'cuda' else None)
+    def before_train(self): self.learn.model = self.compiled
+    def before_validate(self): self.learn.model = self.plain
+    def after_fit(self): self.learn.model = self.plain
+
+
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed loss, kept on the device: fastai's moves it to the host at each step, which then waits for the device."
+    def accumulate(self, learn):
+        self.count += 1
+        self.val = torch.lerp(learn.loss.detach().float(), self.val.to(learn.loss.device), self.beta)
+
+
+class Progress(ProgressCallback):
+    "fastai's bar, with the loss every `every` steps: to show it is to wait for the device."
+    every = 50
+    def after_batch(self):
+        if self.iter % self.every == 0: return super().after_batch()
+        self.pbar.update(self.iter + 1)
+
+
+# --- the Learner ---
+
+def get_learner(cfg, dls, model, cbs=()):
+    "A Learner of `model` (on the device of `dls`) with the recipe of `cfg`."
+    cbs = [Reseed(cfg.seed), *cbs]
+    if cfg.mixup: cbs.append(MixUp(cfg.mixup))
+    if cfg.precision != 'fp32': cbs.append(Autocast(cfg.precision))
+    if cfg.compile: cbs.append(Compile())
+    model = model.to(dls.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    groups = dict(splitter=decay_groups, wd=[cfg.wd, 0.]) if is_fused(cfg) else dict(wd=cfg.wd)
+    learn = Learner(dls, model, LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg), **groups,
+                    metrics=[accuracy, partial(top_k_accuracy, k=min(5, len(dls.vocab)))], cbs=cbs)
+    learn.recorder.smooth_loss = SmoothLoss()
+    if not (sys.stdout.isatty() or IN_NOTEBOOK):  # in a log file a bar is a line per step: write a line per epoch instead
+        learn.remove_cb(ProgressCallback)
+        learn.logger = partial(print_epoch, learn)
+    elif dls.device.type == 'cuda': learn.remove_cb(ProgressCallback).add_cb(Progress())
+    return learn
+
+
+def print_epoch(learn, values):
+    "A line of the names and values that a progress bar's table would show."
+    epoch, *losses_and_metrics, seconds = values
+    names = learn.recorder.metric_names[1:]
+    print(f'epoch {epoch + 1}  ' + '  '.join(f'{name} {v:.4f}' for name, v in zip(names, losses_and_metrics)) + f'  {seconds}', flush=True)
+
+
+def fit(learn, cfg):
+    "Train for cfg.epochs on the schedule of `cfg`."
+    if cfg.schedule == 'flat_cos': return learn.fit_flat_cos(cfg.epochs, cfg.lr)
+    # fastai 1's cycle moved the momentum from 0.95 to 0.85 and back whatever --mom said; here --mom is its middle
+    high, low = min(cfg.mom + 0.05, (1 + cfg.mom) / 2), max(0, cfg.mom - 0.05)
+    learn.fit_one_cycle(cfg.epochs, cfg.lr, div=10, pct_start=0.3, moms=(high, low, high))
