@@ -1,15 +1,15 @@
 """Imagenette, Imagewoof and digits as the 2019 source fed them: `get_dls(cfg)` gives fastai DataLoaders.
 
-Training images: a random resized crop (area 0.35 to 1, ratio 3/4 to 4/3) by Pillow's bilinear filter, flipped half
-the time. Validation images: short side to size + 32, centre crop. Both normalised with ImageNet's statistics.
+Two loaders of the same images (images.py): `workers` decodes and crops with Pillow in loader processes; `device` keeps
+the decoded images on the device and crops there. Both normalise with ImageNet's statistics.
 
 All that is random in an epoch (order, crops, flips) is drawn at once from (seed, epoch), so it depends neither on
-the number of loader processes nor on the epochs before it.
+the loader, nor on the number of its processes, nor on the epochs before it.
 """
-import csv
-import hashlib
+import os
 import shutil
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,18 +20,16 @@ from fastai.data.load import DataLoader
 from fastai.torch_core import TensorImage
 from fastai.vision.augment import RandomErasing
 from PIL import Image
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms import functional as TF
 
-from experiments import IMAGES, UsageError, find_images
+from experiments import IMAGES, UsageError
+from files import find_images, fingerprint, noisy_labels, split_files
+from images import Pixels, crop_boxes, epoch_draws, read_image, stack, train_image, valid_image
 
 ARCHIVES = {  # (dataset, source): URL
     ('imagenette', '160'): URLs.IMAGENETTE_160, ('imagenette', '320'): URLs.IMAGENETTE_320, ('imagenette', 'full'): URLs.IMAGENETTE,
     ('imagewoof', '160'): URLs.IMAGEWOOF_160, ('imagewoof', '320'): URLs.IMAGEWOOF_320, ('imagewoof', 'full'): URLs.IMAGEWOOF,
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-SCALE, RATIO, ATTEMPTS = (0.35, 1.), (3 / 4, 4 / 3), 10  # of the random resized crop
-VALID_MARGIN = 32  # pixels that the validation images are larger than their centre crop
 
 
 # --- files ---
@@ -68,98 +66,49 @@ def digits():
     return path
 
 
-def fingerprint(files):
-    "12 hexadecimal digits of the paths and sizes of {path: bytes}."
-    return hashlib.sha256('\n'.join(f'{f}\t{n}' for f, n in files.items()).encode()).hexdigest()[:12]
+# --- datasets ---
 
-
-def split_files(files, split):
-    """(training files, validation files) of the paths in `files`.
-
-    v2: by their folder. v1: those named ILSVRC2012_val_* validate, wherever they lie, and the rest trains. That
-    rule is inferred from the counts of the first release (500 validation images, 50 a class) and a few file names
-    quoted in 2019; today's archives hold the same images in other folders.
-    """
-    valid = {f for f in files if (Path(f).name.startswith('ILSVRC2012_val_') if split == 'v1' else f.startswith('val/'))}
-    if not valid: raise UsageError('split v1 validates on images named ILSVRC2012_val_*, and there are none; try --split v2')
-    return [f for f in files if f not in valid], [f for f in files if f in valid]
-
-
-def noisy_labels(path, pct):
-    "{relative path: label} with `pct` percent of the training labels wrong, from the archive's noisy_*.csv."
-    found = sorted(path.glob('noisy_*.csv'))
-    if not found: raise UsageError(f'--pct-noise {pct}: no noisy_*.csv in {path}')
-    with open(found[0], newline='') as f:
-        labels = {row.get('path'): row.get(f'noisy_labels_{pct}') for row in csv.DictReader(f)}
-    if not labels or None in labels or None in labels.values(): raise UsageError(f'{found[0]}: no columns path and noisy_labels_{pct}')
-    return labels
-
-
-# --- images ---
-
-def epoch_draws(seed, epoch, n):
-    "(order of `n` images, uniform draws (n, ATTEMPTS, 4) of their crops, flips (n,)) of one epoch."
-    rng = np.random.default_rng([seed, epoch])
-    return rng.permutation(n), rng.random((n, ATTEMPTS, 4)), rng.random(n) < 0.5
-
-
-def crop_boxes(u, width, height):
-    """(top, left, height, width) of random resized crops, as torchvision's RandomResizedCrop draws them.
-
-    u (..., ATTEMPTS, 4): uniform draws of area, log ratio, top and left; `width`, `height`: of the images (...).
-    The first attempt that fits is taken; if none does, the largest centre crop within RATIO.
-    """
-    width, height = np.asarray(width)[..., None], np.asarray(height)[..., None]
-    area = width * height * (SCALE[0] + u[..., 0] * (SCALE[1] - SCALE[0]))
-    ratio = np.exp(np.log(RATIO[0]) + u[..., 1] * (np.log(RATIO[1]) - np.log(RATIO[0])))
-    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
-    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
-    top, left = np.floor(u[..., 2] * (height - h + 1)), np.floor(u[..., 3] * (width - w + 1))
-
-    fall_w, fall_h = np.minimum(width, np.rint(height * RATIO[1])), np.minimum(height, np.rint(width / RATIO[0]))
-    fallback = np.stack([(height - fall_h) // 2, (width - fall_w) // 2, fall_h, fall_w], -1)  # (..., 1, 4)
-    boxes = np.concatenate([np.stack([top, left, h, w], -1), fallback], -2)
-    first = np.where(fits.any(-1), fits.argmax(-1), fits.shape[-1])[..., None, None]
-    return np.take_along_axis(boxes, first, -2)[..., 0, :].astype(int)
-
-
-def read_image(file):
-    "An image file as RGB; UsageError with its path if it cannot be read."
-    try:
-        with Image.open(file) as im: return im.convert('RGB')
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UsageError(f'{file}: cannot be read as an image ({" ".join(str(e).split()) or type(e).__name__})') from None
-
-
-def train_image(im, size, u, flip):
-    "The crop of a PIL image that the draws `u` (ATTEMPTS, 4) give, (size, size), flipped if `flip`."
-    top, left, height, width = crop_boxes(u, *im.size).tolist()
-    im = TF.resized_crop(im, top, left, height, width, [size, size], InterpolationMode.BILINEAR)
-    return TF.hflip(im) if flip else im
-
-
-def valid_image(im, size):
-    "A PIL image with its short side at size + 32, then its centre crop (size, size)."
-    return TF.center_crop(TF.resize(im, size + VALID_MARGIN, InterpolationMode.BILINEAR), [size, size])
-
-
-class ImageFiles(torch.utils.data.Dataset):
-    "(image uint8 (3, size, size), label) of files; with `seed`, training images as drawn for the current epoch."
-    def __init__(self, path, files, labels, size, seed=None):
-        self.path, self.files, self.labels, self.size, self.seed = path, files, labels, size, seed
-        self.order = range(len(files))
+class Images:
+    "`n` labelled images (uint8 (3, size, size)); with `seed`, training images: order, crops and flips as drawn for the epoch."
+    def __init__(self, labels, size, seed=None):
+        self.labels, self.size, self.seed = labels, size, seed
+        self.order = range(len(labels))
         self.set_epoch(0)
 
-    def __len__(self): return len(self.files)
+    def __len__(self): return len(self.labels)
 
     def set_epoch(self, epoch):
         "Draw order, crops and flips of `epoch`; without a seed nothing is random."
-        if self.seed is not None: self.order, self.u, self.flip = epoch_draws(self.seed, epoch, len(self.files))
+        if self.seed is not None: self.order, self.u, self.flip = epoch_draws(self.seed, epoch, len(self))
+
+
+class ImageFiles(Images, torch.utils.data.Dataset):
+    "Read from their files, one (image, label) at a time."
+    def __init__(self, path, files, labels, size, seed=None):
+        super().__init__(labels, size, seed)
+        self.path, self.files = path, files
 
     def __getitem__(self, i):
         im = read_image(self.path / self.files[i])
         im = valid_image(im, self.size) if self.seed is None else train_image(im, self.size, self.u[i], self.flip[i])
         return torch.from_numpy(np.array(im)).permute(2, 0, 1), self.labels[i]  # (H, W, C) -> (C, H, W)
+
+
+class DeviceImages(Images):
+    "Decoded on a device, a batch at a time: `pixels` are Pixels for training, ready images (n, size, size, 3) for validation."
+    def __init__(self, pixels, labels, size, seed=None):
+        self.pixels, self.targets = pixels, torch.tensor(labels).to(pixels.data.device)
+        super().__init__(labels, size, seed)
+
+    def set_epoch(self, epoch):
+        super().set_epoch(epoch)
+        if self.seed is not None: self.boxes = crop_boxes(self.u, self.pixels.width, self.pixels.height)
+
+    def batch(self, start, stop):
+        "Images (B, 3, size, size) and labels (B,) from `start` to `stop` in the order of the epoch."
+        if self.seed is None: return self.pixels[start:stop].permute(0, 3, 1, 2), self.targets[start:stop]
+        i = self.order[start:stop]
+        return self.pixels.crops(i, self.boxes[i], self.flip[i], self.size), self.targets[torch.from_numpy(i).to(self.targets.device)]
 
 
 # --- batches ---
@@ -174,15 +123,67 @@ class ImageLoader(DataLoader):
 
     def after_batch(self, b):
         x, y = b
-        mean, std = (x.new_tensor(s, dtype=torch.float).view(3, 1, 1) for s in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = _statistics(x.device)
         x = (x.float() / 255 - mean) / std
         x = x.contiguous(memory_format=torch.channels_last)
         if self.erase: x = self.erase(TensorImage(x), split_idx=0).as_subclass(torch.Tensor)
         return x, y
 
 
+@lru_cache
+def _statistics(device):
+    "ImageNet's mean and standard deviation (3, 1, 1), copied to `device` once: a copy a batch would hold it up."
+    return [torch.tensor(s, device=device).view(3, 1, 1) for s in (IMAGENET_MEAN, IMAGENET_STD)]
+
+
+class DeviceLoader(ImageLoader):
+    "Batches that a DeviceImages dataset makes: no loader process, and no image decoded twice."
+    def create_batches(self, samples):
+        stop = self.n - self.n % self.bs if self.drop_last else self.n
+        for i in range(0, stop, self.bs): yield self.dataset.batch(i, min(i + self.bs, self.n))
+
+
+@lru_cache(maxsize=1)
+def _decoded(path, files, digest, device):
+    "The Pixels of `files`, kept for the next run of this process on the same data (`digest`)."
+    return Pixels([path / f for f in files], device, limit=device_bytes(device))
+
+
+@lru_cache(maxsize=1)
+def _decoded_valid(path, files, digest, device, size): return stack([path / f for f in files], size).to(device)
+
+
+def device_bytes(device):
+    "Bytes that decoded images may take on `device`: half of the free memory of a GPU, a quarter of the machine's."
+    if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0] // 2
+    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
+
+
+def loaders(cfg, path, train, valid, digest, device):
+    """(training loader, validation loader, name of the kind) from lists of (file, label).
+
+    auto: `device` on a GPU that holds the set; on a CPU `workers`, whose Pillow is several times faster there.
+    """
+    (train, train_labels), (valid, valid_labels) = (map(tuple, zip(*pairs)) for pairs in (train, valid))
+    kind = cfg.loader if cfg.loader != 'auto' else 'device' if device.type == 'cuda' else 'workers'
+    if kind == 'device':
+        try: pixels = _decoded(path, train, digest, device)
+        except MemoryError as e:
+            if cfg.loader == 'device': raise UsageError(f'--loader device: no room for {e}; take --loader workers') from None
+            kind = 'workers'
+    if kind == 'device':
+        ready = _decoded_valid(path, valid, digest, device, cfg.size)
+        sets = DeviceImages(pixels, train_labels, cfg.size, cfg.seed), DeviceImages(ready, valid_labels, cfg.size)
+        make, options = DeviceLoader, dict(num_workers=0)
+    else:
+        sets = ImageFiles(path, train, train_labels, cfg.size, cfg.seed), ImageFiles(path, valid, valid_labels, cfg.size)
+        make, options = ImageLoader, dict(num_workers=cfg.workers, pin_memory=device.type == 'cuda')
+    return make(sets[0], cfg.sh, bs=cfg.bs, drop_last=True, **options), make(sets[1], bs=cfg.bs, **options), kind
+
+
 def get_dls(cfg, device='cpu'):
-    "DataLoaders of a resolved `cfg`, with `vocab` (class names), `files` (of validation) and `fingerprint`."
+    "DataLoaders of a resolved `cfg`, with `vocab` (class names), `files` (of validation), `fingerprint` and `loader` (its kind)."
+    device = torch.device(device)
     try:
         path = find_data(cfg)
         sizes = find_images(path)
@@ -208,12 +209,8 @@ def get_dls(cfg, device='cpu'):
         if missing: raise UsageError(f'{path}: its noisy_*.csv has no label of ours for {missing[0]}')
         label |= {f: noisy.get(f, label[f]) for f in train}
     index = {name: i for i, name in enumerate(vocab)}
-    labels = [index[label[f]] for f in train]
-
-    shared = dict(bs=cfg.bs, num_workers=cfg.workers, pin_memory=torch.device(device).type == 'cuda')
-    dls = DataLoaders(
-        ImageLoader(ImageFiles(path, train, labels, cfg.size, cfg.seed), sh=cfg.sh, drop_last=True, **shared),
-        ImageLoader(ImageFiles(path, valid, [index[label[f]] for f in valid], cfg.size), **shared),
-        path=path, device=torch.device(device))
-    dls.vocab, dls.files, dls.fingerprint = vocab, valid, digest
+    pairs = [[(f, index[label[f]]) for f in files] for files in (train, valid)]
+    *dls, kind = loaders(cfg, path, *pairs, digest, device)
+    dls = DataLoaders(*dls, path=path, device=device)
+    dls.vocab, dls.files, dls.fingerprint, dls.loader = vocab, valid, digest, kind
     return dls

@@ -5,7 +5,6 @@ recipe of the source, github.com/sdoria/SimpleSelfAttention (2019). Imports neit
 """
 import ast
 import math
-import os
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from operator import ge, gt, le, lt
@@ -56,6 +55,9 @@ def knob(default, help, *aliases, choices=None, least=None, above=None, most=Non
     return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, **limits))
 
 
+SWITCH = [0, 1]
+
+
 @dataclass(frozen=True)
 class Config:
     "Every knob of one run. Raises UsageError on a value that cannot be."
@@ -92,6 +94,11 @@ class Config:
     sh: float = knob(0., 'random erasing: largest part of the image erased; 0: off', least=0, most=1)
     # machine
     precision: str = knob('auto', 'auto: fp16 autocast on CUDA, fp32 on a CPU', choices=['auto', 'fp32', 'fp16', 'bf16'])
+    loader: str = knob('auto', 'workers: decodes and crops in loader processes; device: decodes once, keeps and crops on the device; '
+                       'auto: device on a GPU that holds the images', choices=['auto', 'workers', 'device'])
+    fused: int = knob(1, "adam in one kernel of torch; 0: fastai's own, the same function", choices=SWITCH)
+    channels_last: int = knob(1, 'memory format of the network; 0: channels first', choices=SWITCH)
+    compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH)
     workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256)
     seed: int = knob(0, 'seed of weights, order, crops, flips and mixup', least=0, most=2**31 - 1)
     meta: str = knob('', 'free text, kept in the row', '--log')
@@ -144,23 +151,6 @@ IMAGES = {  # (dataset, split): training and validation images of a full archive
     ('imagenette', 'v1'): (12_894, 500), ('imagenette', 'v2'): (9_469, 3_925),
     ('imagewoof', 'v1'): (12_454, 500), ('imagewoof', 'v2'): (9_025, 3_929),
 }
-
-
-SUFFIXES = {'.jpeg', '.jpg', '.png', '.bmp', '.webp'}
-
-
-def find_images(path):
-    "{relative path: bytes} of the images in train|val/<class>/ of `path`, sorted."
-    if not path.is_dir(): raise UsageError(f'{path}: {"not a folder" if path.exists() else "no such folder"}')
-    files = {}
-    for folder in ('train', 'val'):
-        if not (path / folder).is_dir(): raise UsageError(f'{path}: no folder {folder}; expected train|val/<class>/<image>')
-        for label in sorted(d.name for d in os.scandir(path / folder) if d.is_dir()):
-            found = [f for f in os.scandir(path / folder / label) if Path(f.name).suffix.lower() in SUFFIXES]
-            if not found: raise UsageError(f'{path / folder / label}: no images in this class folder')
-            files |= {f'{folder}/{label}/{f.name}': f.stat().st_size for f in found}
-    if not files: raise UsageError(f'{path}: no images in train|val/<class>/')
-    return dict(sorted(files.items()))
 
 
 def flag(f):

@@ -83,10 +83,11 @@ def _fit(x, dtype):
 def _is_channels_last(x): return x.stride(1) == 1 and x.shape[1] > 1  # of (B, C, N)
 
 
-def _add_product(x, a, b):
-    "x + a b, all (B, ., .), in the memory layout of `x`."
+def _add_product(x, a, b, out=None):
+    "x + a b, all (B, ., .), in the memory layout of `x`; into `out` (of that layout; may be `x`) if given."
     if a.dtype != x.dtype: return x + _fit(_product_like(x, a, b), a.dtype)
-    return torch.baddbmm(x.mT, b.mT, a.mT).mT if _is_channels_last(x) else torch.baddbmm(x, a, b)
+    if not _is_channels_last(x): return torch.baddbmm(x, a, b, out=out)
+    return torch.baddbmm(x.mT, b.mT, a.mT, out=None if out is None else out.mT).mT
 
 
 def _product_like(x, a, b):
@@ -115,6 +116,37 @@ class _Gram(torch.autograd.Function):
     def backward(ctx, g):
         x, = ctx.saved_tensors
         return _product_like(x, (g + g.mT).to(x.dtype), x)
+
+
+class _ChannelMix(torch.autograd.Function):
+    """x + left (z z^T) right z, z being `x` (B, C, N) as `dtype`; left and right (C, C) as `_wide`, left may be None.
+
+    Forward and backward make five products of C^2 N: autograd would make six, for z z^T is symmetric, and would add
+    up three gradients of x; fastai's layer makes nine.
+    """
+    @staticmethod
+    def forward(ctx, x, left, right, dtype):
+        z = x.to(dtype)
+        gram = _long_product(z, z.mT)  # (B, C, C)
+        mix = _fit((gram if left is None else left @ gram) @ right, dtype)
+        ctx.save_for_backward(z, gram, mix, left, right)
+        return _add_product(x, mix, z)
+
+    @staticmethod
+    def backward(ctx, g):
+        z, gram, mix, left, right = ctx.saved_tensors
+        g_ = g.to(z.dtype)
+        g_mix = _long_product(g_, z.mT)  # (B, C, C), as are the others
+        g_left = None if left is None else _sum_products(g_mix, (gram @ right).mT)
+        g_right = _sum_products((gram if left is None else left @ gram).mT, g_mix)
+        g_gram = (g_mix if left is None else left.mT @ g_mix) @ right.mT
+        g_x = _add_product(g, mix.mT, g_)
+        return _add_product(g_x, (g_gram + g_gram.mT).to(z.dtype), z, out=g_x), g_left, g_right, None
+
+
+def _sum_products(a, b):
+    "The sum over the batch of a b, (B, C, C) each, as one product."
+    return a.transpose(0, 1).flatten(1) @ b.flatten(0, 1)
 
 
 class _Scores(torch.autograd.Function):
@@ -184,10 +216,10 @@ class SimpleSelfAttention(_Attention):
             scores = _Scores.apply(x_, self._conv(x_, w))  # (B, N, C) (B, C, N) -> (B, N, N)
             values = x_ if u is None else self._conv(x_, u)
             return _add_product(x, values, _fit(self.gamma * scores, dtype))
+        if order == 'channels': return _ChannelMix.apply(x, u, (self.gamma * w).to(w.dtype), dtype)
         mix = _Gram.apply(x_)  # (B, C, C)
         if u is not None: mix = u @ mix
-        if order == 'channels': mix = mix @ w
-        return _add_product(x, _fit(self.gamma * mix, dtype), x_ if order == 'channels' else self._conv(x_, w))
+        return _add_product(x, _fit(self.gamma * mix, dtype), self._conv(x_, w))
 
     def _conv(self, x, w):
         "(B, C, N) -> (B, C, N), `w` (C, C*ks) along the positions."

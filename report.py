@@ -16,7 +16,8 @@ import runlog
 from experiments import IMAGES, Config, UsageError, fields, resolve
 
 # What makes runs comparable: every setting but the variant itself, the repetition and what no result depends on.
-SETTINGS = [f.name for f in fields(Config) if f.name not in ('attention', 'sa_at', 'seed', 'workers', 'meta')]
+NO_SETTINGS = 'attention', 'sa_at', 'seed', 'loader', 'workers', 'fused', 'channels_last', 'compile', 'meta'
+SETTINGS = [f.name for f in fields(Config) if f.name not in NO_SETTINGS]
 GROUP = [*SETTINGS, 'n_train', 'n_val', 'data_fingerprint']
 TITLE = ['dataset', 'split', 'size', 'epochs', 'arch']  # the settings named in every title; the others where not the default
 PUBLISHED = [*TITLE, 'mixup', 'lr', 'bs']  # the settings that the published rows differ in; in the others they have the defaults

@@ -34,6 +34,7 @@ PROVENANCE = {
     'git_commit': str, 'git_dirty': int, 'data_fingerprint': str,
 }
 COLUMNS = {'run_id': str, 'status': str, 'started': str} | CONFIG | MEASURED | PROVENANCE
+BEFORE = dict(loader='workers', fused=0, channels_last=1, compile=0)  # how runs went before there were these columns
 CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds')
 
 
@@ -89,13 +90,14 @@ def _write_rows(path, columns, rows):
 def _read_rows(path):
     """The rows {column: text} of a runs file; None if it has columns that are not ours.
 
-    A setting that the file lacks, because it is older than the setting, is at its default: that is what ran.
+    A setting that the file lacks, because it is older than the setting, is as in BEFORE or at its default: that is what ran.
     """
     with open(path, newline='', encoding='utf-8') as f:
         reader = csv.DictReader(f)
         columns = reader.fieldnames or ['run_id']
         if 'run_id' not in columns or not set(columns) <= COLUMNS.keys(): return None
-        return [{name: str(getattr(Config, name)) for name in CONFIG if name not in columns} | row for row in reader]
+        missing = {name: str(BEFORE.get(name, getattr(Config, name))) for name in CONFIG if name not in columns}
+        return [missing | row for row in reader]
 
 
 def _writable(results):

@@ -8,12 +8,11 @@ import argparse
 import os
 import signal
 import sys
-import threading
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import Config, Stopped, UsageError, fields, find_images, flag, is_stop, nearest
+from experiments import SWITCH, Config, Stopped, UsageError, fields, flag, is_stop, nearest
+from files import find_images
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,7 +36,9 @@ def make_parser():
         names = [flag(f), *f.metadata['aliases']]
         names += ['--' + n[2:].replace('-', '_') for n in names if '-' in n[2:]]
         text = f.metadata['help'] + (f': {", ".join(map(str, c))}' if (c := f.metadata['choices']) else '')
-        options = dict(nargs='?', const='simple', type=attention) if f.name == 'attention' else dict(type=f.type)
+        options = dict(type=f.type)
+        if f.name == 'attention': options = dict(nargs='?', const='simple', type=attention)
+        if c is SWITCH: options |= dict(nargs='?', const=1)
         metavar = 'NAME' if c and f.type is str else f.type.__name__.upper().replace('STR', 'TEXT')
         default = None if f.name == 'dataset' else f.default  # it depends on --woof and --data
         ap.add_argument(*names, dest=f.name, default=default, metavar=metavar, **options,
@@ -92,13 +93,11 @@ def probe(file):
 def stop_on_signals():
     "Let Ctrl-C and SIGTERM end this process by Stopped; loader workers, which inherit the handler, just end."
     main, Stopped.by = os.getpid(), 0
-    def stop(number, frame):
+    def stop(number, _):
         if os.getpid() != main: os._exit(0)
         Stopped.by = number
         signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's would raise for the workers that the signal ends too,
         sys.unraisablehook = lambda *_: None            # and its half-made iterators complain when they are deleted
-        if any(f.f_code.co_name == '__del__' for f, _ in traceback.walk_stack(frame)):  # which would swallow the exception
-            return threading.Timer(0.1, os.kill, (main, number)).start()
         raise Stopped
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, stop)
 

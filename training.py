@@ -3,6 +3,7 @@
     row = run(Config(dataset='digits', size=32, arch='xresnet18', attention='simple'))
     model, vocab = load_model('digits.pt')      # where run(..., save='digits.pt') left it, ready for inference
 """
+import collections
 import contextlib
 import math
 import os
@@ -19,21 +20,22 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelFitException
+from fastai.callback.core import Callback, CancelFitException, CancelStepException, TrainEvalCallback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import valley  # importing it gives Learner its schedules
 from fastai.imports import IN_NOTEBOOK
-from fastai.learner import Learner
+from fastai.learner import AvgSmoothLoss, Learner
 from fastai.losses import LabelSmoothingCrossEntropy
 from fastai.metrics import accuracy, top_k_accuracy
-from fastai.optimizer import SGD, Adam, RMSProp, ranger
-from fastai.torch_core import set_seed
+from fastai.optimizer import SGD, Adam, OptimWrapper, RMSProp, ranger
+from fastai.torch_core import norm_bias_params, set_seed
 
 import runlog
 from data import get_dls
-from experiments import Config, UsageError, find_images, is_stop, resolve
+from experiments import Config, UsageError, is_stop, resolve
+from files import find_images
 from layers import ATTENTION
 from xresnet import xresnet
 
@@ -66,7 +68,8 @@ def n_parameters(module): return sum(p.numel() for p in module.parameters())
 
 
 def get_opt_func(cfg):
-    "fastai's optimizer of `cfg`."
+    "fastai's optimizer of `cfg`; adam, if `fused`, as torch's AdamW: the same steps in one kernel."
+    if is_fused(cfg): return partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(cfg.mom, cfg.sqrmom), eps=cfg.eps, fused=True))
     return {
         'adam': partial(Adam, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
         'rms': partial(RMSProp, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
@@ -75,11 +78,26 @@ def get_opt_func(cfg):
     }[cfg.opt]
 
 
+def is_fused(cfg): return cfg.opt == 'adam' and cfg.fused
+
+
+def decay_groups(model):
+    "[parameters that decay, norms and biases, which do not]: fastai tells them apart by their state, torch by their group."
+    still = norm_bias_params(model)
+    ids = set(map(id, still))
+    return [[p for p in model.parameters() if id(p) not in ids], list(still)]
+
+
 class Autocast(MixedPrecision):
-    "fastai's mixed precision, on the device of the batch also where that is a CPU."
+    "fastai's mixed precision, also on a CPU; a fused optimizer skips steps that overflow by itself, without asking the host."
     def before_fit(self):
         super().before_fit()
         if self.dls.device.type != 'cuda': self.autocast = torch.autocast(self.dls.device.type, AMP_DTYPES[self.amp_mode])
+
+    def before_step(self):
+        if not isinstance(self.opt, OptimWrapper): return super().before_step()
+        self.scaler.step(self.opt.opt)
+        raise CancelStepException
 
 
 AMP_DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
@@ -94,11 +112,54 @@ class Reseed(Callback):
         set_seed(int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0]))
 
 
+class Compile(Callback):
+    """Trains through torch.compile, with CUDA graphs on a GPU; validates without, as the last batch has a size of its own.
+
+    A later model of the same kind in this process finds what was compiled for the first.
+    """
+    order = TrainEvalCallback.order + 1
+    def before_fit(self):
+        self.plain = self.model
+        self.compiled = torch.compile(self.model, mode='reduce-overhead' if self.dls.device.type == 'cuda' else None)
+    def before_train(self): self.learn.model = self.compiled
+    def before_validate(self): self.learn.model = self.plain
+    def after_fit(self): self.learn.model = self.plain
+
+
+class SmoothLoss(AvgSmoothLoss):
+    "fastai's smoothed loss, kept on the device: fastai's moves it to the host at each step, which then waits for the device."
+    def accumulate(self, learn):
+        self.count += 1
+        self.val = torch.lerp(learn.loss.detach().float(), self.val.to(learn.loss.device), self.beta)
+
+
+class Progress(ProgressCallback):
+    "fastai's bar, with the loss every `every` steps: to show it is to wait for the device."
+    every = 50
+    def after_batch(self):
+        if self.iter % self.every == 0: return super().after_batch()
+        self.pbar.update(self.iter + 1)
+
+
+class FiniteLoss:
+    "Tells whether the losses that have reached the host are finite, without waiting for those on their way."
+    def __init__(self): self.sent = collections.deque()
+
+    def __call__(self, loss):
+        if loss.device.type != 'cuda': return math.isfinite(loss.item())
+        host = torch.empty((), pin_memory=True).copy_(loss.detach(), non_blocking=True)
+        self.sent.append((host, torch.cuda.current_stream(loss.device).record_event()))
+        return all(math.isfinite(host.item()) for host in self.arrived())
+
+    def arrived(self):
+        while self.sent and self.sent[0][1].query(): yield self.sent.popleft()[0]
+
+
 class Measure(Callback):
     "What a run measures of itself. Ends the fit at the first loss that is not finite."
     order = ProgressCallback.order + 10  # after Recorder
     def __init__(self, on_epoch):
-        self.on_epoch = on_epoch
+        self.on_epoch, self.finite = on_epoch, FiniteLoss()
         self.curve, self.diverged, self.n_images, self.train_seconds, self.started = [], False, 0, 0., time.perf_counter()
 
     def before_fit(self):
@@ -110,15 +171,17 @@ class Measure(Callback):
     def before_validate(self): self.logits, self.targets = [], []
 
     def after_batch(self):
-        if not math.isfinite(self.loss.item()):
+        if not self.finite(self.loss):
             self.diverged = True
             raise CancelFitException
         if self.training: self.epoch_images += len(self.x)
         else:
-            self.logits.append(self.pred.float().cpu())
-            self.targets.append(self.y.cpu())
+            self.logits.append(self.pred.float())
+            self.targets.append(self.y)
 
     def after_train(self):
+        self.diverged |= not math.isfinite(self.smooth_loss.item())  # also of the last steps' losses
+        if self.diverged: raise CancelFitException
         self.n_images += self.epoch_images
         self.train_seconds += time.perf_counter() - self.train_started
 
@@ -169,11 +232,16 @@ def get_learner(cfg, dls, model, cbs=()):
     cbs = [Reseed(cfg.seed), *cbs]
     if cfg.mixup: cbs.append(MixUp(cfg.mixup))
     if cfg.precision != 'fp32': cbs.append(Autocast(cfg.precision))
-    learn = Learner(dls, model.to(dls.device, memory_format=torch.channels_last), LabelSmoothingCrossEntropy(cfg.label_smoothing),
-                    get_opt_func(cfg), wd=cfg.wd, metrics=[accuracy, partial(top_k_accuracy, k=min(5, len(dls.vocab)))], cbs=cbs)
+    if cfg.compile: cbs.append(Compile())
+    model = model.to(dls.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
+    groups = dict(splitter=decay_groups, wd=[cfg.wd, 0.]) if is_fused(cfg) else dict(wd=cfg.wd)
+    learn = Learner(dls, model, LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg), **groups,
+                    metrics=[accuracy, partial(top_k_accuracy, k=min(5, len(dls.vocab)))], cbs=cbs)
+    learn.recorder.smooth_loss = SmoothLoss()
     if not (sys.stdout.isatty() or IN_NOTEBOOK):  # in a log file a bar is a line per step: write a line per epoch instead
         learn.remove_cb(ProgressCallback)
         learn.logger = partial(print_epoch, learn)
+    elif dls.device.type == 'cuda': learn.remove_cb(ProgressCallback).add_cb(Progress())
     return learn
 
 
@@ -194,8 +262,10 @@ def fit(learn, cfg):
 
 def prepare(cfg, device):
     "(cfg as it will run, its DataLoaders, its model): the model's weights are a function of the seed."
+    torch.backends.cudnn.benchmark = True
     cfg = settle(cfg, device)
     dls = get_dls(cfg, device)
+    cfg = replace(cfg, loader=dls.loader, workers=cfg.workers if dls.loader == 'workers' else 0)
     set_seed(cfg.seed)
     return cfg, dls, get_model(cfg, len(dls.vocab))
 
@@ -227,8 +297,8 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
             row |= dict(status=status, **measure.results(whole=status == 'ok'))
             print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
     if status == 'ok':
-        runlog.write_predictions(run_id, results, logits=torch.cat(measure.logits).numpy(),
-                                 targets=torch.cat(measure.targets).numpy(), files=np.array(dls.files))
+        runlog.write_predictions(run_id, results, logits=torch.cat(measure.logits).cpu().numpy(),
+                                 targets=torch.cat(measure.targets).cpu().numpy(), files=np.array(dls.files))
         if save: torch.save(dict(config=asdict(cfg), vocab=dls.vocab, model=model.state_dict()), save)
     return row
 

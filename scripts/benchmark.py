@@ -3,11 +3,13 @@
 
     python scripts/benchmark.py layer [--quick]              forward + backward of the attention layers, time and peak memory
     python scripts/benchmark.py step [--quick] [--data DIR]  a training step of xresnet50 + simple at 128 px, loading included
+    python scripts/benchmark.py cost [--quick]               every layer in every order, against N and against C; about 5 minutes
 
 Prints a table and writes it with the hardware and the versions to results/benchmarks/<what>.csv. Without --data the
 step runs on 640 random JPEGs of Imagewoof's usual size, 213x160, so that nothing is downloaded.
 """
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -17,6 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
+os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # read at torch's import: its profiler writes lines for each use
 
 import numpy as np
 import pandas as pd
@@ -38,14 +41,18 @@ from torch.utils.flop_counter import FlopCounterMode
 import runlog
 import training
 from experiments import Config, UsageError
-from layers import ATTENTION
+from layers import ATTENTION, SimpleSelfAttention, multiply_adds
 
-LAYERS = [  # ours, fastai's, shape, shape of --quick
-    ('simple', fastai_layers.SimpleSelfAttention, (16, 256, 32, 32), (4, 256, 32, 32)),
-    ('simple', fastai_layers.SimpleSelfAttention, (8, 256, 64, 64), (2, 256, 64, 64)),
-    ('sagan', fastai_layers.SelfAttention, (4, 256, 64, 64), (1, 256, 64, 64)),
-    ('sagan', fastai_layers.SelfAttention, (4, 64, 64, 64), (1, 64, 64, 64)),
+PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}
+LAYERS = [  # name, shape, shape of --quick
+    ('simple', (16, 256, 32, 32), (4, 256, 32, 32)),
+    ('simple', (8, 256, 64, 64), (2, 256, 64, 64)),
+    ('sagan', (4, 256, 64, 64), (1, 256, 64, 64)),
+    ('sagan', (4, 64, 64, 64), (1, 64, 64, 64)),
 ]
+COST = [(256, side) for side in (8, 12, 16, 24, 32, 48, 64)] + [(C, 32) for C in (64, 128, 512)]  # (C, side), N = side^2
+QUICK_COST = [(256, 8), (256, 16), (256, 32), (64, 32), (128, 32)]
+SQUARES_MB = 1024  # a layer that holds N x N matrices of more than that is skipped
 
 
 # --- measuring ---
@@ -85,10 +92,10 @@ def matrix_rate(device):
 
 def layer(args, device):
     "Forward + backward of a layer, gamma not 0, float32 on a CPU, float16 autocast on CUDA."
-    for name, peer, full, quick in LAYERS:
+    for name, full, quick in LAYERS:
         shape = quick if args.quick else full
         x, g = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
-        steps = [partial(forward_backward, make(shape[1]).to(device), x, g) for make in (peer, ATTENTION[name])]
+        steps = [partial(forward_backward, make(shape[1]).to(device), x, g) for make in (PEERS[name], ATTENTION[name])]
         theirs, ours = alternate(steps, device, 3 if args.quick else 9)
         their_mb, our_mb = (peak_mb(f, device) for f in steps)
         yield dict(layer=name, shape='x'.join(map(str, shape)), fastai_ms=1e3 * theirs, ours_ms=1e3 * ours, faster=theirs / ours,
@@ -100,6 +107,61 @@ def forward_backward(module, x, g):
     module.gamma.data.fill_(0.1)
     with torch.autocast('cuda', torch.float16, enabled=x.is_cuda): y = module(x)
     return torch.autograd.grad(y, [x, *module.parameters()], g.to(y.dtype))
+
+
+def contenders(C, N):
+    "(layer, order, multiply-adds an image, module) of our layers in every order and of fastai's; None where they have none."
+    for name, make in ATTENTION.items():
+        module = make(C)
+        if isinstance(module, SimpleSelfAttention):
+            counts = multiply_adds(C, N, module.ks, module.out is not None)
+            yield from ((name, order, counts[order], make(C, order=order)) for order in counts)
+        elif name != 'none': yield name, None, None, module
+    yield 'fastai simple', 'source', multiply_adds(C, N)['source'], PEERS['simple'](C)
+    yield 'fastai sagan', None, None, PEERS['sagan'](C)
+
+
+def cost(args, device):
+    """Forward + backward of the `contenders` as in `layer`, about 4,096 positions a call (1,024 with --quick).
+
+    `positions` and fastai's sagan hold four N x N matrices an image: where they would pass SQUARES_MB the row has no
+    time and no memory. On CUDA the positions and the bound are 8 times as many.
+    """
+    scale = 8 if device.type == 'cuda' else 1
+    for C, side in QUICK_COST if args.quick else COST:
+        N = side**2  # B, C, N as in layers.py
+        B = max(1, scale * (1024 if args.quick else 4096) // N)
+        x, g = torch.randn(B, C, side, side, device=device, requires_grad=True), torch.randn(B, C, side, side, device=device)
+        print(f'C = {C}, N = {N}, {B} images a call', file=sys.stderr)
+        measured = []
+        for name, order, count, module in contenders(C, N):
+            row = dict(layer=name, order=order, B=B, C=C, N=N, multiply_adds=count)
+            squares_mb = 4 * B * N**2 * x.element_size() / 2**20 if order == 'positions' or name == 'fastai sagan' else 0
+            if squares_mb > scale * SQUARES_MB: yield row
+            else: measured.append((row, partial(forward_backward, module.to(device), x, g)))
+        times = alternate([f for _, f in measured], device, 3 if args.quick else 5)
+        yield from (row | dict(ms=1e3 * t, peak_mb=peak_mb(f, device)) for (row, f), t in zip(measured, times))
+
+
+def equality(C=256, side=32):
+    """The largest error of each order in float32 against (x x^T)(W x) as written in float64, over the largest value.
+
+    `other_weights`: that of a layer with other weights, which a check has to reject; with gamma 0 none can.
+    """
+    x = torch.randn(2, C, side, side)
+    z = x.double().flatten(2)  # (B, C, H, W) -> (B, C, N)
+    layer, other = (SimpleSelfAttention(C).eval() for _ in range(2))
+    rows = []
+    for gamma in (0., 0.1):
+        y = (z + gamma * (z @ z.mT) @ (layer.weight().double() @ z)).detach()
+        for order in multiply_adds(C, side**2):
+            errors = []
+            for weights in (layer, other):
+                module = SimpleSelfAttention(C, order=order).eval()
+                module.load_state_dict(weights.state_dict() | dict(gamma=torch.tensor([gamma])))
+                errors.append(((module(x).flatten(2) - y).abs().max() / y.abs().max()).item())
+            rows.append(dict(gamma=gamma, order=order, own_weights=errors[0], other_weights=errors[1]))
+    return pd.DataFrame(rows)
 
 
 class Clock(Callback):
@@ -154,9 +216,12 @@ def step(args, device):
                    share_of_matrix_rate=share)
 
 
+BENCHMARKS = {'layer': layer, 'step': step, 'cost': cost}
+
+
 def main(argv=None):
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    ap.add_argument('what', choices=['layer', 'step'])
+    ap.add_argument('what', choices=BENCHMARKS)
     ap.add_argument('--quick', action='store_true', help='smaller shapes and fewer repetitions, under a minute')
     ap.add_argument('--data', help='folder train|val/<class>/<image> for the step (default: random images)')
     ap.add_argument('--gpu', type=int, help='CUDA device (default: the first, or the CPU)')
@@ -166,7 +231,7 @@ def main(argv=None):
     except UsageError as e:
         print(f'benchmark.py: {e}', file=sys.stderr)
         return 2
-    table = pd.DataFrame({'layer': layer, 'step': step}[args.what](args, device))
+    table = pd.DataFrame(BENCHMARKS[args.what](args, device))
     print(table.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
     file = args.results / 'benchmarks' / f'{args.what}{"-quick" * args.quick}.csv'
     file.parent.mkdir(parents=True, exist_ok=True)

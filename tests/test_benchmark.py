@@ -1,10 +1,14 @@
 """The benchmarks measure what they say; the figures themselves are the machine's."""
 import importlib.util
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import REPO
+
+import layer_cost
+from layers import ATTENTION, multiply_adds
 
 spec = importlib.util.spec_from_file_location('benchmark', REPO / 'scripts' / 'benchmark.py')
 benchmark = importlib.util.module_from_spec(spec)
@@ -29,11 +33,94 @@ def test_alternate_takes_turns_and_leaves_the_warm_up_out():
 
 
 def test_layer(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, 'LAYERS', [(name, peer, (2, 16, 8, 8), (1, 16, 8, 8)) for name, peer, *_ in benchmark.LAYERS[1:3]])
+    monkeypatch.setattr(benchmark, 'LAYERS', [(name, (2, 16, 8, 8), (1, 16, 8, 8)) for name, *_ in benchmark.LAYERS[1:3]])
     assert not benchmark.main(['layer', '--quick', '--results', str(tmp_path)])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'layer-quick.csv')
     assert table.layer.tolist() == ['simple', 'sagan'] and table['shape'].tolist() == ['1x16x8x8'] * 2
     assert (table.faster - table.fastai_ms / table.ours_ms).abs().max() < 0.05 and table.torch[0] == torch.__version__.split('+')[0]
+
+
+def run_cost(monkeypatch, tmp_path, *shapes):
+    "The table of `cost --quick` at `shapes` (C, side)."
+    monkeypatch.setattr(benchmark, 'QUICK_COST', shapes)
+    assert not benchmark.main(['cost', '--quick', '--results', str(tmp_path)])
+    return layer_cost.load_cost(tmp_path / 'benchmarks' / 'cost-quick.csv')
+
+
+def test_cost_has_every_layer_in_every_order_at_every_shape(monkeypatch, tmp_path, capsys):
+    table = run_cost(monkeypatch, tmp_path, (16, 4), (16, 8), (8, 8))
+    simple = [name for name, make in ATTENTION.items() if isinstance(make(8), benchmark.SimpleSelfAttention)]
+    expected = {(name, order) for name in simple for order in multiply_adds(8, 1)} | {('fastai simple', 'source'), ('fastai sagan', '')}
+    expected |= {(name, '') for name in ATTENTION if name not in ('none', *simple)}
+    for (C, N), rows in table.groupby(['C', 'N']):
+        assert set(zip(rows.layer, rows.order)) == expected and len(rows) == len(expected)
+        for layer, out_conv in (('simple', False), ('simple_out', True)):
+            counts = rows[rows.layer == layer].set_index('order').multiply_adds.to_dict()
+            assert counts == multiply_adds(C, N, out_conv=out_conv)
+    assert (table.B * table.N == 1024).all() and (table.ms > 0).all() and (table.peak_mb > 0).all()
+    assert (table.multiply_adds.isna() == (table.order == '')).all() and table.device.nunique() == 1
+
+
+def test_cost_skips_what_is_too_large_and_says_so(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(benchmark, 'SQUARES_MB', 0.5)  # 4 N x N matrices of 4 bytes and 1024/N images: N/64 MiB
+    table = run_cost(monkeypatch, tmp_path, (8, 4), (8, 8))
+    skipped = table[table.ms.isna()]
+    assert set(skipped.N) == {64} and table.peak_mb.isna().equals(table.ms.isna()) and 'NaN' in capsys.readouterr().out
+    assert set(skipped.name) == {'simple positions', 'simple_sym positions', 'simple_out positions', 'fastai sagan'}
+    assert layer_cost.cost_plot(table).axes and layer_cost.against_softmax(table).faster.notna().all()
+
+
+def test_the_positions_hold_the_matrices_that_the_bound_counts():
+    x = torch.randn(2, 8, 32, 32, requires_grad=True)
+    module = benchmark.SimpleSelfAttention(8, order='positions')
+    peak = benchmark.peak_mb(lambda: benchmark.forward_backward(module, x, x.detach()), CPU)
+    assert 0.5 < peak / (4 * 2 * 1024**2 * 4 / 2**20) < 1.1
+
+
+def test_equality_can_fail_where_gamma_is_not_0():
+    table = benchmark.equality(16, 6).set_index(['gamma', 'order'])
+    assert set(table.loc[0.1].index) == set(multiply_adds(1, 1)) and table.own_weights.max() < 1e-5
+    assert table.other_weights[0.].max() == 0 and table.other_weights[0.1].min() > 0.1
+
+
+def made_up_cost(**ms):
+    "A table of cost with the times {layer_order: f(C, N)}, one image a call and as many MiB as ms."
+    shapes = [(256, N) for N in (64, 256, 1024, 4096)] + [(64, 1024), (128, 1024)]
+    names = {'sagan': ('sagan', ''), 'unfused': ('fastai sagan', '')}
+    rows = [(*names.get(key, ('simple', key)), 1, C, N, multiply_adds(C, N).get(key), f(C, N)) for key, f in ms.items() for C, N in shapes]
+    df = pd.DataFrame(rows, columns=['layer', 'order', 'B', 'C', 'N', 'multiply_adds', 'ms'])
+    return df.assign(peak_mb=df.ms, ms_image=df.ms, mb_image=df.ms, name=(df.layer + ' ' + df.order).str.strip(), device='a CPU', torch='2')
+
+
+def test_crossovers_are_where_the_costs_are_equal():
+    table = made_up_cost(channels=lambda C, N: 600 * N, positions=lambda C, N: N**2)
+    row = layer_cost.crossovers(table).iloc[0]
+    assert row.multiply_adds == pytest.approx(256) and row.ms_image == pytest.approx(600)
+    for factor, at in ((1e-3, 0), (1e9, np.inf)):
+        table = made_up_cost(channels=lambda C, N, factor=factor: factor * N, positions=lambda C, N: N**2)
+        assert layer_cost.crossovers(table).ms_image[0] == at and layer_cost.cost_plot(table).axes
+
+
+def test_the_verdict_follows_the_table():
+    "simple is taken in the order of the fewest multiply-adds: positions at N = 64, channels elsewhere."
+    cost = dict(channels=lambda C, N: 2. * N, positions=lambda C, N: 4. * N, unfused=lambda C, N: 8. * N)
+    table = made_up_cost(sagan=lambda C, N: N * N / 128, **cost)
+    against = layer_cost.against_softmax(table).set_index(['C', 'N'])
+    assert against.order[256, 64] == 'positions' and (against.order.drop((256, 64)) == 'channels').all()
+    assert against.faster[256, 4096] == pytest.approx(16) and against.faster_unfused[256, 64] == pytest.approx(2)
+    text = layer_cost.softmax_verdict(table)
+    assert 'at 4 of 6 shapes' in text and '(C, N) = (256, 64), (256, 256).' in text and 'fastest of simple at 5 of the 6' in text
+    assert 'from 0.12 at N = 64 to 16 at N = 4096' in text
+    assert 'at 6 of 6 shapes' in layer_cost.softmax_verdict(made_up_cost(sagan=lambda C, N: 100. * N, **cost))
+
+
+def test_cost_plot_shows_every_layer_and_both_crossovers():
+    table = made_up_cost(channels=lambda C, N: 600. * N, positions=lambda C, N: 1. * N**2, sagan=lambda C, N: 9. * N)
+    time, against_c, *_ = layer_cost.cost_plot(table).axes
+    lines = [line for line in time.lines if len(line.get_xdata()) == 4]
+    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 3
+    assert sorted(line.get_xdata()[0] for line in time.lines if len(line.get_xdata()) == 2) == pytest.approx([256, 600])
+    assert [len(line.get_xdata()) for line in against_c.lines] == [3] * 3
 
 
 def test_step_compares_the_same_experiment(tree):

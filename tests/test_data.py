@@ -1,106 +1,25 @@
-import math
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
-import torchvision.transforms.transforms as tv_transforms
-from conftest import CLASSES, make_image
-from PIL import Image
+from conftest import CLASSES
 
 import data
-from data import crop_boxes, epoch_draws, fingerprint, get_dls, read_image, split_files, train_image, valid_image
-from experiments import Config, UsageError, find_images, resolve
+from data import get_dls
+from experiments import Config, UsageError, resolve
+from files import find_images, fingerprint, split_files
+from images import read_image, valid_image
 
 
 def config(tree, **kwargs): return resolve(Config(**dict(dataset='custom', data=str(tree), size=32, bs=6, workers=0, split='v1') | kwargs))
 
 
-# --- crops ---
-
-class Draws:
-    "A stand-in for torch inside torchvision's RandomResizedCrop: hands out the uniform draws `u` (ATTEMPTS, 4)."
-    def __init__(self, u):
-        self.u = iter([(a, r) for a, r, _, _ in u]), u
-        self.floats, self.attempt = iter([]), -1
-    def empty(self, n):
-        return SimpleNamespace(uniform_=self._uniform)
-    def _uniform(self, low, high):
-        try: value = next(self.floats)
-        except StopIteration:
-            self.attempt += 1
-            self.floats = iter(next(self.u[0]))
-            value = next(self.floats)
-        self.places = iter(self.u[1][self.attempt][2:])
-        return torch.tensor(low + value * (high - low), dtype=torch.double)
-    def randint(self, low, high, size): return torch.tensor(low + math.floor(next(self.places) * (high - low)))
-    def tensor(self, values): return torch.tensor(values, dtype=torch.double)
-    log, exp = staticmethod(torch.log), staticmethod(torch.exp)
-
-
-@pytest.mark.parametrize('size', [(160, 160), (213, 160), (160, 500), (1000, 40), (20, 300), (1, 1)])
-def test_crops_are_torchvisions(size, monkeypatch):
-    rng = np.random.default_rng(0)
-    for u in rng.random((200, data.ATTEMPTS, 4)):
-        monkeypatch.setattr(tv_transforms, 'torch', Draws(u))
-        expected = tv_transforms.RandomResizedCrop.get_params(Image.new('RGB', size), list(data.SCALE), list(data.RATIO))
-        assert crop_boxes(u, *size).tolist() == list(expected)
-
-
-def test_crops_of_many_images_at_once():
-    u = np.random.default_rng(1).random((50, data.ATTEMPTS, 4))
-    width, height = np.arange(100, 150), np.arange(200, 150, -1)
-    boxes = crop_boxes(u, width, height)
-    assert boxes.tolist() == [crop_boxes(*args).tolist() for args in zip(u, width, height)]
-    top, left, h, w = boxes.T
-    assert (top >= 0).all() and (left >= 0).all() and (top + h <= height).all() and (left + w <= width).all()
-    area = h * w / (width * height)
-    assert 0.34 < area.min() < 0.45 and area.max() > 0.85
-
-
-def test_a_crop_is_cut_then_resized_then_flipped():
-    im = make_image(0, (60, 40))
-    u = np.random.default_rng(2).random((data.ATTEMPTS, 4))
-    top, left, h, w = crop_boxes(u, 60, 40).tolist()
-    expected = im.crop((left, top, left + w, top + h)).resize((32, 32), Image.BILINEAR)
-    assert np.array_equal(train_image(im, 32, u, False), expected)
-    assert np.array_equal(train_image(im, 32, u, True), np.array(expected)[:, ::-1])
-
-
-def test_validation_resizes_the_short_side_to_size_plus_32_and_cuts_the_centre():
-    im = make_image(0, (300, 200))
-    expected = im.resize((240, 160), Image.BILINEAR).crop((56, 16, 184, 144))
-    assert np.array_equal(valid_image(im, 128), expected)
-    im = im.resize((240, 160))  # at 128 px the 160 px archive is not resized
-    assert np.array_equal(valid_image(im, 128), im.crop((56, 16, 184, 144)))
-    assert np.array_equal(valid_image(im.transpose(Image.TRANSPOSE), 128), im.transpose(Image.TRANSPOSE).crop((16, 56, 144, 184)))
-
-
-def test_draws_of_an_epoch_depend_on_seed_and_epoch_alone():
-    order, u, flip = epoch_draws(0, 3, 100)
-    again = epoch_draws(0, 3, 100)
-    assert all(np.array_equal(a, b) for a, b in zip((order, u, flip), again))
-    assert sorted(order) == list(range(100)) and 30 < flip.sum() < 70
-    for other in (epoch_draws(1, 3, 100), epoch_draws(0, 4, 100)):
-        assert not np.array_equal(order, other[0]) and not np.array_equal(u, other[1])
-
-
 # --- files ---
-
-def test_greyscale_palette_and_alpha_become_rgb(tmp_path):
-    im = make_image(0)
-    for mode in ('L', 'P', 'RGBA', 'CMYK', 'I;16'):
-        file = tmp_path / f'{mode[0]}.{"jpeg" if mode == "CMYK" else "png"}'
-        (Image.fromarray(np.arange(100, dtype=np.uint16).reshape(10, 10)) if mode == 'I;16' else im.convert(mode)).save(file)
-        assert read_image(file).mode == 'RGB'
-    grey = np.array(read_image(tmp_path / 'L.png'))
-    assert (grey == np.array(im.convert('L'))[..., None]).all()
-
 
 def test_splits(tree):
     files = find_images(tree)
@@ -193,12 +112,12 @@ def test_too_few_images_for_a_batch(tree):
     with pytest.raises(UsageError, match='30 training images make no batch of 64; lower --bs'): get_dls(config(tree, bs=64))
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('options', [dict(workers=0), dict(workers=2), dict(loader='device')], ids=str)
 @pytest.mark.parametrize('content', [b'', b'not an image', 'half'])
-def test_an_unreadable_image_is_named(tree, workers, content):
+def test_an_unreadable_image_is_named(tree, options, content):
     file = tree / 'train' / CLASSES[1] / f'{CLASSES[1]}_train3.JPEG'
     file.write_bytes(file.read_bytes()[:300] if content == 'half' else content)
-    with pytest.raises(UsageError) as e: list(get_dls(config(tree, workers=workers)).train)
+    with pytest.raises(UsageError) as e: list(get_dls(config(tree, **options)).train)
     assert str(e.value).startswith(f'{file}: cannot be read as an image') and '\n' not in str(e.value)
 
 
@@ -211,15 +130,17 @@ def test_no_network_says_where_to_put_the_archive(monkeypatch, fastai_home):
 
 # --- batches ---
 
-def test_batches(tree):
-    train, valid = get_dls(config(tree)).loaders
+@pytest.mark.parametrize('loader', ['workers', 'device'])
+def test_batches(tree, loader):
+    train, valid = get_dls(config(tree, loader=loader)).loaders
     batches = list(train)
     assert len(batches) == len(train) == 5 and len(list(valid)) == 1
     x, y = batches[0]
     assert x.shape == (6, 3, 32, 32) and x.dtype == torch.float and x.is_contiguous(memory_format=torch.channels_last)
     x, y = next(iter(valid))
     assert y.tolist() == [0, 1, 2, 0, 1, 2]
-    pixels = torch.tensor(np.array(valid_image(read_image(tree / valid.dataset.files[0]), 32))).permute(2, 0, 1) / 255
+    file = split_files(find_images(tree), 'v1')[1][0]
+    pixels = torch.tensor(np.array(valid_image(read_image(tree / file), 32))).permute(2, 0, 1) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(x[0], (pixels - mean[:, None, None]) / std[:, None, None], atol=1e-6)
 
@@ -235,6 +156,29 @@ def test_an_epoch_holds_every_image_once_and_depends_on_seed_and_epoch(tree):
     assert not torch.equal(x, epoch(1)[0]) and not torch.equal(x, epoch(0, seed=1)[0])
 
 
+def test_both_loaders_give_the_same_images_in_the_same_order(tree):
+    workers, device = (get_dls(config(tree, loader=loader)) for loader in ('workers', 'device'))
+    assert (workers.loader, device.loader, get_dls(config(tree)).loader) == ('workers', 'device', 'workers')
+    for epoch in (0, 1):
+        for dls in (workers, device): dls.train.dataset.set_epoch(epoch)
+        for (x, y), (x_, y_) in zip(workers.train, device.train, strict=True):
+            assert torch.equal(y, y_) and (x - x_).abs().max() < 1.01 / 255 / 0.224  # a level
+            assert (x != x_).float().mean() < 0.3
+    for (x, y), (x_, y_) in zip(workers.valid, device.valid, strict=True): assert torch.equal(x, x_) and torch.equal(y, y_)
+
+
+def test_images_are_decoded_once_for_many_runs_and_anew_when_they_change(tree):
+    first, second = (get_dls(config(tree, loader='device', seed=seed)).train.dataset for seed in (0, 1))
+    assert first.pixels is second.pixels and not np.array_equal(first.boxes, second.boxes)
+    next((tree / 'val').rglob('*.JPEG')).unlink()
+    assert get_dls(config(tree, loader='device')).train.dataset.pixels is not first.pixels
+
+
+def test_images_that_do_not_fit_on_the_device(tree, monkeypatch):
+    monkeypatch.setattr(data, 'device_bytes', lambda device: 1000)
+    with pytest.raises(UsageError, match='MiB of decoded images; take --loader workers'): get_dls(config(tree, loader='device'))
+
+
 def test_validation_is_the_same_every_time(tree):
     dls = get_dls(config(tree))
     first = next(iter(dls.valid))[0]
@@ -242,8 +186,9 @@ def test_validation_is_the_same_every_time(tree):
     assert torch.equal(first, next(iter(dls.valid))[0])
 
 
-def test_random_erasing_is_for_training_images_only(tree):
-    plain, erased = get_dls(config(tree)), get_dls(config(tree, sh=0.5))
+@pytest.mark.parametrize('loader', ['workers', 'device'])
+def test_random_erasing_is_for_training_images_only(tree, loader):
+    plain, erased = (get_dls(config(tree, loader=loader, sh=sh)) for sh in (0., 0.5))
     assert erased.train.erase.p == 0.3 and erased.valid.erase is None
     erased.train.erase.p = 1.
     assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(plain.train, erased.train))

@@ -1,6 +1,7 @@
 """The command, from its flags to its row."""
 import copy
 import csv
+import functools
 import math
 import os
 import shutil
@@ -14,6 +15,7 @@ import pytest
 import torch
 from conftest import CLASSES, REPO
 from fastai.callback.training import ShortEpochCallback
+from fastai.optimizer import OptimWrapper
 
 import runlog
 import train_imagenette
@@ -59,6 +61,7 @@ def test_the_sources_own_command_line():
     ('--sa', dict(attention='simple')), ('--sa 1', dict(attention='simple')), ('--sa 0', {}), ('--sa sagan', dict(attention='sagan')),
     ('--sa --size 64', dict(attention='simple', size=64)), ('--sa 1 --sym 1', dict(attention='simple_sym')), ('--sym 1', {}),
     ('--sa --sym 0', dict(attention='simple')), ('--alpha 0.9', dict(sqrmom=0.9)), ('--label_smoothing 0', dict(label_smoothing=0.)),
+    ('--compile', dict(compile=1)), ('--compile 0 --fused 0', dict(fused=0)), ('--loader device', dict(loader='device')),
     ('--pct-noise 5', dict(pct_noise=5)), ('--pct_noise 5', dict(pct_noise=5)), ('--act_fn mish', dict(act='mish')),
     ('--sa-at 1,2.0 --pool max --opt ranger --schedule flat_cos', dict(sa_at='1,2.0', pool='max', opt='ranger', schedule='flat_cos')),
 ])
@@ -159,7 +162,7 @@ def test_the_whole_way_on_digits(command, tmp_path):
 
 @pytest.mark.parametrize('options', [
     '--opt rms', '--opt sgd', '--opt ranger --schedule flat_cos', '--sh 0.3 --act mish --pool max', '--sa sagan --sa-at 1,2.0',
-    '--stem 32-32-64 --precision bf16 --sa simple_sym', '--split v2 --sa simple_out',
+    '--stem 32-32-64 --precision bf16 --sa simple_sym', '--split v2 --sa simple_out', '--loader device --fused 0 --channels-last 0',
 ])
 def test_every_kind_of_run_ends_ok(options, tree, command, tmp_path):
     code, _, err = command('--data', tree, *TINY, *options.split())
@@ -321,18 +324,20 @@ def test_flat_cos_keeps_the_learning_rate_for_three_quarters(tree):
     assert (lr[:15] == 3e-3).all() and lr[-1] < 1e-3
 
 
-def test_weight_decay_spares_norms_and_biases(tree):
-    _, learn = learner(tree, '--sa')
-    learn.create_opt()
+@pytest.mark.parametrize('fused', [0, 1])
+def test_weight_decay_spares_norms_and_biases(tree, fused):
+    _, learn = learner(tree, '--sa', '--fused', fused)
+    learn.fit(0)
     names = {p: n for n, p in learn.model.named_parameters()}
-    spared = {names[p] for p, *_ in learn.opt.all_params() if not learn.opt.state[p].get('do_wd', True)}
+    decay = {names[p]: hyper['wd'] for p, _, state, hyper in learn.opt.all_params() if state.get('do_wd', True) and hyper['wd']}
     norms = {f'{n}.{k}' for n, m in learn.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d) for k in ('weight', 'bias')}
-    assert spared == norms | {'head.bias'} and len(names) > len(spared)
+    assert names.values() - decay.keys() == norms | {'head.bias'} and set(decay.values()) == {1e-2}
 
 
-def test_one_step_is_decoupled_adam(tree):
+@pytest.mark.parametrize('fused', [0, 1])
+def test_one_step_is_decoupled_adam(tree, fused):
     "One batch through the Learner against torch's AdamW with weight decay on the same groups."
-    cfg, learn = learner(tree, '--sa')
+    cfg, learn = learner(tree, '--sa', '--fused', fused)
     model = copy.deepcopy(learn.model).train()
     batch = next(iter(learn.dls.train))
     learn.fit(1, cfg.lr, cbs=ShortEpochCallback(pct=0., short_valid=False))
@@ -342,6 +347,48 @@ def test_one_step_is_decoupled_adam(tree):
     torch.optim.AdamW([dict(params=groups[True], weight_decay=cfg.wd), dict(params=groups[False], weight_decay=0)],
                       lr=cfg.lr, betas=(cfg.mom, cfg.sqrmom), eps=cfg.eps).step()
     for (name, p), q in zip(learn.model.named_parameters(), model.parameters()): assert torch.allclose(p, q, atol=1e-5), name
+
+
+def test_fused_adam_is_fastais_step_for_step(tree):
+    "The same gradients and the same cycle of learning rate and momentum to both: the weights agree to 1e-6."
+    learners = [learner(tree, '--sa', '--fused', fused)[1] for fused in (0, 1)]
+    for learn in learners: learn.fit(0)  # makes the optimizer
+    pairs = list(zip(*(learn.model.parameters() for learn in learners)))
+    assert isinstance(learners[1].opt, OptimWrapper) and not isinstance(learners[0].opt, OptimWrapper)
+    for step in range(12):
+        for p, q in pairs:
+            p.grad = torch.randn_like(p) * 10.**(step % 3 - 2)
+            q.grad = p.grad.clone()
+        for learn in learners:
+            learn.opt.set_hypers(lr=1e-3 * (1 + step % 4), mom=0.95 - 0.02 * (step % 5))
+            learn.opt.step()
+        assert max((p - q).abs().max().item() for p, q in pairs) < 1e-6
+
+
+def test_the_smoothed_loss_is_fastais(tree):
+    learn = learner(tree)[1]
+    ours, theirs = training.SmoothLoss(), training.AvgSmoothLoss()
+    for value in (3., 2., 2.5):
+        learn.loss = torch.tensor(value)
+        for loss in (ours, theirs): loss.accumulate(learn)
+        assert ours.value == theirs.value
+
+
+def test_memory_format_is_that_of_the_flag(tree):
+    for last in (0, 1):
+        weight = learner(tree, '--channels-last', last)[1].model.stem1[0].weight
+        assert weight.is_contiguous(memory_format=torch.channels_last) == bool(last)
+
+
+def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))  # the same graphs, without a C++ compiler
+    argv = ['--data', tree, '--sa', *TINY]
+    torch._dynamo.reset()
+    assert command(*argv, '--compile', '--runs', 2)[0] == 0
+    assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
+    assert command(*argv)[0] == 0
+    loss = record(tmp_path).valid_loss
+    assert loss[0] == pytest.approx(loss[2], abs=0.02) and loss[0] != loss[1]
 
 
 def test_unknown_values_are_refused_by_config_itself():

@@ -1,0 +1,126 @@
+"""Images as the 2019 source fed them: how a file is read, how a crop is drawn and resized, one by one or a batch at once.
+
+Training images: a random resized crop (area 0.35 to 1, ratio 3/4 to 4/3) by Pillow's bilinear filter, flipped half
+the time. Validation images: short side to size + 32, centre crop.
+
+`train_image` does so with Pillow, for one image. `Pixels` keeps a whole set decoded on a device and does it there for a
+batch, each image with its own crop: Pillow's filter is separable and linear, so a crop is `rows @ image @ columns`, two
+batched matrix products. The same pixels within a level of 255: some versions of Pillow round the rows first.
+"""
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as TF
+
+from experiments import UsageError
+
+SCALE, RATIO, ATTEMPTS = (0.35, 1.), (3 / 4, 4 / 3), 10  # of the random resized crop
+VALID_MARGIN = 32  # pixels that the validation images are larger than their centre crop
+
+
+# --- draws ---
+
+def epoch_draws(seed, epoch, n):
+    "(order of `n` images, uniform draws (n, ATTEMPTS, 4) of their crops, flips (n,)) of one epoch."
+    rng = np.random.default_rng([seed, epoch])
+    return rng.permutation(n), rng.random((n, ATTEMPTS, 4)), rng.random(n) < 0.5
+
+
+def crop_boxes(u, width, height):
+    """(top, left, height, width) of random resized crops, as torchvision's RandomResizedCrop draws them.
+
+    u (..., ATTEMPTS, 4): uniform draws of area, log ratio, top and left; `width`, `height`: of the images (...).
+    The first attempt that fits is taken; if none does, the largest centre crop within RATIO.
+    """
+    width, height = np.asarray(width)[..., None], np.asarray(height)[..., None]
+    area = width * height * (SCALE[0] + u[..., 0] * (SCALE[1] - SCALE[0]))
+    ratio = np.exp(np.log(RATIO[0]) + u[..., 1] * (np.log(RATIO[1]) - np.log(RATIO[0])))
+    w, h = np.rint(np.sqrt(area * ratio)), np.rint(np.sqrt(area / ratio))
+    fits = (0 < w) & (w <= width) & (0 < h) & (h <= height)
+    top, left = np.floor(u[..., 2] * (height - h + 1)), np.floor(u[..., 3] * (width - w + 1))
+
+    fall_w, fall_h = np.minimum(width, np.rint(height * RATIO[1])), np.minimum(height, np.rint(width / RATIO[0]))
+    fallback = np.stack([(height - fall_h) // 2, (width - fall_w) // 2, fall_h, fall_w], -1)  # (..., 1, 4)
+    boxes = np.concatenate([np.stack([top, left, h, w], -1), fallback], -2)
+    first = np.where(fits.any(-1), fits.argmax(-1), fits.shape[-1])[..., None, None]
+    return np.take_along_axis(boxes, first, -2)[..., 0, :].astype(int)
+
+
+# --- one image ---
+
+def _open(file, read):
+    "read(PIL image of `file`); UsageError with its path if it cannot be read."
+    try:
+        with Image.open(file) as im: return read(im)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
+        raise UsageError(f'{file}: cannot be read as an image ({" ".join(str(e).split()) or type(e).__name__})') from None
+
+
+def read_image(file): return _open(file, lambda im: im.convert('RGB'))
+
+
+def train_image(im, size, u, flip):
+    "The crop of a PIL image that the draws `u` (ATTEMPTS, 4) give, (size, size), flipped if `flip`."
+    top, left, height, width = crop_boxes(u, *im.size).tolist()
+    im = TF.resized_crop(im, top, left, height, width, [size, size], InterpolationMode.BILINEAR)
+    return TF.hflip(im) if flip else im
+
+
+def valid_image(im, size):
+    "A PIL image with its short side at size + 32, then its centre crop (size, size)."
+    return TF.center_crop(TF.resize(im, size + VALID_MARGIN, InterpolationMode.BILINEAR), [size, size])
+
+
+# --- a set of them on a device ---
+
+def stack(files, size):
+    "The validation images of `files`, decoded in parallel: uint8 (n, size, size, 3)."
+    with ThreadPoolExecutor() as pool:
+        return torch.from_numpy(np.stack(list(pool.map(lambda f: np.asarray(valid_image(read_image(f), size)), files))))
+
+
+class Pixels:
+    "Images of any sizes, decoded in parallel, one behind the other on `device`: `data` uint8 (pixels of all, 3)."
+    def __init__(self, files, device, limit=float('inf')):
+        "Raises MemoryError, before it decodes any, if the images take more than `limit` bytes."
+        with ThreadPoolExecutor() as pool:
+            self.width, self.height = np.array(list(pool.map(lambda f: _open(f, lambda im: im.size), files))).T
+            self.start = np.concatenate([[0], np.cumsum(self.width * self.height)])
+            if 3 * self.start[-1] > limit: raise MemoryError(f'{3 * self.start[-1] / 2**20:,.0f} MiB of decoded images')
+            data = np.empty((self.start[-1], 3), np.uint8)
+
+            def decode(file, start, stop): data[start:stop] = np.asarray(read_image(file)).reshape(-1, 3)
+            for _ in pool.map(decode, files, self.start, self.start[1:]): pass  # raises what decode raised
+        self.data = torch.from_numpy(data).to(device)
+
+    def crops(self, images, boxes, flips, size):
+        """uint8 (B, 3, size, size), channels last: of `images` (B,), numbers in the set, the `boxes` (B, 4) of
+        `crop_boxes`, resized and, where `flips` (B,), mirrored."""
+        top, left, height, width = boxes.T
+        stride = self.width[images]
+        host = np.stack([self.start[images] + top * stride + left, stride, height, width, flips])
+        start, stride, height, width, flips = torch.from_numpy(host).to(self.data.device, non_blocking=True)[:, :, None, None]
+        x, y = (torch.arange(n.max(), device=self.data.device) for n in (boxes[:, 3], boxes[:, 2]))
+        at = start + y * stride + x[:, None]  # (B, W, H), W and H the largest of the batch
+        crop = self.data[at.clamp_(max=len(self.data) - 1)].float()  # (B, W, H, 3); beyond its own width, another image
+        columns, rows = filters(width, len(x), size), filters(height, len(y), size)
+        columns = torch.where(flips > 0, columns.flip(1), columns)
+        crop = columns @ crop.flatten(2)  # (B, size, W) (B, W, H*3)
+        crop = crop.add_(0.5).floor_().unflatten(2, (-1, 3)).transpose(1, 2)  # rounded between the passes, as in Pillow
+        crop = rows @ crop.flatten(2)  # (B, size, H) (B, H, size*3)
+        return crop.add_(0.5).floor_().byte().unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+
+
+def filters(length, n, size):
+    """Pillow's bilinear filter as matrices (B, size, n) from the first `length` (B, 1, 1) of n pixels to `size`.
+
+    A triangle about the centre of each output pixel, as wide as the reduction where there is one; rows sum to 1.
+    """
+    scale = length.double() / size
+    centre = (torch.arange(size, device=length.device)[:, None] + 0.5) * scale
+    x = torch.arange(n, device=length.device)
+    w = (1 - (x + 0.5 - centre).abs_().div_(scale.clamp(min=1))).clamp_(min=0).mul_(x < length)
+    return w.div_(w.sum(2, keepdim=True)).float()
