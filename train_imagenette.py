@@ -8,8 +8,6 @@ import argparse
 import os
 import signal
 import sys
-import threading
-import traceback
 from dataclasses import replace
 from pathlib import Path
 
@@ -95,13 +93,11 @@ def probe(file):
 def stop_on_signals():
     "Let Ctrl-C and SIGTERM end this process by Stopped; loader workers, which inherit the handler, just end."
     main, Stopped.by = os.getpid(), 0
-    def stop(number, frame):
+    def stop(number, _):
         if os.getpid() != main: os._exit(0)
         Stopped.by = number
         signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's would raise for the workers that the signal ends too,
         sys.unraisablehook = lambda *_: None            # and its half-made iterators complain when they are deleted
-        if any(f.f_code.co_name == '__del__' for f, _ in traceback.walk_stack(frame)):  # which would swallow the exception
-            return threading.Timer(0.1, os.kill, (main, number)).start()
         raise Stopped
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, stop)
 

@@ -27,7 +27,7 @@ from fastai.torch_core import set_seed
 
 import runlog
 from data import get_dls
-from experiments import Config, UsageError, is_stop, resolve
+from experiments import Config, Stopped, UsageError, is_stop, resolve
 from files import find_images
 from layers import ATTENTION
 from learner import fit, get_learner
@@ -82,6 +82,12 @@ class FiniteLoss:
 
     def arrived(self):
         while self.sent and self.sent[0][1].query(): yield self.sent.popleft()[0]
+
+
+class Heed(Callback):
+    "Ends the fit after a signal whose exception was lost, as it is in a __del__ or a hook of fork."
+    def before_batch(self):
+        if Stopped.by: raise Stopped
 
 
 class Measure(Callback):
@@ -177,7 +183,7 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
     cfg, dls, model = prepare(cfg, device)
     run_id, started = runlog.new_run()
     measure = Measure(partial(runlog.write_curve, run_id, results=results))
-    learn = get_learner(cfg, dls, model, [measure])
+    learn = get_learner(cfg, dls, model, [measure, Heed()])
     row = dict(run_id=run_id, started=started, **asdict(cfg), n_train=dls.train.n, n_val=dls.valid.n,
                n_parameters=n_parameters(model), device=device_name(device),
                data_fingerprint=dls.fingerprint, **runlog.provenance())
