@@ -230,13 +230,48 @@ class SimpleSelfAttention(_Attention):
     def extra_repr(self): return f'{self.n_channels}, ks={self.ks}, order={self.order!r}'
 
 
+class _BlockedSoftmax(torch.autograd.Function):
+    """softmax(q k) v for q (B, N, D), k (B, D, N), v (B, N, C), a block of rows of q at a time, forward as backward.
+
+    For CPUs: their fused kernel wants D = C, which doubles the products where D is C/8.
+    """
+    BLOCK = 2**20  # scores at once: they stay in the cache
+
+    @staticmethod
+    def blocks(q, k):
+        "(image, rows) of each block."
+        rows = max(1, _BlockedSoftmax.BLOCK // k.shape[2])
+        return [(b, slice(i, i + rows)) for b in range(len(q)) for i in range(0, q.shape[1], rows)]
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        o = q.new_empty(*q.shape[:2], v.shape[2])
+        for b, rows in _BlockedSoftmax.blocks(q, k): o[b, rows] = torch.softmax(q[b, rows] @ k[b], 1) @ v[b]
+        ctx.save_for_backward(q, k, v, o)
+        return o
+
+    @staticmethod
+    def backward(ctx, g):
+        q, k, v, o = ctx.saved_tensors
+        g_q, g_k, g_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        shift = (g * o).sum(2, keepdim=True)  # (B, N, 1): of the gradient through the softmax's denominator
+        for b, rows in _BlockedSoftmax.blocks(q, k):
+            p = torch.softmax(q[b, rows] @ k[b], 1)
+            g_v[b].addmm_(p.mT, g[b, rows])
+            p *= torch.addmm(shift[b, rows], g[b, rows], v[b].mT, beta=-1)
+            g_q[b, rows] = p @ k[b].mT
+            g_k[b].addmm_(q[b, rows].mT, p)
+        return g_q, g_k, g_v
+
+
 class SelfAttention(_Attention):
     """SAGAN's layer as in fastai: o_j = sum_i softmax_i(f(x_i) . g(x_j)) h(x_i), y = x + gamma * o.
 
     f and g (C -> C/8) and h (C -> C) are spectrally normalised 1x1 convolutions; no scaling of the scores.
     Through `scaled_dot_product_attention`: memory O(N) an image where a fused kernel exists, never N x N.
     Its kernels want one head size for f, g and h, at most 256: f and g are padded with zeros to that of h,
-    and h is split into heads that share f and g.
+    and h is split into heads that share f and g. In float32 on a CPU, where that padding costs more than the
+    kernel saves, through `_BlockedSoftmax`.
     """
     def __init__(self, n_channels):
         super().__init__(n_channels)
@@ -246,14 +281,18 @@ class SelfAttention(_Attention):
 
     def attend(self, x, dtype):
         weights = [self.query(), self.key(), self.value()]
-        n_heads = -(-self.n_channels // 256)
-        while self.n_channels % n_heads: n_heads += 1
         fgh = F.linear(x.mT.to(dtype), torch.cat(weights).to(dtype))  # (B, C, N) -> (B, N, C/8 + C/8 + C)
         f, g, h = fgh.split([len(w) for w in weights], dim=2)
+        blocked = x.device.type == 'cpu' and dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+        o = _BlockedSoftmax.apply(g, f.mT, h) if blocked else self._fused(f, g, h)  # SAGAN's "query" f is what is attended to
+        return x + self.gamma * o.mT  # (B, N, C) -> (B, C, N)
+
+    def _fused(self, f, g, h):
+        n_heads = -(-self.n_channels // 256)
+        while self.n_channels % n_heads: n_heads += 1
         h = h.unflatten(2, (n_heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
         f, g = (F.pad(t, (0, h.shape[3] - t.shape[2])).unsqueeze(1).expand_as(h) for t in (f, g))
-        o = F.scaled_dot_product_attention(g, f, h, scale=1.)  # SAGAN's "query" f is what is attended to
-        return x + self.gamma * o.transpose(1, 2).flatten(2).mT  # (B, heads, N, C/heads) -> (B, C, N)
+        return F.scaled_dot_product_attention(g, f, h, scale=1.).transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
 
 
 # name: n_channels -> layer. One class and one line here add a variant to the command, the tests and the tables.
