@@ -99,6 +99,7 @@ class Config:
     fused: int = knob(1, "adam in one kernel of torch; 0: fastai's own, the same function", choices=SWITCH)
     channels_last: int = knob(1, 'memory format of the network; 0: channels first', choices=SWITCH)
     compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH)
+    keep_memory: int = knob(1, 'on a CPU: keep freed memory for the next step instead of giving it back to the system', choices=SWITCH)
     workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256)
     seed: int = knob(0, 'seed of weights, order, crops, flips and mixup', least=0, most=2**31 - 1)
     meta: str = knob('', 'free text, kept in the row', '--log')

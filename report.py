@@ -16,7 +16,7 @@ import runlog
 from experiments import IMAGES, Config, UsageError, fields, resolve
 
 # What makes runs comparable: every setting but the variant itself, the repetition and what no result depends on.
-NO_SETTINGS = 'attention', 'sa_at', 'seed', 'loader', 'workers', 'fused', 'channels_last', 'compile', 'meta'
+NO_SETTINGS = 'attention', 'sa_at', 'seed', 'loader', 'workers', 'fused', 'channels_last', 'compile', 'keep_memory', 'meta'
 SETTINGS = [f.name for f in fields(Config) if f.name not in NO_SETTINGS]
 GROUP = [*SETTINGS, 'n_train', 'n_val', 'data_fingerprint']
 TITLE = ['dataset', 'split', 'size', 'epochs', 'arch']  # the settings named in every title; the others where not the default

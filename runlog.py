@@ -34,7 +34,7 @@ PROVENANCE = {
     'git_commit': str, 'git_dirty': int, 'data_fingerprint': str,
 }
 COLUMNS = {'run_id': str, 'status': str, 'started': str} | CONFIG | MEASURED | PROVENANCE
-BEFORE = dict(loader='workers', fused=0, channels_last=1, compile=0)  # how runs went before there were these columns
+BEFORE = dict(loader='workers', fused=0, channels_last=1, compile=0, keep_memory=0)  # how runs went before there were these columns
 CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds')
 
 
