@@ -409,12 +409,13 @@ def test_freed_memory_is_kept(tree):
     code = ('import resource, sys, torch, learner\n'
             'if sys.argv[1] == "1": learner.keep_memory()\n'
             'def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
-            'for _ in range(3): torch.ones(2**24)\n'  # 64 MiB, 16,384 pages
+            'for _ in range(20): torch.ones(2**24)\n'  # 64 MiB, 16,384 pages
             'before = faults()\n'
-            'for _ in range(3): torch.ones(2**24)\n'
+            'for _ in range(20): torch.ones(2**24)\n'
             'print(faults() - before)')
     faults = [int(subprocess.run([sys.executable, '-c', code, keep], cwd=REPO, capture_output=True, text=True).stdout) for keep in '01']
-    assert faults[1] < 1000 and (faults[0] > 10 * faults[1] or faults[0] < 1000)  # huge pages or another allocator: none to save
+    if faults[0] < 10_000: pytest.skip('huge pages, or another allocator: there are no page faults to save')
+    assert faults[1] < faults[0] / 2
 
 
 def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command, tmp_path, monkeypatch):
