@@ -3,17 +3,25 @@
 
     python scripts/benchmark.py layer [--quick]              forward + backward of the attention layers, time and peak memory
     python scripts/benchmark.py step [--quick] [--data DIR]  a training step of xresnet50 + simple at 128 px, loading included
+    python scripts/benchmark.py loader [--quick] [--data DIR]  each loader: alone, in the step, and the step on one batch over and over
+    python scripts/benchmark.py run [--quick] [FLAGS]        whole runs of train_imagenette.py FLAGS, with and without attention
     python scripts/benchmark.py cost [--quick]               every layer in every order, against N and against C; about 5 minutes
 
-Prints a table and writes it with the hardware and the versions to results/benchmarks/<what>.csv. Without --data the
-step runs on 640 random JPEGs of Imagewoof's usual size, 213x160, so that nothing is downloaded.
+Prints a table and writes it with the hardware and the versions to results/benchmarks/<what>.csv. Without --data step
+and loader use 640 random JPEGs of Imagewoof's usual size, 213x160, so that nothing is downloaded.
+
+Limits: `matrix_share` is the share of the device's own rate of matrix products that the multiply-adds of convolutions and
+products amount to; `floor_seconds` is what a step takes if these run at that rate and every tensor that an operation reads
+or writes moves once at the rate of a copy, one after the other.
 """
 import argparse
+import copy
 import os
 import sys
 import tempfile
 import time
 import warnings
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -27,19 +35,25 @@ import torch
 from fastai import layers as fastai_layers
 from fastai.callback.core import Callback, CancelFitException
 from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import DataLoaders
 from fastai.data.transforms import GrandparentSplitter, Normalize, get_image_files, parent_label
 from fastai.learner import Learner
 from fastai.losses import LabelSmoothingCrossEntropy
 from fastai.metrics import accuracy, top_k_accuracy
+from fastai.optimizer import Adam
 from fastai.vision.augment import FlipItem, RandomResizedCrop
 from fastai.vision.core import imagenet_stats
 from fastai.vision.data import ImageBlock
 from fastai.vision.models.xresnet import xresnet50
 from PIL import Image
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import runlog
+import train_imagenette
 import training
+from data import ImageLoader
 from experiments import Config, UsageError
 from layers import ATTENTION, SimpleSelfAttention, multiply_adds
 
@@ -86,6 +100,34 @@ def matrix_rate(device):
     n, dtype = (8192, torch.float16) if device.type == 'cuda' else (2048, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
     return n**3 / min(alternate([lambda: a @ a], device, 1)[0] for _ in range(10))
+
+
+def copy_rate(device):
+    "Bytes per second read and written by a copy of 256 MiB, the best of ten."
+    a = torch.zeros(2**26, device=device)
+    b = torch.empty_like(a)
+    return 2 * a.nbytes / min(alternate([lambda: b.copy_(a)], device, 1)[0] for _ in range(10))
+
+
+class CountBytes(TorchDispatchMode):
+    "`bytes`: read and written by the operations within, each tensor once an operation; views move nothing."
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view: self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        return out
+
+
+def floor(cfg, model, device):
+    "(multiply-adds of a step of `model` on `device`, the seconds it takes at least: see Limits above)."
+    x = torch.randn(cfg.bs, 3, cfg.size, cfg.size, device=device).contiguous(memory_format=torch.channels_last)
+    autocast = torch.autocast(device.type, {'fp16': torch.float16}.get(cfg.precision, torch.bfloat16), cfg.precision != 'fp32')
+    with FlopCounterMode(display=False) as flops, CountBytes() as moved, autocast: model(x).sum().backward()
+    multiply_adds = flops.get_total_flops() / 2
+    return multiply_adds, multiply_adds / matrix_rate(device) + moved.bytes / copy_rate(device)
 
 
 # --- the benchmarks: each gives the rows of its table ---
@@ -165,15 +207,31 @@ def equality(C=256, side=32):
 
 
 class Clock(Callback):
-    "Ends the fit after `n` training steps; `seconds`: of the steps, the first two of a fit left out (the loader starts)."
+    """Ends the fit after `n` training steps; `seconds`: of the steps, the first two of a fit left out (the loader starts).
+
+    On a CPU those of each step; on CUDA their mean, so that no step waits for the one before.
+    """
     def __init__(self, n): self.n, self.seconds = n, []
 
     def after_step(self):
-        if self.dls.device.type == 'cuda': torch.cuda.synchronize(self.dls.device)
+        whole = self.dls.device.type == 'cuda'
+        if whole and self.iter in (1, self.n - 1): torch.cuda.synchronize(self.dls.device)
         now = time.perf_counter()
-        if self.iter >= 2: self.seconds.append(now - self.last)
-        self.last = now
-        if self.iter + 1 == self.n: raise CancelFitException
+        if self.iter >= 2 and not whole: self.seconds.append(now - self.last)
+        if not whole or self.iter == 1: self.last = now
+        if self.iter + 1 == self.n:
+            if whole: self.seconds.append((now - self.last) / (self.n - 2))
+            raise CancelFitException
+
+
+def clocked(learners, args, device, lr):
+    "Median seconds of a step of each Learner, which take turns."
+    n = (6 if args.quick else 8) if device.type == 'cpu' else 52
+    clocks = [Clock(n) for _ in learners]
+    for _ in range(1 if args.quick else 3):
+        for learn, clock in zip(learners, clocks):
+            with learn.no_bar(), learn.no_logging(): learn.fit(1, lr, cbs=clock)
+    return [float(np.median(clock.seconds)) for clock in clocks]
 
 
 def plain_learner(cfg, device):
@@ -181,8 +239,9 @@ def plain_learner(cfg, device):
     block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
                       splitter=GrandparentSplitter(valid_name='val'), batch_tfms=Normalize.from_stats(*imagenet_stats),
                       item_tfms=[RandomResizedCrop(cfg.size, min_scale=0.35), FlipItem(0.5)])
-    dls = block.dataloaders(cfg.data, bs=cfg.bs, num_workers=cfg.workers, device=device)
-    learn = Learner(dls, xresnet50(n_out=dls.c, sa=True), LabelSmoothingCrossEntropy(), training.get_opt_func(cfg), wd=cfg.wd,
+    dls = block.dataloaders(cfg.data, bs=cfg.bs, num_workers=training.settle(cfg, device).workers, device=device)
+    opt = partial(Adam, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps)
+    learn = Learner(dls, xresnet50(n_out=dls.c, sa=True), LabelSmoothingCrossEntropy(), opt, wd=cfg.wd,
                     metrics=[accuracy, partial(top_k_accuracy, k=min(5, dls.c))])
     return learn.to_fp16() if device.type == 'cuda' else learn
 
@@ -197,26 +256,83 @@ def random_images(folder, n=640, size=(213, 160)):
     return str(folder)
 
 
+def step_config(args, folder, **kwargs):
+    return Config(**dict(dataset='custom', data=args.data or random_images(folder), split='v2', attention='simple',
+                         bs=16 if args.quick else 64) | kwargs)
+
+
 def step(args, device):
-    "A whole training step: loading, augmentation, model, loss, optimizer, metrics."
+    """A whole training step: loading, augmentation, model, loss, optimizer, metrics.
+
+    The memory that keep_memory() keeps is kept for fastai's step too, as it is one process: the ratio leaves it out.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        cfg = Config(dataset='custom', data=args.data or random_images(folder), split='v2', attention='simple', bs=16 if args.quick else 64)
-        cfg, dls, model = training.prepare(cfg, device)
+        cfg, dls, model = training.prepare(step_config(args, folder), device)
         learners = [plain_learner(cfg, device), training.get_learner(cfg, dls, model)]
-        clocks = [Clock(6 if args.quick else 8) for _ in learners]
-        for _ in range(1 if args.quick else 3):
-            for learn, clock in zip(learners, clocks):
-                with learn.no_bar(), learn.no_logging(): learn.fit(1, cfg.lr, cbs=clock)
-        theirs, ours = (float(np.median(clock.seconds)) for clock in clocks)
-        x = torch.randn(cfg.bs, 3, cfg.size, cfg.size, device=device)
-        with FlopCounterMode(display=False) as counter: model(x).sum().backward()
-        share = counter.get_total_flops() / 2 / ours / matrix_rate(device)
-        yield dict(model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, steps=len(clocks[0].seconds),
+        theirs, ours = clocked(learners, args, device, cfg.lr)
+        multiply_adds, floor_seconds = floor(cfg, model, device)
+        yield dict(model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, loader=cfg.loader,
                    fastai_images_per_second=cfg.bs / theirs, ours_images_per_second=cfg.bs / ours, faster=theirs / ours,
-                   share_of_matrix_rate=share)
+                   seconds=ours, floor_seconds=floor_seconds, matrix_share=multiply_adds / matrix_rate(device) / ours)
 
 
-BENCHMARKS = {'layer': layer, 'step': step, 'cost': cost}
+class OneBatch(ImageLoader):
+    "The first batch of a loader, over and over."
+    def __init__(self, loader):
+        super().__init__(loader.dataset, bs=loader.bs, drop_last=True, device=loader.device)
+        self.batch = next(iter(loader))
+
+    def __iter__(self): return iter([self.batch] * len(self))
+
+
+def loader(args, device):
+    "Images per second of each loader alone, of the training step with it, and of the step on one batch over and over."
+    with tempfile.TemporaryDirectory() as folder:
+        cfg = step_config(args, folder, **dict(size=64, arch='xresnet18') if args.quick else {})
+        for kind in ('workers', 'device'):
+            cfg, dls, model = training.prepare(replace(cfg, loader=kind), device)
+            start, n = time.perf_counter(), 0
+            for x, _ in dls.train: n += len(x)
+            if device.type == 'cuda': torch.cuda.synchronize(device)
+            alone = n / (time.perf_counter() - start)
+            learners = [training.get_learner(cfg, d, m) for d, m in ((dls, model), (get_one_batch(dls), copy.deepcopy(model)))]
+            seconds = clocked(learners, args, device, cfg.lr)
+            yield dict(loader=kind, model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, workers=cfg.workers,
+                       loader_images_per_second=alone, step_images_per_second=cfg.bs / seconds[0],
+                       one_batch_images_per_second=cfg.bs / seconds[1], share=seconds[1] / seconds[0])
+
+
+def get_one_batch(dls):
+    "`dls` with OneBatch in place of the training loader."
+    one = DataLoaders(OneBatch(dls.train), dls.valid, path=dls.path, device=dls.device)
+    one.vocab = dls.vocab
+    return one
+
+
+def run(args, device):
+    """Whole runs in this process, the arms without and with attention in turn, after a run of one epoch to warm up.
+
+    Their rows go to runs.csv under the results directory of the benchmarks, not to the record.
+    """
+    flags = args.flags + (['--data', args.data] if args.data else [])
+    cfg = train_imagenette.parse(flags or ['--dataset', 'digits', '--size', '32', '--arch', 'xresnet18', '--epochs', '1'])[0]
+    arms = [replace(cfg, attention=a) for a in ('none', cfg.attention if cfg.attention != 'none' else 'simple')]
+    results = args.results / 'benchmarks' / 'runs'
+    for arm in arms[:1 if args.quick else 2]: training.run(replace(arm, epochs=1), results, device)
+    for seed in range(1 if args.quick else 3):
+        for arm in arms:
+            start = time.perf_counter()
+            row = training.run(replace(arm, seed=seed), results, device)
+            seconds = time.perf_counter() - start
+            model = training.get_model(arm, 10).to(device, memory_format=torch.channels_last)
+            step_seconds = floor(replace(arm, precision=row['precision']), model, device)[1]
+            steps = arm.epochs * (row['n_train'] // arm.bs + row['n_val'] / arm.bs / 3)  # validation is a third: forward alone
+            columns = ('dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'loader', 'compile', 'seed', 'accuracy',
+                       'images_per_second', 'fit_seconds')
+            yield {k: row[k] for k in columns} | dict(seconds=seconds, floor_seconds=steps * step_seconds)
+
+
+BENCHMARKS = {'layer': layer, 'step': step, 'loader': loader, 'run': run, 'cost': cost}
 
 
 def main(argv=None):
@@ -226,12 +342,14 @@ def main(argv=None):
     ap.add_argument('--data', help='folder train|val/<class>/<image> for the step (default: random images)')
     ap.add_argument('--gpu', type=int, help='CUDA device (default: the first, or the CPU)')
     ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
-    args = ap.parse_args(argv)
-    try: device = training.get_device(args.gpu)
+    args, args.flags = ap.parse_known_args(argv)
+    if args.flags and args.what != 'run': ap.error(f'unknown argument {args.flags[0]}')
+    try:
+        device = training.get_device(args.gpu)
+        table = pd.DataFrame(BENCHMARKS[args.what](args, device))
     except UsageError as e:
         print(f'benchmark.py: {e}', file=sys.stderr)
         return 2
-    table = pd.DataFrame(BENCHMARKS[args.what](args, device))
     print(table.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
     file = args.results / 'benchmarks' / f'{args.what}{"-quick" * args.quick}.csv'
     file.parent.mkdir(parents=True, exist_ok=True)

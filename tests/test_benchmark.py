@@ -6,8 +6,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import REPO
+from fastai.optimizer import OptimWrapper
 
 import layer_cost
+from experiments import Config
 from layers import ATTENTION, multiply_adds
 
 spec = importlib.util.spec_from_file_location('benchmark', REPO / 'scripts' / 'benchmark.py')
@@ -124,7 +126,7 @@ def test_cost_plot_shows_every_layer_and_both_crossovers():
 
 
 def test_step_compares_the_same_experiment(tree):
-    cfg = benchmark.Config(dataset='custom', data=str(tree), split='v2', attention='simple', bs=6, size=32, workers=0)
+    cfg = Config(dataset='custom', data=str(tree), split='v2', attention='simple', bs=6, size=32, workers=0)
     cfg, dls, model = benchmark.training.prepare(cfg, CPU)
     theirs, ours = benchmark.plain_learner(cfg, CPU), benchmark.training.get_learner(cfg, dls, model)
     assert [len(learn.dls.train_ds) for learn in (theirs, ours)] == [24, 24]
@@ -132,5 +134,43 @@ def test_step_compares_the_same_experiment(tree):
         clock = benchmark.Clock(4)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, cfg.lr, cbs=clock)
         assert len(clock.seconds) == 2 and min(clock.seconds) > 0
-    (a, b), (c, d) = [(learn.opt.hypers[0]['wd'], learn.xb[0]) for learn in (theirs, ours)]
-    assert a == c and b is d is None  # the same decay; both ended
+    hypers = [learn.opt.hypers[0] for learn in (theirs, ours)]
+    assert all(hypers[0][k] == hypers[1][k] for k in ('lr', 'mom', 'sqr_mom', 'eps', 'wd'))
+    assert not isinstance(theirs.opt, OptimWrapper) and isinstance(ours.opt, OptimWrapper)
+
+
+def test_floor_counts_what_is_multiplied_and_moved(monkeypatch):
+    monkeypatch.setattr(benchmark, 'matrix_rate', lambda device: 1e3)
+    monkeypatch.setattr(benchmark, 'copy_rate', lambda device: float('inf'))
+    cfg = Config(bs=2, size=32, precision='fp32')
+    model = torch.nn.Conv2d(3, 8, 1, bias=False)
+    multiply_adds = 2 * 32 * 32 * 3 * 8
+    assert benchmark.floor(cfg, model, CPU) == (2 * multiply_adds, 2 * multiply_adds / 1e3)  # forward, and the weight's gradient
+    with benchmark.CountBytes() as moved:
+        a = torch.ones(100)  # writes 400 bytes
+        a.view(10, 10).t().add(1)  # reads 400, writes 400
+    assert moved.bytes == 1200
+
+
+def test_one_batch_is_the_same_batch_over_and_over(tree):
+    dls = benchmark.training.get_dls(Config(dataset='custom', data=str(tree), split='v2', bs=6, size=32, workers=0))
+    first = next(iter(dls.train))[0]
+    one = benchmark.get_one_batch(dls).train
+    assert len(list(one)) == len(dls.train) == 4 and all(torch.equal(x, first) for x, _ in one)
+
+
+def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(benchmark, 'step_config', lambda args, folder, **kwargs: Config(
+        dataset='custom', data=str(tree), split='v2', attention='simple', arch='xresnet18', bs=4, size=32, workers=0))
+    assert not benchmark.main(['loader', '--quick', '--results', str(tmp_path)])
+    table = pd.read_csv(tmp_path / 'benchmarks' / 'loader-quick.csv')
+    assert table.loader.tolist() == ['workers', 'device'] and table.loader_images_per_second.min() > 0
+    assert table.share.tolist() == pytest.approx((table.step_images_per_second / table.one_batch_images_per_second).tolist(), rel=0.01)
+    flags = ['--data', str(tree), '--split', 'v2', '--arch', 'xresnet18', '--bs', '6', '--size', '32', '--epochs', '2', '--workers', '0']
+    assert not benchmark.main(['run', '--quick', '--results', str(tmp_path), *flags])
+    table = pd.read_csv(tmp_path / 'benchmarks' / 'run-quick.csv')
+    assert table.attention.tolist() == ['none', 'simple'] and (table.seconds >= table.fit_seconds - 0.01).all()
+    assert (table.floor_seconds > 0).all() and table.epochs.tolist() == [2, 2]
+    capfd.readouterr()
+    assert benchmark.main(['run', '--quick', '--results', str(tmp_path), '--size', '31']) == 2
+    assert capfd.readouterr().err.count('\n') == 1
