@@ -1,4 +1,4 @@
-"""What one run is: `Config`, every knob with its default, its limits and its help text.
+"""What one run is: `Config`, every knob with its default, its limits and its help text; and what is compared: `EXPERIMENTS`.
 
 A field is defined here once; its flag, its check and its column in results/runs.csv follow. The defaults are the
 recipe of the source, github.com/sdoria/SimpleSelfAttention (2019). Imports neither torch nor fastai.
@@ -174,3 +174,78 @@ def _check(name, value, type_, meta):
         raise UsageError(f'{name} {value}: unknown; choose from {", ".join(names)}{nearest(str(value), names)}')
     for key, (words, holds) in LIMITS.items():
         if meta[key] is not None and not holds(value, meta[key]): raise UsageError(f'{name} {value}: must be {words} {meta[key]}')
+
+
+# --- what is compared ---
+
+# The knobs that no result depends on: runs that differ in these alone are repetitions of one another.
+SPEED = 'loader', 'fused', 'channels_last', 'compile', 'keep_memory', 'workers', 'meta'
+SETTINGS = [f.name for f in fields(Config) if f.name not in ('seed', *SPEED)]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Arms {name: Config} to be compared with the first of them, each run `runs` times, as often as published.
+
+    `tables`: those of the published means (report.load_published) that it answers to; `claim`: what they say.
+    """
+    claim: str
+    arms: dict
+    runs: int
+    tables: tuple = ()
+
+
+def attentions(base, *names, **shorter):
+    "{variant: `base` with it} of attention layers; simple@1,2,3,4 at those stages. `shorter`: settings of all but the first."
+    arms = {}
+    for name in names:
+        attention, _, places = name.partition('@')
+        arms[name] = replace(base, attention=attention, **dict(sa_at=places) if places else {}, **shorter if arms else {})
+    return arms
+
+
+def _experiments():
+    woof, nette = (Config(dataset=d, split='v1') for d in ('imagewoof', 'imagenette'))
+    main, two = ('main',), ('none', 'simple')
+    yield 'woof-128-5', Experiment("the layer helps, and more than SAGAN's", attentions(woof, *two, 'sagan', 'simple_sym'), 12,
+                                   ('main', 'three-way'))
+    for size, epochs, runs, claim in [(256, 5, 10, 'the layer helps most where there are many positions'),
+                                      (256, 20, 10, 'the layer still helps after 20 epochs'),
+                                      (256, 80, 10, 'the layer helps little after 80 epochs'),
+                                      (256, 400, 1, 'the layer helps after 400 epochs')]:
+        yield f'woof-{size}-{epochs}', Experiment(claim, attentions(replace(woof, size=size, epochs=epochs), *two), runs, main)
+    for size, epochs, runs in [(128, 5, 10), (256, 5, 6), (256, 20, 6)]:
+        yield f'nette-{size}-{epochs}', Experiment('the layer helps a little on the easier set',
+                                                   attentions(replace(nette, size=size, epochs=epochs), *two), runs, main)
+
+    small = replace(woof, arch='xresnet18', lr=8e-3)
+    long, mixed = replace(small, epochs=100), replace(small, epochs=100, mixup=0.2)
+    yield 'woof-128-50-r18', Experiment('at equal run time simple attention beats none and SAGAN', attentions(
+        replace(small, epochs=50), *two, 'sagan', epochs=47), 20, ('same run time ~50 epochs',))
+    yield 'woof-128-100-r18', Experiment('at equal run time simple attention beats none', attentions(long, *two, epochs=94), 23,
+                                         ('same run time ~100 epochs',))
+    yield 'woof-128-100-r18-mixup', Experiment('with mixup too', attentions(mixed, *two, 'sagan', epochs=94), 15, ('~100 epochs mixup',))
+    yield 'woof-256-50-r18-mixup', Experiment('no difference at 256 px with mixup', attentions(
+        replace(small, size=256, epochs=50, mixup=0.2), *two, epochs=47), 15, ('~50 epochs 256px mixup',))
+    yield 'woof-128-50-r18-lr', Experiment('8e-3 is the best learning rate of the baseline', {
+        f'none lr {lr:g}': replace(small, epochs=50, lr=lr) for lr in (8e-3, 1e-3, 3e-3, 5e-3, 1e-2, 12e-3, 14e-3)}, 20, ('lr search',))
+
+    for short, base, ends in [('woof', woof, [(128, 5), (256, 5), (256, 20), (256, 80), (256, 400)]),
+                              ('nette', nette, [(128, 5), (256, 5), (256, 20)])]:
+        for size, epochs in ends:
+            arms = attentions(replace(base, size=size, epochs=epochs), 'simple', 'simple@1,2,3,4')
+            yield f'{short}-{size}-{epochs}-stages', Experiment("a layer in every stage against one: the fork's", arms,
+                                                                6 if epochs == 400 else 30, ('fork',))
+
+    yield 'woof-64-5-r18', Experiment('nothing is published: does it help where it costs nothing to try?', attentions(
+        Config(dataset='imagewoof', split='v2', size=64, arch='xresnet18'), *two, 'sagan', 'simple_sym'), 10)
+    yield 'digits', Experiment('nothing is published: shows that the way from files to verdict works', attentions(
+        Config(dataset='digits', size=32, epochs=3, arch='xresnet18'), *two), 2)
+
+
+EXPERIMENTS = dict(_experiments())
+
+
+def schedule(arms, runs, seed0=0):
+    "[(arm, Config)] of `runs` runs of each arm, taking turns, each turn with one seed: what drifts meets all arms alike."
+    return [(name, replace(cfg, seed=seed)) for seed in range(seed0, seed0 + runs) for name, cfg in arms.items()]

@@ -1,221 +1,348 @@
-"""Tables and figures from the record: pure functions of data frames, no torch.
+"""What the record says: each experiment beside its published numbers, with intervals and a verdict; no torch.
 
-    python report.py [--results DIR]      the comparison with the published numbers, as Markdown
-    python report.py --readme             the same, written between the markers in README.md
+    python report.py [EXPERIMENT ...] [--results DIR]    prints the comparisons, writes results/tables and results/figures
+    python report.py --readme                            writes the table between the markers in README.md
 
-Accuracies are fractions in files, percent in tables. A published mean of last-epoch accuracies stands beside ours of
-last epochs, a published mean of best epochs beside ours of best epochs: the two are never mixed.
+Accuracies are fractions in files, percent in tables. A published mean of last epochs stands beside ours of last epochs, one
+of best epochs beside ours of best epochs: the two are never mixed. Runs on other images, splits or archives, or of another
+precision, are a set of their own and never pooled. How a verdict is reached: results/README.md.
 """
 import argparse
 import sys
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 import runlog
-from experiments import IMAGES, Config, UsageError, fields, resolve
+import stats
+from experiments import EXPERIMENTS, IMAGES, SETTINGS, Config, UsageError, nearest, resolve
 
-# What makes runs comparable: every setting but the variant itself, the repetition and what no result depends on.
-NO_SETTINGS = 'attention', 'sa_at', 'seed', 'loader', 'workers', 'fused', 'channels_last', 'compile', 'keep_memory', 'meta'
-SETTINGS = [f.name for f in fields(Config) if f.name not in NO_SETTINGS]
-GROUP = [*SETTINGS, 'n_train', 'n_val', 'data_fingerprint']
-TITLE = ['dataset', 'split', 'size', 'epochs', 'arch']  # the settings named in every title; the others where not the default
-PUBLISHED = [*TITLE, 'mixup', 'lr', 'bs']  # the settings that the published rows differ in; in the others they have the defaults
+SET = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']  # runs that differ in one of these are not pooled
+PUBLISHED = ['dataset', 'split', 'size', 'epochs', 'arch', 'mixup', 'lr', 'bs']  # the settings that the published rows differ in
 MARKERS = '<!-- table: written by python report.py --readme -->', '<!-- end of table -->'
+DONE = 'ok', 'diverged'  # statuses that need no repetition
 
 
-# --- data frames ---
+# --- the published record ---
 
 def load_published(folder=runlog.RESULTS / 'published'):
-    "The published means of aggregates.csv, accuracies as fractions; blank settings are the source's defaults."
-    df = pd.read_csv(Path(folder) / 'aggregates.csv')
-    df = df.fillna({'lr': Config.lr, 'bs': Config.bs}).rename(columns={'source': 'publication', 'attention': 'variant', 'n_runs': 'n'})
-    return df.assign(mean=df.mean_pct / 100, sd=df.stdev_pct / 100)
+    """One row per published mean: table, settings, variant, metric, n, mean, sd (fractions); blank settings are the defaults.
+
+    Those of aggregates.csv, with the sd of the single runs where these are published too; and as table `fork` those of
+    the fork's runs with the layer in one stage and in all four.
+    """
+    df = pd.read_csv(Path(folder) / 'aggregates.csv').fillna({'lr': Config.lr, 'bs': Config.bs})
+    df = df.rename(columns={'source': 'publication', 'attention': 'variant', 'n_runs': 'n'}).assign(
+        mean=lambda d: d.mean_pct / 100, sd=lambda d: d.stdev_pct / 100).drop(columns=['mean_pct', 'stdev_pct'])
+    runs = load_published_runs(folder)
+    first = runs[runs.source == 'sdoria:v0.1'].groupby('variant').accuracy.std()
+    here = (df.table == 'main') & (df.dataset == 'imagewoof') & (df['size'] == 256) & (df.epochs == 5)
+    df.loc[here, 'sd'] = df.variant.map(first)
+    fork = runs[runs.source.str.startswith('mgrankin:Imagenette Simple Symmetric')].groupby(
+        ['dataset', 'split', 'size', 'epochs', 'arch', 'lr', 'bs', 'metric', 'variant']).accuracy
+    fork = fork.agg(n='size', mean='mean', sd='std').reset_index().assign(table='fork', mixup=0., publication='mgrankin')
+    return pd.concat([df, fork], ignore_index=True)
 
 
-def variant(runs):
-    "The arm of each run: its attention, with the places where they are not the source's (simple@1,2,3,4)."
-    return runs.attention.where((runs.attention == 'none') | (runs.sa_at == Config.sa_at), runs.attention + '@' + runs.sa_at)
+def load_published_runs(folder=runlog.RESULTS / 'published'):
+    "The 1,256 single runs, accuracy as a fraction, variant as in EXPERIMENTS."
+    df = pd.read_csv(Path(folder) / 'runs.csv')
+    everywhere = df.placement == 'last block of stages 1-4'
+    return df.assign(accuracy=df.accuracy_pct / 100, variant=df.attention.where(~everywhere, df.attention + '@1,2,3,4'))
 
+
+def published_mean(exp, arm, published):
+    "The published row (a Series) that an arm of an Experiment answers to, or None."
+    cfg = exp.arms[arm]
+    same = published.table.isin(exp.tables) & (published.variant == variant(cfg)) & (cfg.split == 'v1')
+    for key in PUBLISHED: same &= published[key] == getattr(cfg, key)
+    return published[same].iloc[0] if same.any() else None
+
+
+def variant(cfg): return cfg.attention + (f'@{cfg.sa_at}' if cfg.attention != 'none' and cfg.sa_at != Config.sa_at else '')
+
+
+def set_right(folder=runlog.RESULTS / 'published'):
+    "What the published record says and what its own single runs say: one row each (said, found), recomputed from runs.csv."
+    runs = load_published_runs(folder)
+    def pick(source, **settings):
+        same = runs.source.str.startswith(source)
+        for key, value in settings.items(): same &= runs[key] == value
+        return 100 * runs.accuracy[same].to_numpy()
+    def gap(a, b): return '{difference:+.2f} [{low:.2f}, {high:.2f}], P = {p:.2g}'.format(**stats.compare(a, b))
+    fork, bs64 = 'mgrankin:Imagenette Simple Symmetric Self Attention.ipynb', 'mgrankin:Imagewoof_128_5_epoch-bs64'
+    woof = dict(dataset='imagewoof', epochs=5, lr=0.003)
+    plain, sym = (pick(s, variant='simple', size=256, **woof) for s in ('sdoria:v0.1', fork))
+    small, full = (pick(s, size=128, **woof) for s in ('sdoria-resize:Imagewoof_128.ipynb', 'sdoria-resize:Imagewoof_128.ipynb ['))
+    small = small[:len(small) - len(full)]  # the shorter name begins the longer one's
+    batches = pick(bs64, size=128, **woof)
+    long = pick(fork, epochs=400)
+    chance = runs[runs.accuracy_pct == 10].groupby(['size', 'epochs', 'lr']).size()
+    return pd.DataFrame([
+        ('sym=1: a small improvement', f'the option has no effect in that code; 256 px, 5 epochs, sym=1 ({len(sym)} runs) against plain '
+         f'({len(plain)}): {gap(plain, sym)}'),
+        ('400 epochs, one layer (fork): mean 69.88', f'30 of its values are of another experiment; mean of the {len(long)} runs '
+         f'{long.mean():.2f}'),
+        ('128 px is 128 px', f'from full-size images ({len(full)} runs) against the 160 px archive ({len(small)}): {gap(small, full)}'),
+        ('the same command gives the same mean', f'two batches, {len(batches)} and {len(small)} runs: {batches.mean():.2f} and '
+         f'{small.mean():.2f}, {gap(batches, small)}'),
+        ('every run is a run', f'{chance.sum()} of {len(runs):,} published runs ended at 10.0 % (chance): '
+         + ', '.join(f'{n} at {size} px, {epochs} epochs, lr {lr:g}' for (size, epochs, lr), n in chance.items())),
+    ], columns=['said', 'found'])
+
+
+# --- our runs ---
 
 def summarise(runs):
     """One row per comparable setting and variant: n, mean and standard deviation (fractions) of the last epoch's accuracy
-    and of the best epoch's (_max) over the runs that ended ok; `not_ok` counts the others."""
-    df = runs.assign(variant=variant(runs), ok=runs.status == 'ok')
-    last, best = df.accuracy.where(df.ok), df.max_accuracy.where(df.ok)
-    grouped = df.assign(last=last, best=best).groupby([*GROUP, 'variant'], sort=False, dropna=False)
+    and of the best epoch's (_max) over the runs that ended ok; diverged, other (failed or interrupted); median seconds."""
+    df = runs.assign(ok=runs.status == 'ok', bad=runs.status == 'diverged')
+    df = df.assign(other=~df.ok & ~df.bad, last=df.accuracy.where(df.ok), best=df.max_accuracy.where(df.ok))
+    grouped = df.groupby([*SETTINGS, *(key for key in SET if key not in SETTINGS)], sort=False, dropna=False)
     return grouped.agg(n=('ok', 'sum'), mean=('last', 'mean'), sd=('last', 'std'), mean_max=('best', 'mean'), sd_max=('best', 'std'),
-                       not_ok=('ok', lambda ok: (~ok).sum()), seconds=('fit_seconds', 'median')).reset_index()
+                       diverged=('bad', 'sum'), other=('other', 'sum'), seconds=('fit_seconds', 'median')).reset_index()
 
 
-def published_for(settings, name, published):
-    """The published row (a Series) for `settings` (of GROUP) and the variant `name`, or None. A later table overrules an earlier.
+def of_config(runs, cfg, leave_out=()):
+    "The runs whose settings are those of `cfg` (resolved), but for those in `leave_out`; of `none`, wherever the layer would be."
+    same = np.ones(len(runs), bool)
+    for key in SETTINGS:
+        if key in leave_out or (key == 'sa_at' and cfg.attention == 'none'): continue
+        same &= (runs[key] == getattr(cfg, key)).to_numpy(bool, na_value=False)
+    return runs[same]
 
-    None too for runs on other than the full archive of that size, or with any other setting off the default.
+
+def recorded(runs, cfg, digest):
+    "The runs, ok or diverged, of a settled `cfg`, its seed included, on the data with that fingerprint."
+    runs = of_config(runs, cfg)
+    return runs[(runs.seed == cfg.seed) & (runs.data_fingerprint == digest) & runs.status.isin(DONE)]
+
+
+def sets(exp, runs):
+    """[(the SET columns of one set (dict), {arm: its runs})] of an Experiment, the latest first.
+
+    `planned` in the dict: the split and the archive, which is whole, are those of the Experiment's own Configs.
     """
-    full = IMAGES.get((settings['dataset'], settings['split']))
-    if special(settings, PUBLISHED) or ('n_train' in settings and (settings['n_train'], settings['n_val']) != full): return None
-    same = published.variant == name
-    for key in PUBLISHED: same &= published[key] == settings[key]
-    return published[same].iloc[-1] if same.any() else None
+    arms = {name: of_config(runs, resolve(cfg), SET) for name, cfg in exp.arms.items()}
+    df = pd.concat([found.assign(arm=name) for name, found in arms.items()])
+    cfg, out = resolve(next(iter(exp.arms.values()))), []
+    for key, group in df.groupby(SET, dropna=False, sort=True):
+        key = dict(zip(SET, key))
+        planned = (key['split'], key['source']) == (cfg.split, cfg.source) and _whole(cfg.dataset, key)
+        out.append((key | dict(planned=planned), {name: group[group.arm == name] for name in exp.arms}, group.started.max()))
+    return [(key, arms) for key, arms, _ in sorted(out, key=lambda s: (s[0]['planned'], s[2]), reverse=True)]
 
 
-def said_of(settings, name, published):
-    """{variant: its published row or None} of the pair none and `name`.
+def values(runs, metric):
+    "(accuracies of the runs that ended ok, their seeds), by seed."
+    ok = runs[runs.status == 'ok'].sort_values(['seed', 'run_id'])
+    return ok['max_accuracy' if metric == 'max' else 'accuracy'].to_numpy(float), ok.seed.tolist()
 
-    Where the source compared at equal run time, that without attention is the one of the same table, of more epochs.
+
+def correct(runs, results):
+    "(runs, images) of 0 and 1 from the predictions at hand of the runs that ended ok, by seed; None if one is missing."
+    files = [Path(results) / 'predictions' / f'{i}.npz' for i in runs[runs.status == 'ok'].sort_values(['seed', 'run_id']).run_id]
+    if not files or not all(f.exists() for f in files): return None
+    arrays = [np.load(f) for f in files]
+    return np.array([a['logits'].argmax(1) == a['targets'] for a in arrays])
+
+
+# --- the comparisons ---
+
+def gaps(experiments, runs, published, results=runlog.RESULTS):
+    """One row per experiment, set and arm after the first: that arm minus the first, ours and published; fractions.
+
+    published_<side>_n, _mean, _sd, <side> being base or arm; published_difference, _low, _high, _p; ours_<side>_ and the keys of
+    stats.summary, _diverged, _other, _images_share (of the variance, by the validation images); of the difference the keys of
+    stats.compare, paired_low, paired_high, paired_p (the same seeds in both arms), images_low, images_high (bootstrap over images
+    and runs, where the predictions are at hand); holm_p over the rows; verdict; seconds of a run. Without runs one row an arm.
     """
-    said = {arm: published_for(settings, arm, published) for arm in ('none', name)}
-    if said['none'] is None and said[name] is not None:
-        said['none'] = published[(published.variant == 'none') & (published.table == said[name].table)].iloc[-1]
-    return said
-
-
-def comparison(runs, published):
-    """One row per setting and variant with attention, ours and published; a side without runs is NaN.
-
-    Columns: the settings, variant, metric (last or max), epochs_none (where they differ), for side in (ours, published)
-    and arm in (none, variant): <side>_<arm>_n, _mean, _sd; fractions. Ours come first, then what was published and no
-    run of ours stands beside; there, what was published without attention and is in no pair, has a row of its own.
-    """
-    ours = summarise(runs)
-    rows, met = [], set()
-    for _, group in ours.groupby(GROUP, sort=False, dropna=False):
-        settings, arms = group.iloc[0], {r.variant: r for r in group.itertuples()}
-        for name in [v for v in arms if v != 'none'] or ['none']:
-            said, pair = said_of(settings, name, published), arms
-            if said['none'] is not None and said['none'].epochs != settings.epochs:
-                if 'none' in arms: said['none'] = None  # ours are of equal epochs
-                else:
-                    same = (ours[GROUP] == pd.Series(dict(settings) | dict(epochs=said['none'].epochs))[GROUP]).all(axis=1)
-                    pair = arms | dict(zip(['none'], ours[same & (ours.variant == 'none')].itertuples()))
-            met |= {p.name for p in said.values() if p is not None}
-            rows.append(_row(settings, name, pair, said))
-    for _, p in published.sort_values('variant', key=lambda v: v == 'none', kind='stable').iterrows():  # pairs first
-        if p.name in met: continue
-        said = said_of(p, p.variant, published) | {p.variant: p}
-        met |= {q.name for q in said.values()}
-        rows.append(_row(p, p.variant, {}, said))
+    rows = []
+    for name, exp in experiments.items():
+        base, *others = exp.arms
+        cfg = resolve(exp.arms[base])
+        none = dict.fromkeys(SET) | dict(split=cfg.split, source=cfg.source, planned=True), {arm: runs[:0] for arm in exp.arms}
+        for key, arms in sets(exp, runs) or [none]:
+            rows += [_gap(name, exp, key, arms, base, arm, published, results) for arm in others]
     table = pd.DataFrame(rows)
-    titles, ours = table.apply(title, axis=1), table.data_fingerprint.notna()
-    rest = table.precision + ', data ' + table.data_fingerprint  # told only where the titles of two settings are the same
-    twice = ours & (titles.map(rest[ours].groupby(titles[ours]).nunique()) > 1)
-    return table.assign(title=titles.where(~twice, titles + ', ' + rest))
+    return table.assign(holm_p=stats.holm(table.p))
 
 
-def _row(settings, name, arms, said):
-    "A row of `comparison`: `arms` {variant: row of summarise}, `said` {variant: published row or None}."
+def _gap(name, exp, key, arms, base, arm, published, results):
+    said = {side: published_mean(exp, which, published) for side, which in (('base', base), ('arm', arm))}
+    if key['split'] != 'v1' or not _whole(exp.arms[arm].dataset, key): said = dict(base=None, arm=None)
     metric = next((p.metric for p in said.values() if p is not None), 'last')
-    row = {key: settings.get(key) for key in GROUP} | dict(variant=name, metric=metric)
-    row['epochs_none'] = said['none'].epochs if said['none'] is not None else settings.epochs
-    suffix = '_max' if metric == 'max' else ''
-    for arm, column in (('none', 'none'), (name, 'variant')):
-        r, p = arms.get(arm), said.get(arm)
-        row |= {f'ours_{column}_n': r.n if r else 0, f'ours_{column}_mean': getattr(r, 'mean' + suffix, float('nan')),
-                f'ours_{column}_sd': getattr(r, 'sd' + suffix, float('nan')), f'ours_{column}_not_ok': r.not_ok if r else 0}
-        row |= {f'published_{column}_{k}': p[k] if p is not None else float('nan') for k in ('n', 'mean', 'sd')}
+    row = dict(experiment=name, **key, base=base, arm=arm, metric=metric)
+    for side, p in said.items(): row |= {f'published_{side}_{k}': p[k] if p is not None else float('nan') for k in ('mean', 'sd', 'n')}
+    theirs = stats.compare_summaries(*(row[f'published_{side}_{k}'] for side in said for k in ('mean', 'sd', 'n')))
+    row |= {f'published_{k}': theirs[k] for k in ('difference', 'low', 'high', 'p')}
+
+    (a, seeds), (b, seeds_b) = values(arms[base], metric), values(arms[arm], metric)
+    right = [correct(arms[which], results) if metric == 'last' else None for which in (base, arm)]
+    for side, which, found, images in (('base', base, a, right[0]), ('arm', arm, b, right[1])):
+        row |= {f'ours_{side}_{k}': v for k, v in stats.summary(found).items()}
+        status, noise = arms[which].status, stats.validation_noise(images)['share'] if images is not None else float('nan')
+        row |= {f'ours_{side}_diverged': (status == 'diverged').sum(), f'ours_{side}_other': (~status.isin(DONE)).sum(),
+                f'ours_{side}_images_share': noise}
+    row |= stats.compare(a, b)
+    paired = stats.compare_paired(a, b) if seeds == seeds_b and len(set(seeds)) == len(seeds) else {}
+    row |= {f'paired_{k}': paired.get(k, float('nan')) for k in ('low', 'high', 'p')}
+    images = stats.image_bootstrap(*right) if all(r is not None for r in right) else {}
+    row |= {f'images_{k}': images.get(k, float('nan')) for k in ('low', 'high')}
+    row['seconds'] = pd.concat([arms[base], arms[arm]]).fit_seconds.median()
+    if not len(a) or not len(b): row['verdict'] = 'no runs'
+    elif key['planned'] or np.isnan(row['published_difference']):
+        row['verdict'] = stats.verdict(row['low'], row['high'], row['published_difference'])
+    else: row['verdict'] = f'no verdict: {key["source"]} px archive'
     return row
+
+
+def _whole(dataset, key):
+    "Whether a set (or a row with none) is on the full archive, where there is one."
+    full = IMAGES.get((dataset, key['split']))
+    return full is None or pd.isna(key['n_train']) or full == (key['n_train'], key['n_val'])
+
+
+def narrow_enough(exp, runs, points):
+    "Whether the interval of each difference of the latest planned set has that half-width, looking at it after every pair allowed for."
+    arms = next((arms for key, arms in sets(exp, runs) if key['planned']), None)
+    if arms is None: return False
+    base, *others = ([values(found, 'last')[0] for found in arms.values()])
+    return all(bool(stats.fixed_width_done(base, other, points / 100)) for other in others)
+
+
+def plan(table):
+    "How many runs of each arm the published difference and the one seen so far need, at the spread seen so far (else the published)."
+    lines = []
+    for r in table[table.planned].itertuples():
+        whose, sd = next(((whose, sd) for whose in ('ours', 'published') if (sd := _pooled(r, whose)) > 0), (None, float('nan')))
+        needs = [f'{words} {100 * d:+.1f} needs {stats.runs_needed(d, sd):,.0f}' for words, d in
+                 (('published', r.published_difference), ('seen', r.difference)) if abs(d) > 0 and sd > 0]
+        words = f'{", ".join(needs)} runs an arm at sd {100 * sd:.1f} ({whose}), 80 % power' if needs else 'no spread or no difference yet'
+        lines.append(f'{r.experiment}  {r.arm} - {r.base}: {words}; have {r.ours_base_n} and {r.ours_arm_n}')
+    return '\n'.join(lines)
+
+
+def _pooled(r, whose):
+    "The root mean square of the standard deviations of both arms that are known; nan if none is."
+    sds = np.array([getattr(r, f'{whose}_{side}_sd') for side in ('base', 'arm')], float)
+    return float(np.sqrt(np.mean(sds[~np.isnan(sds)]**2))) if not np.isnan(sds).all() else float('nan')
 
 
 # --- text ---
 
-def title(settings):
-    "A setting in words: 'imagewoof v1, 128 px, 5 epochs, xresnet50', then what is not the default."
-    epochs, without = settings['epochs'], settings.get('epochs_none')
-    epochs = f'{epochs} epochs' + (f' (without: {without})' if without not in (None, epochs) else '')
-    text = f'{settings["dataset"]} {settings["split"]}, {settings["size"]} px, {epochs}, {settings["arch"]}'
-    text = ', '.join([text, *(f'{key} {settings[key]}' for key in special(settings, TITLE))])
-    full, n = IMAGES.get((settings['dataset'], settings['split'])), settings.get('n_train')
-    return text if pd.isna(n) or not full or n == full[0] else f'{text}, only {n} training images'
+def title(r):
+    "The experiment of a row of `gaps`, and what its set is where that is not the full planned one; with data and precision."
+    words = [r.experiment, *([] if r.planned else [f'split {r.split}', f'archive {r.source}'])]
+    if not _whole(next(iter(EXPERIMENTS[r.experiment].arms.values())).dataset, r) and r.split == r.split:
+        words.append(f'{int(r.n_train):,} + {int(r.n_val):,} images')
+    return ', '.join(words)
 
 
-def special(settings, known):
-    "The settings not in `known` that are off their default; the precision, which follows from the device, is left out."
-    default = resolve(Config(dataset='imagenette', size=int(settings['size'])))
-    return [key for key in SETTINGS if key not in (*known, 'precision') and not pd.isna(settings.get(key))
-            and settings[key] != getattr(default, key) and not (key == 'source' and settings[key] == 'auto')]
+def percent(mean, sd, n, *others):
+    "'62.31 ± 1.2 (12)' from fractions: the number of runs in brackets, with those that diverged and failed."
+    bad = ''.join(f', {int(k)} {word}' for k, word in zip(others, ('diverged', 'failed')) if k)
+    if pd.isna(mean): return f'– (0{bad})' if bad else '–'
+    spread, count = '' if pd.isna(sd) else f' ± {100 * sd:.1f}', '?' if pd.isna(n) else int(n)
+    return f'{100 * mean:.2f}'.removesuffix('0') + f'{spread} ({count}{bad})'
 
 
-def percent(mean, sd, n, not_ok=0):
-    "'62.31 ± 1.2 (12)' from fractions: the number of runs in brackets, with those that did not end ok."
-    if pd.isna(mean): return '–' if not not_ok else f'– ({not_ok} not ok)'
-    spread = '' if pd.isna(sd) else f' ± {100 * sd:.1f}'
-    count = '?' if pd.isna(n) else int(n)
-    return f'{100 * mean:.2f}'.removesuffix('0') + f'{spread} ({count}' + (f', {not_ok} not ok)' if not_ok else ')')
+def change(difference, low, high):
+    "'+2.9 [1.1, 4.7]' in points."
+    if pd.isna(difference): return ''
+    return f'{100 * difference:+.1f}' + ('' if pd.isna(low) else f' [{100 * low:.1f}, {100 * high:.1f}]')
+
+
+HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'verdict']
+
+
+def cells(r):
+    "A row of `gaps` as the texts under HEAD."
+    def side(whose, arm, *more): return percent(*(r[f'{whose}_{arm}_{k}'] for k in ('mean', 'sd', 'n', *more)))
+    name = title(r) + (' (best epoch)' if r.metric == 'max' else '')
+    theirs = change(*(r[f'published_{k}'] for k in ('difference', 'low', 'high')))
+    ours = [side('ours', arm, 'diverged', 'other') for arm in ('base', 'arm')]
+    return [name, f'{r.base} → {r["arm"]}', side('published', 'base'), side('published', 'arm'), theirs, *ours,
+            change(r.difference, r.low, r.high), r.verdict]
 
 
 def markdown(table):
-    "A `comparison` as a Markdown table, in percent: mean ± standard deviation (runs), change ± its standard error."
-    def side_cells(r, side):
-        arms = {arm: [r.get(f'{side}_{arm}_{k}', 0) for k in ('mean', 'sd', 'n', 'not_ok')] for arm in ('none', 'variant')}
-        (m0, sd0, n0, _), (m1, sd1, n1, _) = arms.values()
-        if r.variant == 'none': return [percent(*arms['none']), '–', '']
-        if pd.isna(m1 - m0): return [*(percent(*a) for a in arms.values()), '']
-        error = (sd0**2 / n0 + sd1**2 / n1)**0.5  # NaN where a standard deviation is
-        return [*(percent(*a) for a in arms.values()), f'{100 * (m1 - m0):+.1f}' + ('' if pd.isna(error) else f' ± {100 * error:.1f}')]
-
-    def cells(r):
-        name = r.title + (' (best epoch)' if r.metric == 'max' else '')
-        return [name, r.variant, *side_cells(r, 'published'), *side_cells(r, 'ours')]
-    head = ['experiment', 'attention', 'published: without', 'with', 'change', 'ours: without', 'with', 'change']
-    lines = [head, ['---', '---'] + ['---:'] * 6, *(cells(r) for _, r in table.iterrows())]
+    "`gaps` as a Markdown table, in percent: mean ± standard deviation (runs), change with its 95 % interval."
+    lines = [HEAD, ['---', '---'] + ['---:'] * 6 + ['---'], *(cells(r) for _, r in table.iterrows())]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
-# --- figures ---
-
-def strip_plot(runs, published=None):
-    "Every run as a point: a panel per setting, a column per variant, a bar at its mean, a diamond at the published mean."
-    from matplotlib.figure import Figure
-    df = runs[runs.status == 'ok'].assign(variant=lambda d: variant(d))
-    groups = list(df.groupby(GROUP, sort=False, dropna=False))
-    if not groups: raise UsageError('no runs that ended ok: nothing to plot')
-    fig = Figure(figsize=(6.4, 2.6 * len(groups)), layout='constrained')
-    for ax, (_, group) in zip(fig.subplots(len(groups), squeeze=False)[:, 0], groups):
-        names = sorted(group.variant.unique(), key=lambda v: (v != 'none', v))
-        for x, name in enumerate(names):
-            acc = 100 * group.accuracy[group.variant == name].to_numpy()
-            spread = [x + 0.06 * (i % 5 - 2) for i in range(len(acc))]
-            ax.plot(spread, acc, 'o', mfc='none', color='C0', label=None if x else 'a run')
-            ax.hlines(acc.mean(), x - 0.25, x + 0.25, color='black', label=None if x else 'mean of ours')
-            p = published_for(group.iloc[0], name, published) if published is not None else None
-            if p is not None and p.metric == 'last':
-                ax.plot(x + 0.33, 100 * p['mean'], 'D', color='C1', label=None if x else 'published mean')
-        ax.set_xticks(range(len(names)), [f'{v}\nn = {(group.variant == v).sum()}' for v in names])
-        ax.set_xlim(-0.5, len(names) - 0.5)
-        ax.set_title(title(group.iloc[0]), fontsize=9)
-        ax.set_ylabel('accuracy, last epoch (%)', fontsize=8)
-        ax.legend(fontsize=7)
-    return fig
+def text(table, indent=0):
+    "`gaps` for a terminal: two lines a row, the second with the tests."
+    lines = []
+    for _, r in table.iterrows():
+        name, arms, _, _, theirs, base, arm, ours, verdict = cells(r)
+        lines.append(f'{name}  {arms}: {verdict}; published {theirs or "–"}, ours {ours or "–"}: {base} → {arm}')
+        if not np.isnan(r.p):
+            more = [f'Welch P = {r.p:.2g} (Holm {r.holm_p:.2g})', f'permutation P = {r.permutation_p:.2g}', f'Hedges g = {r.g:.2f}',
+                    f'better in {r.beats:.0%} of pairs']
+            if r.paired_p >= 0: more.append(f'paired by seed [{100 * r.paired_low:.1f}, {100 * r.paired_high:.1f}], P = {r.paired_p:.2g}')
+            if not np.isnan(r.images_low): more.append(f'over runs and images [{100 * r.images_low:.1f}, {100 * r.images_high:.1f}]')
+            shares = [f'{s:.0%}' for s in (r.ours_base_images_share, r.ours_arm_images_share) if not np.isnan(s)]
+            if shares: more.append(f"the validation images' share of the variance: {', '.join(shares)}")
+            lines.append('    ' + ', '.join(more))
+    return '\n'.join(' ' * indent + line for line in lines)
 
 
 # --- command ---
 
 def readme_table(runs, published):
-    "What README.md shows: all runs of ours on Imagenette and Imagewoof, the main table and the three-way one as published."
-    ours = runs[runs.dataset.isin(['imagenette', 'imagewoof']) & (runs.data == '')]
-    return markdown(comparison(ours, published[published.table.isin(['main', 'three-way'])]))
+    "What README.md shows: every experiment with runs of ours, and those of the main table."
+    table = gaps(EXPERIMENTS, runs, published)
+    main = table.experiment.map(lambda name: 'main' in EXPERIMENTS[name].tables) & table.published_difference.notna()
+    ran = (table.verdict != 'no runs') & (table.experiment != 'digits')
+    return markdown(pd.concat([table[ran], table[main & ~ran]]))
 
 
 def write_readme(table, file=Path(__file__).parent / 'README.md'):
     "Put `table` between the markers of README.md."
-    text = Path(file).read_text(encoding='utf-8')
-    before, _, rest = text.partition(MARKERS[0])
+    before, _, rest = Path(file).read_text(encoding='utf-8').partition(MARKERS[0])
     _, end, after = rest.partition(MARKERS[1])
     if not end: raise UsageError(f'{file}: the markers of the table are missing')
     Path(file).write_text(f'{before}{MARKERS[0]}\n{table}\n{MARKERS[1]}{after}', encoding='utf-8')
 
 
+def write(table, runs, results, published):
+    "results/tables (gaps and record, .csv and .md) and results/figures (png and svg); the same rows give the same bytes."
+    import figures
+    tables = Path(results) / 'tables'
+    tables.mkdir(parents=True, exist_ok=True)
+    for name, frame, words in (('gaps', table, markdown(table)), ('set_right', (right := set_right()), plain_markdown(right))):
+        frame.to_csv(tables / f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
+        (tables / f'{name}.md').write_text(words + '\n', encoding='utf-8')
+    figures.save(figures.forest(table), Path(results) / 'figures' / 'forest')
+    for name in table.experiment[table.verdict != 'no runs'].unique():
+        figures.save(figures.experiment(name, EXPERIMENTS[name], runs, published, results), Path(results) / 'figures' / name)
+
+
+def plain_markdown(frame):
+    "A frame of texts as a Markdown table."
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in [frame.columns, ['---'] * frame.shape[1], *frame.to_numpy()])
+
+
 def main(argv=None):
-    ap = argparse.ArgumentParser(description='The comparison with the published numbers, as Markdown.', allow_abbrev=False)
+    ap = argparse.ArgumentParser(description='The experiments beside their published numbers.', allow_abbrev=False)
+    ap.add_argument('names', nargs='*', metavar='EXPERIMENT', help='these only (default: all that have runs)')
     ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
     ap.add_argument('--readme', action='store_true', help='write the table between the markers of README.md')
     args = ap.parse_args(argv)
     try:
         runs, published = runlog.load(args.results / 'runs.csv'), load_published()
         if args.readme: return write_readme(readme_table(runs, published))
-        if runs.empty: raise UsageError(f'{args.results / "runs.csv"}: no runs yet; train_imagenette.py makes them')
-        print(markdown(comparison(runs, published)))
+        for name in args.names:
+            if name not in EXPERIMENTS: raise UsageError(f'no experiment {name}{nearest(name, EXPERIMENTS)}; see reproduce.py --list')
+        if runs.empty: raise UsageError(f'{args.results / "runs.csv"}: no runs yet; train_imagenette.py and scripts/reproduce.py make them')
+        chosen = {name: exp for name, exp in EXPERIMENTS.items() if name in args.names or not args.names}
+        table = gaps(chosen, runs, published, args.results)
+        if not args.names: write(table, runs, args.results, published)
+        shown = table if args.names else table[table.verdict != 'no runs']
+        print(text(shown) if len(shown) else f'{len(runs)} runs, but no experiment has runs of two arms')
     except UsageError as e:
         print(f'report.py: {e}', file=sys.stderr)
         return 2

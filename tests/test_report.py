@@ -1,131 +1,235 @@
 import subprocess
 import sys
-from dataclasses import asdict
+import time
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import REPO
 
+import figures
 import report
 import runlog
-from experiments import Config, UsageError, resolve
+import stats
+from experiments import EXPERIMENTS, IMAGES, Config, UsageError, attentions, resolve, schedule
 
 
 @pytest.fixture(scope='module')
 def published(): return report.load_published()
 
 
-def make_runs(attention, accuracies, max_accuracies=None, **config):
+def make_runs(attention, accuracies, max_accuracies=None, seed0=0, n=None, **config):
     "Rows of runs.csv as a frame, of the full archive; an accuracy of None is a diverged run."
-    n = config.pop('n', (12_454, 500))
-    cfg = asdict(resolve(Config(**dict(dataset='imagewoof', attention=attention) | config)))
-    rows = [cfg | dict(run_id=f'{attention}{i}', status='diverged' if a is None else 'ok', seed=i, accuracy=a, max_accuracy=m,
-                       fit_seconds=60., data_fingerprint='f', n_train=n[0], n_val=n[1])
+    cfg = resolve(Config(**dict(dataset='imagewoof', attention=attention) | config))
+    n_train, n_val = n or IMAGES.get((cfg.dataset, cfg.split), (1437, 360))
+    same = asdict(cfg) | dict(precision='fp32', fit_seconds=60., data_fingerprint='f', n_train=n_train, n_val=n_val)
+    rows = [same | dict(run_id=f'{attention}{cfg.size}{cfg.epochs}-{i}', status='diverged' if a is None else 'ok', seed=seed0 + i,
+                        accuracy=a, max_accuracy=m, started=f'2026-01-01T00:00:{i % 60:02d}Z')
             for i, (a, m) in enumerate(zip(accuracies, max_accuracies or accuracies))]
-    return pd.DataFrame(rows).reindex(columns=list(runlog.COLUMNS)).astype({'accuracy': float, 'max_accuracy': float})
+    df = pd.DataFrame(rows, columns=list(runlog.COLUMNS)).astype({'accuracy': float, 'max_accuracy': float})
+    return df.astype({name: 'Int64' for name, kind in runlog.COLUMNS.items() if kind is int})
 
 
-def test_summary_is_that_of_numpy_and_counts_what_did_not_end_ok():
-    values = [0.60, 0.64, 0.62]
-    s = report.summarise(pd.concat([make_runs('none', [*values, None]), make_runs('simple', [0.7])])).set_index('variant')
-    assert s.n.to_dict() == {'none': 3, 'simple': 1} and s.not_ok.to_dict() == {'none': 1, 'simple': 0}
-    assert s['mean']['none'] == pytest.approx(np.mean(values)) and s.sd['none'] == pytest.approx(np.std(values, ddof=1))
-    assert np.isnan(s.sd['simple'])
+def gaps(name, *runs, published=None, **overrides):
+    exp = EXPERIMENTS[name]
+    exp = replace(exp, arms={arm: replace(cfg, **overrides) for arm, cfg in exp.arms.items()})
+    return report.gaps({name: exp}, pd.concat(runs), report.load_published() if published is None else published).set_index('arm')
 
+
+# --- experiments ---
+
+def test_every_published_mean_is_an_arm_of_an_experiment(published):
+    met = {row.name for exp in EXPERIMENTS.values() for arm in exp.arms if (row := report.published_mean(exp, arm, published)) is not None}
+    assert met == set(published.index) and len(published) == 34 + 16
+
+
+def test_experiments_answer_to_the_tables_they_name(published):
+    for name, exp in EXPERIMENTS.items():
+        assert (name in ('woof-64-5-r18', 'digits')) == (not exp.tables) and len(exp.arms) > 1 and exp.claim
+        said = {arm: report.published_mean(exp, arm, published) for arm in exp.arms}
+        assert {arm for arm, row in said.items() if row is None} <= (set(exp.arms) if not exp.tables else {'simple_sym'}), name
+        runs = [row.n for row in said.values() if row is not None and not np.isnan(row.n)]
+        assert not runs or exp.runs in runs
+    shapes = {(c.size, c.epochs, c.mixup) for n, e in EXPERIMENTS.items() if 'r18' in n and '-lr' not in n for c in e.arms.values()}
+    assert shapes == {(128, 50, 0), (128, 47, 0), (128, 100, 0), (128, 94, 0), (128, 100, .2), (128, 94, .2), (256, 50, .2), (256, 47, .2), (64, 5, 0)}
+
+
+def test_arms_take_turns_with_the_same_seeds():
+    arms = attentions(Config(), 'none', 'simple', 'simple@1,2', epochs=4)
+    assert [(a, c.seed) for a, c in schedule(arms, 2, 5)] == [(a, s) for s in (5, 6) for a in arms]
+    assert [(c.attention, c.sa_at, c.epochs) for c in arms.values()] == [('none', '1', 5), ('simple', '1', 4), ('simple', '1,2', 4)]
+
+
+# --- the published record ---
 
 def test_published_runs_have_the_published_means():
     "The 10 runs of the first release, read from its notebook, against its README."
-    runs = pd.read_csv(runlog.RESULTS / 'published' / 'runs.csv')
-    first = runs[runs.source == 'sdoria:v0.1'].groupby('attention').accuracy_pct.agg(['size', 'mean'])
-    assert first['size'].tolist() == [10, 10] and first['mean'].round(1).to_dict() == {'none': 61.9, 'simple': 67.6}
+    runs = report.load_published_runs()
+    first = runs[runs.source == 'sdoria:v0.1'].groupby('variant').accuracy.agg(['size', 'mean'])
+    assert first['size'].tolist() == [10, 10] and first['mean'].round(3).to_dict() == {'none': 0.619, 'simple': 0.676}
 
 
-def test_runs_stand_beside_the_published_numbers_of_their_setting(published):
-    runs = pd.concat([make_runs('none', [0.62, 0.63]), make_runs('simple', [0.65]), make_runs('sagan', [0.64]),
-                      make_runs('none', [0.4], size=64)])
-    table = report.comparison(runs, published)
-    ours = table[table.ours_none_n > 0].set_index(['size', 'variant'])
-    assert ours.published_none_mean.dropna().round(4).to_dict() == {(128, 'simple'): 0.623, (128, 'sagan'): 0.623} and len(ours) == 3
-    assert ours.published_variant_mean[128, 'simple'] == 0.652 and ours.published_variant_mean[128, 'sagan'] == 0.64
-    assert ours.ours_none_mean[128, 'simple'] == pytest.approx(0.625) and ours.ours_variant_mean[128, 'simple'] == 0.65
+def test_the_published_t_tests_are_met(published):
+    for name, difference, p in [('woof-128-50-r18', 0.007, 0.0157), ('woof-128-100-r18', 0.006, 0.0153)]:
+        exp = EXPERIMENTS[name]
+        a, b = (report.published_mean(exp, arm, published) for arm in ('none', 'simple'))
+        test = stats.compare_summaries(a['mean'], a.sd, a.n, b['mean'], b.sd, b.n)
+        assert round(test['difference'], 3) == difference and test['student_p'] == pytest.approx(p, abs=2e-4)
 
 
-def test_every_published_row_is_in_the_table_and_those_with_attention_once(published):
-    for runs in (runlog.load('/no/such/file'), make_runs('simple', [0.65]), make_runs('none', [0.8], arch='xresnet18', epochs=50, lr=8e-3)):
-        table = report.comparison(runs, published)
-        none = published.variant == 'none'
-        shown = table[table.variant != 'none'].published_variant_mean
-        assert sorted(shown) == sorted(published['mean'][~none]) and set(table.published_none_mean.dropna()) == set(published['mean'][none])
-    assert table.title.value_counts().max() == 2  # simple and sagan of one setting
+def test_what_is_wrong_in_the_published_record_is_recomputed():
+    found = report.set_right().found.tolist()
+    for words, text in zip(('-0.17 [', 'the 6 runs 89.10', '+2.64 [', '62.51 and 61.25', '2 of 1,256'), found, strict=True): assert words in text
 
 
-def test_published_pairs_of_equal_run_time_have_their_own_epochs(published):
-    def row(runs, variant='simple'):
-        table = report.comparison(runs, published)
-        return table[table.title.str.contains('128 px, 47 epochs') & (table.variant == variant) & (table.mixup == 0)].iloc[0]
-    for variant, mean in (('simple', 0.8567), ('sagan', 0.8547)):
-        r = row(runlog.load('/no/such/file'), variant)
-        assert r.title == 'imagewoof v1, 128 px, 47 epochs (without: 50), xresnet18, lr 0.008'
-        assert r[['published_none_mean', 'published_variant_mean']].tolist() == pytest.approx([0.8498, mean])
-    arm = dict(arch='xresnet18', lr=8e-3)
-    ours = [make_runs('simple', [0.80], [0.85], epochs=47, **arm), make_runs('none', [0.78], [0.84], epochs=50, **arm)]
-    for variant in ('simple', 'sagan'):
-        r = row(pd.concat([*ours, make_runs('sagan', [0.80], [0.85], epochs=47, **arm)]), variant)
-        assert r[['ours_none_mean', 'ours_variant_mean', 'published_none_mean']].tolist() == pytest.approx([0.84, 0.85, 0.8498])
-    r = row(pd.concat([*ours, make_runs('none', [0.77], [0.83], epochs=47, **arm)]))  # of equal epochs: another comparison
-    assert r.ours_none_mean == 0.83 and np.isnan(r.published_none_mean) and 'without' not in r.title
+# --- comparisons ---
+
+def test_a_gap_is_that_of_stats_beside_the_published_one():
+    a, b = [0.60, 0.64, 0.62], [0.65, 0.66, 0.70]
+    r = gaps('woof-128-5', make_runs('none', a), make_runs('simple', b)).loc['simple']
+    assert {k: r[k] for k in stats.compare(a, b)} == stats.compare(a, b)
+    assert {k: r[f'ours_arm_{k}'] for k in stats.summary(b)} == stats.summary(b)
+    assert (r.paired_low, r.paired_p) == (stats.compare_paired(a, b)['low'], stats.compare_paired(a, b)['p'])
+    assert (r.published_base_mean, r.published_arm_mean, r.published_difference) == pytest.approx((0.623, 0.652, 0.029))
+    assert r.verdict == stats.verdict(r.low, r.high, r.published_difference) and r.seconds == 60
 
 
-def test_last_and_best_epoch_are_never_mixed(published):
-    config = dict(arch='xresnet18', epochs=47, lr=8e-3)
-    table = report.comparison(make_runs('simple', [0.80], [0.85], **config), published).iloc[0]
-    assert table.metric == 'max' and table.ours_variant_mean == 0.85 and table.published_variant_mean == pytest.approx(0.8567)
-    table = report.comparison(make_runs('simple', [0.60], [0.65]), published).iloc[0]
-    assert table.metric == 'last' and table.ours_variant_mean == 0.60
+def test_pairs_need_the_same_seeds():
+    r = gaps('woof-128-5', make_runs('none', [0.6, 0.7]), make_runs('simple', [0.6, 0.7], seed0=1)).loc['simple']
+    assert np.isnan(r.paired_p) and not np.isnan(r.p)
+
+
+def test_what_did_not_end_ok_is_counted():
+    failed = make_runs('none', [0.1]).assign(status='failed', run_id='x')
+    r = gaps('woof-128-5', make_runs('none', [0.6, 0.62, None]), failed, make_runs('simple', [0.65])).loc['simple']
+    assert (r.ours_base_n, r.ours_base_diverged, r.ours_base_other, r.ours_arm_diverged) == (2, 1, 1, 0) and r.ours_base_mean == pytest.approx(0.61)
+    assert '61.0 ± 1.4 (2, 1 diverged, 1 failed)' in report.text(gaps('woof-128-5', make_runs('none', [0.6, 0.62, None]), failed,
+                                                                      make_runs('simple', [0.65])).reset_index())
+
+
+def test_last_and_best_epoch_are_never_mixed():
+    settings = dict(arch='xresnet18', lr=8e-3)
+    r = gaps('woof-128-50-r18', make_runs('none', [0.7, 0.72], [0.8, 0.82], epochs=50, **settings),
+             make_runs('simple', [0.8], [0.85], epochs=47, **settings)).loc['simple']
+    assert (r.metric, r.ours_base_mean, r.ours_arm_mean) == ('max', pytest.approx(0.81), 0.85)
+    r = gaps('woof-128-5', make_runs('none', [0.6], [0.65]), make_runs('simple', [0.7], [0.75])).loc['simple']
+    assert (r.metric, r.ours_base_mean, r.ours_arm_mean) == ('last', 0.6, 0.7)
+
+
+@pytest.mark.parametrize('other, verdict', [
+    (dict(split='v2'), 'too few'), (dict(source='320'), 'no verdict: 320 px archive'), (dict(n=(200, 200)), 'too few'),
+])
+def test_other_images_are_a_set_of_their_own(other, verdict):
+    ours, others = [[make_runs('none', [0.6, 0.61], **s), make_runs('simple', [0.7, 0.71], **s)] for s in ({}, other)]
+    table = gaps('woof-128-5', *ours, *others).loc['simple']
+    assert len(table) == 2 and table.ours_base_n.tolist() == [2, 2]
+    assert table.published_difference.notna().tolist() == [True, 'source' in other] and table.verdict.iloc[1].startswith(verdict)
+    assert len({report.title(r) for _, r in table.iterrows()}) == 2
 
 
 @pytest.mark.parametrize('other', [
-    dict(lr=8e-3), dict(split='v2'), dict(mixup=0.2), dict(source='320'), dict(stem='32-32-64'), dict(opt='sgd'), dict(pct_noise=50),
-    dict(data='flowers'), dict(act='mish'), dict(wd=0.5), dict(label_smoothing=0.), dict(n=(200, 200)), dict(dataset='digits'),
+    dict(lr=8e-3), dict(mixup=0.2), dict(stem='32-32-64'), dict(opt='sgd'), dict(pct_noise=50), dict(data='flowers'), dict(act='mish'),
+    dict(wd=0.5), dict(label_smoothing=0.), dict(dataset='digits'), dict(size=64), dict(sa_at='1,2'),
 ])
-def test_runs_of_other_settings_are_neither_pooled_nor_set_beside_the_published_mean(other, published):
-    runs = pd.concat([make_runs(arm, [0.6], **settings) for settings in ({}, other) for arm in ('none', 'simple')])
-    table = report.comparison(runs, published)
-    table = table[table.ours_none_n > 0]
-    assert table.ours_none_n.tolist() == [1, 1] and table.title.is_unique
-    assert table.published_variant_mean.notna().tolist() == [True, False]
+def test_runs_of_other_settings_are_not_of_the_experiment(other):
+    table = gaps('woof-128-5', make_runs('simple', [0.6], **other), make_runs('none', [0.6])).loc['simple']
+    assert (table.ours_base_n, table.ours_arm_n, table.verdict) == (1, 0, 'no runs')
 
 
-@pytest.mark.parametrize('column, value', [('precision', 'fp16'), ('data_fingerprint', 'g')])
-def test_settings_of_one_title_are_told_apart(column, value, published):
-    runs = pd.concat([make_runs('simple', [0.7]), make_runs('simple', [0.7]).assign(**{column: value})])
-    table = report.comparison(runs, published)
-    assert table.title[table.ours_variant_n > 0].is_unique and value in table.title[1]
+@pytest.mark.parametrize('same', [dict(loader='device'), dict(fused=0), dict(compile=1), dict(workers=3), dict(meta='x'), dict(keep_memory=0)])
+def test_runs_that_differ_in_speed_alone_are_repetitions(same):
+    assert gaps('woof-128-5', make_runs('simple', [0.6]), make_runs('simple', [0.7], **same)).loc['simple'].ours_arm_n == 2
 
 
-def test_a_place_other_than_the_sources_is_a_variant_of_its_own():
-    runs = pd.concat([make_runs('none', [0.6], sa_at='1,2'), make_runs('none', [0.6]), make_runs('simple', [0.7], sa_at='1,2')])
-    assert report.summarise(runs).variant.tolist() == ['none', 'simple@1,2'] and report.summarise(runs).n.tolist() == [2, 1]
+def test_without_runs_the_published_numbers_are_shown(published):
+    table = report.gaps(EXPERIMENTS, runlog.load('/no/such/file'), published)
+    assert set(table.experiment) == set(EXPERIMENTS) and set(table.verdict) == {'no runs'} and table.p.isna().all()
+    assert len(report.markdown(table).splitlines()) == len(table) + 2
 
 
-def test_markdown(published):
-    runs = pd.concat([make_runs('none', [0.60, 0.64, None]), make_runs('simple', [0.652, 0.648])])
-    lines = report.markdown(report.comparison(runs, published)).splitlines()
-    assert lines[2] == ('| imagewoof v1, 128 px, 5 epochs, xresnet50 | simple | 62.3 (12) | 65.2 (12) | +2.9 '
-                        '| 62.0 ± 2.8 (2, 1 not ok) | 65.0 ± 0.3 (2) | +3.0 ± 2.0 |')
-    assert any('| 85.67 ± 0.9 (20) |' in line and 'best epoch' in line for line in lines)
-    assert any('| none | 82.1 (10) | – |  | – | – |  |' in line for line in lines)
-    assert len({line.count('|') for line in lines}) == 1
+def test_holm_is_over_the_rows_shown():
+    runs = [make_runs('none', [0.6, 0.62, 0.64]), make_runs('simple', [0.66, 0.67, 0.69]), make_runs('sagan', [0.61, 0.66, 0.65])]
+    table = gaps('woof-128-5', *runs)
+    assert table.holm_p.tolist() == pytest.approx(stats.holm(table.p).tolist(), nan_ok=True) and table.holm_p['simple'] == 2 * table.p['simple']
 
 
-def test_strip_plot_shows_every_run(published):
-    runs = pd.concat([make_runs('none', [0.60, 0.64, None]), make_runs('simple', [0.65]), make_runs('none', [0.3], size=64)])
-    axes = report.strip_plot(runs, published).axes
-    points = [sum(len(line.get_xdata()) for line in ax.lines if line.get_marker() == 'o') for ax in axes]
-    diamonds = [line.get_ydata()[0] for line in axes[0].lines if line.get_marker() == 'D']
-    assert points == [3, 1] and diamonds == pytest.approx([62.3, 65.2])
-    with pytest.raises(UsageError, match='nothing to plot'): report.strip_plot(make_runs('none', [None]), published)
+def test_predictions_give_the_share_of_the_images(tmp_path):
+    rng = np.random.default_rng(0)
+    targets = rng.integers(10, size=500)
+    runs = pd.concat([make_runs('none', [0.5] * 3), make_runs('simple', [0.5] * 3)])
+    logits = {i: rng.random((500, 10)) for i in runs.run_id}
+    for i, values in logits.items(): runlog.write_predictions(i, tmp_path, logits=values, targets=targets, files=np.array(['f'] * 500))
+    right = {arm: np.array([logits[f'{arm}1285-{i}'].argmax(1) == targets for i in range(3)]) for arm in ('none', 'simple')}
+    exp = {'woof-128-5': EXPERIMENTS['woof-128-5']}
+    r = report.gaps(exp, runs, report.load_published(), tmp_path).iloc[0]
+    assert r.ours_arm_images_share == stats.validation_noise(right['simple'])['share']
+    assert r.images_low == stats.image_bootstrap(right['none'], right['simple'])['low']
+    (tmp_path / 'predictions' / 'none1285-0.npz').unlink()
+    assert np.isnan(report.gaps(exp, runs, report.load_published(), tmp_path).iloc[0].images_low)
+
+
+def test_recorded_is_the_same_configuration_seed_and_data():
+    cfg = resolve(Config(dataset='imagewoof', precision='fp32', seed=1))
+    runs = make_runs('none', [0.6, None, 0.7])
+    assert len(report.recorded(runs, cfg, 'f')) == 1  # it diverged: a result
+    for other in (replace(cfg, seed=3), replace(cfg, precision='fp16'), replace(cfg, epochs=6)): assert report.recorded(runs, other, 'f').empty
+    assert report.recorded(runs, cfg, 'g').empty and report.recorded(runs.assign(status='failed'), cfg, 'f').empty
+
+
+def test_plan_and_narrow_enough():
+    rng = np.random.default_rng(0)
+    runs = [make_runs(a, list(m + 0.01 * rng.standard_normal(40))) for a, m in (('none', 0.6), ('simple', 0.62))]
+    exp = replace(EXPERIMENTS['woof-128-5'], arms={a: EXPERIMENTS['woof-128-5'].arms[a] for a in ('none', 'simple')})
+    table = report.gaps({'woof-128-5': exp}, pd.concat(runs), report.load_published())
+    assert f'published +2.9 needs {stats.runs_needed(table.published_difference[0], report._pooled(table.iloc[0], "ours"))}, ' in report.plan(table)
+    assert report.narrow_enough(exp, pd.concat(runs), 1.) and not report.narrow_enough(exp, pd.concat(runs), 0.3)
+    assert not report.narrow_enough(exp, pd.concat([r[:5] for r in runs]), 5.)  # too few to stop, however close
+    assert 'sd 0.9 (published)' in report.plan(gaps('woof-128-50-r18', runs[0][:0]).reset_index())
+
+
+# --- files ---
+
+def test_the_same_rows_give_the_same_bytes(tmp_path, published):
+    runs = pd.concat([make_runs('none', [0.60, 0.64, None]), make_runs('simple', [0.65, 0.66])])
+    for i in runs.run_id[:2]: runlog.write_curve(i, [dict(epoch=e, accuracy=0.1 * e) for e in (1, 2)], tmp_path)
+    table = report.gaps(EXPERIMENTS, runs, published)
+    files = []
+    for _ in range(2):
+        report.write(table, runs, tmp_path, published)
+        files.append({f.relative_to(tmp_path): f.read_bytes() for d in ('tables', 'figures') for f in sorted((tmp_path / d).iterdir())})
+    assert files[0] == files[1]
+    assert {f.name for f in files[0]} == {'gaps.csv', 'gaps.md', 'set_right.csv', 'set_right.md', 'forest.png', 'forest.svg',
+                                          'woof-128-5.png', 'woof-128-5.svg'}
+    back = pd.read_csv(tmp_path / 'tables' / 'gaps.csv')
+    assert len(back) == len(table) and back.difference.dropna().tolist() == pytest.approx(table.difference.dropna().tolist(), rel=1e-5)
+
+
+def test_figures_show_every_run_and_every_difference(published, tmp_path):
+    runs = pd.concat([make_runs('none', [0.60, 0.64, None]), make_runs('simple', [0.65])])
+    exp = EXPERIMENTS['woof-128-5']
+    axes = figures.experiment('woof-128-5', exp, runs, published, tmp_path).axes
+    shown = {m: sum(len(line.get_xdata()) for line in axes[0].lines if line.get_marker() == m) for m in 'os*'}
+    assert shown == {'o': 2, 's': 1, '*': 3}  # runs without and with, three published means
+    assert sum(len(line.get_xdata()) for line in axes[2].lines) == 3
+    table = report.gaps({'woof-128-5': exp}, runs, published)
+    marks = [line.get_marker() for line in figures.forest(table).axes[0].lines]
+    assert marks.count('s') == 2 and marks.count('o') == 1
+    with pytest.raises(UsageError, match='no runs'): figures.experiment('woof-128-5', exp, runs[:0], published, tmp_path)
+
+
+def test_ten_thousand_rows_in_under_3_seconds(published):
+    rng = np.random.default_rng(0)
+    arms = [cfg for exp in EXPERIMENTS.values() for cfg in exp.arms.values()]
+    each = 10_000 // len(arms)
+    runs = pd.concat([make_runs(c.attention, list(0.6 + 0.02 * rng.standard_normal(each)), **{
+        k: getattr(c, k) for k in ('dataset', 'split', 'size', 'epochs', 'arch', 'lr', 'mixup', 'sa_at')}) for c in arms])
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        report.gaps(EXPERIMENTS, runs, published)
+        seconds.append(time.perf_counter() - start)
+    assert len(runs) > 9_900 and min(seconds) < 3
 
 
 def unchanged(path): return subprocess.run(['git', 'diff', '--quiet', 'HEAD', '--', path], cwd=REPO).returncode == 0
@@ -143,12 +247,14 @@ def test_readme_is_not_stale(published, tmp_path):
 
 def test_command(tmp_path, capsys):
     assert report.main(['--results', str(tmp_path)]) == 2 and capsys.readouterr().err.count('\n') == 1
-    runlog.append(make_runs('none', [0.5]).iloc[0].dropna().to_dict(), tmp_path)
-    assert not report.main(['--results', str(tmp_path)]) and '50.0 (1)' in capsys.readouterr().out
+    for arm in ('none', 'simple'): runlog.append(make_runs(arm, [0.5]).iloc[0].dropna().to_dict(), tmp_path)
+    assert not report.main(['--results', str(tmp_path)]) and 'none → simple: too few runs to say' in capsys.readouterr().out
+    assert not report.main(['woof-256-5', '--results', str(tmp_path)]) and 'published +5.7 [3.6, 7.8]' in capsys.readouterr().out
+    assert report.main(['woof-128', '--results', str(tmp_path)]) == 2 and 'did you mean woof-128-5?' in capsys.readouterr().err
 
 
 def test_needs_no_torch():
-    code = 'import sys, report; assert not {"torch", "fastai"} & set(sys.modules)'
+    code = 'import sys, report, figures; assert not {"torch", "fastai"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], cwd=REPO, check=True)
 
 
@@ -156,3 +262,10 @@ def test_results_readme_explains_every_column():
     text = (runlog.RESULTS / 'README.md').read_text()
     cells = [line.split('|')[1] for line in text.split('## Columns')[1].splitlines() if line.startswith('| ')]
     assert {name.strip() for cell in cells for name in cell.split(',')} - {'column'} == set(runlog.COLUMNS)
+
+
+def test_summary_is_that_of_numpy_and_counts_what_did_not_end_ok():
+    values = [0.60, 0.64, 0.62]
+    s = report.summarise(pd.concat([make_runs('none', [*values, None]), make_runs('simple', [0.7])])).set_index('attention')
+    assert s.n.to_dict() == {'none': 3, 'simple': 1} and s.diverged.to_dict() == {'none': 1, 'simple': 0}
+    assert s['mean']['none'] == pytest.approx(np.mean(values)) and s.sd['none'] == pytest.approx(np.std(values, ddof=1))

@@ -1,0 +1,100 @@
+"""Figures of the record, from data frames: every run as a point beside the published mean, curves, time, all differences; no torch."""
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+import report
+import stats
+from experiments import UsageError
+
+MARKERS = 'os^Dv<>'  # an arm each: readable without colour
+STYLES = ['-', '--', ':', '-.']
+
+
+def save(fig, path):
+    "path.png and path.svg; the same figure gives the same bytes."
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    with rc_context({'svg.hashsalt': 'simple', 'svg.fonttype': 'none'}):
+        fig.savefig(f'{path}.png', dpi=120, metadata={'Software': None})
+        fig.savefig(f'{path}.svg', metadata={'Date': None, 'Creator': None})
+
+
+def experiment(name, exp, runs, published, results):
+    "A row for each set of an experiment: its runs, its learning curves, accuracy against time."
+    found = report.sets(exp, runs)
+    if not found: raise UsageError(f'{name}: no runs to plot')
+    fig = Figure(figsize=(13, 3.6 * len(found)), layout='constrained')
+    for axes, (key, arms) in zip(fig.subplots(len(found), 3, squeeze=False), found):
+        what = f'{name}, split {key["split"]}, {key["source"]} px archive, {key["precision"]}, {int(key["n_val"]):,} validation images'
+        points(axes[0], exp, arms, published if key['planned'] else published[:0])
+        curves(axes[1], arms, results)
+        time(axes[2], arms)
+        axes[0].set_title(what, fontsize=8, loc='left')
+    return fig
+
+
+def points(ax, exp, arms, published):
+    "Every run as a point, its arm's mean with its 95% interval, the published mean as a star."
+    for x, (arm, found) in enumerate(arms.items()):
+        said = report.published_mean(exp, arm, published)
+        metric = said.metric if said is not None else 'last'
+        acc = 100 * report.values(found, metric)[0]
+        ax.plot([x - 0.1 + 0.05 * (i % 5 - 2) for i in range(len(acc))], acc, MARKERS[x % 7], mfc='none', color=f'C{x}', ms=5)
+        s = stats.summary(acc)
+        half = 0 if np.isnan(s['low']) else s['mean'] - s['low']
+        ax.errorbar(x + 0.15, s['mean'], half, fmt='_', color='black', capsize=4, label=None if x else 'mean, 95 % interval')
+        if said is not None: ax.plot(x + 0.3, 100 * said['mean'], '*', color='black', ms=10, label=None if x else 'published mean')
+    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {(found.status == "ok").sum()}' for arm, found in arms.items()], fontsize=8)
+    ax.set_ylabel('accuracy (%)')
+    ax.legend(fontsize=7)
+
+
+def curves(ax, arms, results):
+    "Mean validation accuracy after each epoch, with a band of one standard deviation over the runs."
+    for x, (arm, found) in enumerate(arms.items()):
+        files = [Path(results) / 'curves' / f'{i}.csv' for i in found[found.status == 'ok'].run_id]
+        tables = [pd.read_csv(f).set_index('epoch').accuracy for f in files if f.exists()]
+        if not tables: continue
+        acc = 100 * pd.concat(tables, axis=1)
+        mean, sd = acc.mean(axis=1), acc.std(axis=1).fillna(0)
+        ax.plot(mean.index, mean, STYLES[x % 4], color=f'C{x}', marker=MARKERS[x % 7], ms=4, label=f'{arm} (n = {acc.shape[1]})')
+        ax.fill_between(mean.index, mean - sd, mean + sd, color=f'C{x}', alpha=0.15)
+    ax.set(xlabel='epoch', ylabel='validation accuracy (%), band: ± sd')
+    if ax.lines: ax.legend(fontsize=7)
+
+
+def time(ax, arms):
+    "Accuracy after the last epoch against the seconds of a run."
+    for x, (arm, found) in enumerate(arms.items()):
+        ok = found[found.status == 'ok']
+        if len(ok): ax.plot(ok.fit_seconds / 60, 100 * ok.accuracy, MARKERS[x % 7], mfc='none', color=f'C{x}', label=arm)
+    ax.set(xlabel='minutes of a run', ylabel='accuracy (%)')
+    if ax.lines: ax.legend(fontsize=7)
+
+
+def forest(table):
+    "All differences with their 95% intervals: published (where their spread is) hollow, ours filled; n beside them."
+    rows = table[table.published_difference.notna() | table.difference.notna()].reset_index(drop=True)
+    if rows.empty: raise UsageError('no differences to plot')
+    fig = Figure(figsize=(9, 1 + 0.42 * len(rows)), layout='constrained')
+    ax = fig.subplots()
+    for y, r in rows.iterrows():
+        for dy, side, marker, fill in ((-0.12, 'published_', 's', 'none'), (0.12, '', 'o', 'black')):
+            d, low, high = (100 * r[side + k] for k in ('difference', 'low', 'high'))
+            if np.isnan(d): continue
+            error = None if np.isnan(low) else [[d - low], [high - d]]
+            ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2)
+    n = [f'{report.title(r)}: {r.base} → {r["arm"]}  ({_n(r.published_base_n)}/{_n(r.published_arm_n)}; {r.ours_base_n}/{r.ours_arm_n})'
+         for _, r in rows.iterrows()]
+    ax.set_yticks(range(len(rows)), n, fontsize=7)
+    ax.invert_yaxis()
+    ax.axvline(0, color='black', lw=0.8)
+    ax.set_xlim(-8, 8)  # one published interval is wider: its arm has a run that ended at chance
+    ax.set_xlabel('difference in accuracy (points), 95 % interval; squares: published, circles: ours; (runs: published; ours)', fontsize=8)
+    return fig
+
+
+def _n(n): return '?' if pd.isna(n) else int(n)

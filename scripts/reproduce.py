@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Repeat a published experiment by its name, arms in turn, each turn with one seed; what is already recorded is skipped.
+
+    python scripts/reproduce.py --list                          every experiment: claim, published numbers, runs, verdict so far
+    python scripts/reproduce.py woof-128-5                      as often as published
+    python scripts/reproduce.py woof-128-5 --runs 3 --arms none,simple --split v2       any flag of train_imagenette.py overrides
+    python scripts/reproduce.py woof-128-5 --dry-run            what would run
+    python scripts/reproduce.py woof-128-5 --plan               how many runs each gap needs at the spread seen so far
+    python scripts/reproduce.py woof-128-5 --until 0.5          goes on until each difference is known to half a point
+
+One process for all runs; a run in it is the run of a fresh process. A failed or diverged run is recorded and the loop goes on.
+"""
+import argparse
+import statistics
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import report
+import runlog
+import train_imagenette
+from experiments import EXPERIMENTS, Stopped, UsageError, fields, is_stop, nearest, schedule
+from files import find_images, fingerprint
+
+
+def parse(argv):
+    "(the flags of this command, the experiment with the overrides of its arms)."
+    ap = train_imagenette.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap.add_argument('name', nargs='?', help='an experiment, see --list')
+    ap.add_argument('--list', action='store_true', help='every experiment with what is published and what is recorded')
+    ap.add_argument('--runs', type=int, metavar='N', help='runs of each arm (default: as published)')
+    ap.add_argument('--arms', metavar='A,B', help='these arms only, the first one the base')
+    ap.add_argument('--seed0', type=int, default=0, metavar='SEED', help='first seed (default 0)')
+    ap.add_argument('--dry-run', action='store_true', help="print the runs; don't train")
+    ap.add_argument('--plan', action='store_true', help="print how many runs each gap needs; don't train")
+    ap.add_argument('--until', type=float, metavar='POINTS', help='go on until the 95%% interval of each difference has this half-width')
+    ap.add_argument('--gpu', type=int, metavar='N', help='CUDA device (default: the first, or the CPU)')
+    ap.add_argument('--results', type=Path, default=runlog.RESULTS, metavar='DIR', help='results directory')
+    args, flags = ap.parse_known_args(argv)
+    if args.list: return args, None
+    if args.name not in EXPERIMENTS:
+        raise UsageError(f'no experiment {args.name}{nearest(args.name, EXPERIMENTS)}; see --list' if args.name else 'name one, see --list')
+    exp = EXPERIMENTS[args.name]
+    chosen = args.arms.split(',') if args.arms else list(exp.arms)
+    for arm in chosen:
+        if arm not in exp.arms: raise UsageError(f'--arms {arm}: no such arm; there are {", ".join(exp.arms)}')
+    if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
+    if args.until is not None and args.until <= 0: raise UsageError(f'--until {args.until}: must be above 0')
+    given = overrides(flags)
+    return args, replace(exp, runs=args.runs or exp.runs, arms={arm: replace(exp.arms[arm], **given) for arm in chosen})
+
+
+def overrides(flags):
+    "{field of Config: value} of the flags of train_imagenette.py that are given; not those that tell the arms or the runs apart."
+    ap = train_imagenette.make_parser()
+    for action in ap._actions: action.default = argparse.SUPPRESS
+    given, unknown = ap.parse_known_args(flags)
+    known = {f.name for f in fields(train_imagenette.Config)} - {'attention', 'sa_at', 'seed'}
+    wrong = [*unknown, *(f'--{name.replace("_", "-")}' for name in vars(given).keys() - known)]
+    if wrong: raise UsageError(f'unknown argument {wrong[0]}, or one that the experiment sets; see --help')
+    return vars(given)
+
+
+class Loop:
+    "The runs of an experiment in this process, with those that the record already holds left out."
+    def __init__(self, exp, args):
+        import data  # torch and fastai take seconds: not before the command line is known to be good
+        import training
+        self.data, self.training, self.exp, self.args = data, training, exp, args
+        self.device, self.seconds = training.get_device(args.gpu), []
+        self.digest = {}  # of the data, by archive
+
+    def settled(self, cfg):
+        "(`cfg` as it will run, the fingerprint of its data)."
+        cfg = self.training.settle(cfg, self.device)
+        key = cfg.dataset, cfg.source, cfg.data
+        if key not in self.digest: self.digest[key] = fingerprint(find_images(self.data.find_data(cfg)))
+        return cfg, self.digest[key]
+
+    def todo(self, runs, seed0):
+        "What of `runs` runs of each arm from `seed0` on is not recorded yet."
+        record = runlog.load(self.args.results / 'runs.csv')
+        wanted = schedule(self.exp.arms, runs, seed0)
+        return [(arm, cfg) for arm, cfg in wanted if report.recorded(record, *self.settled(cfg)).empty]
+
+    def train(self, todo):
+        "Train what is to do. A run that fails has left its row, and the next one goes on; a mistake of the user ends the loop."
+        for i, (arm, cfg) in enumerate(todo):
+            left = f'  {statistics.mean(self.seconds) * (len(todo) - i) / 60:.0f} min left' if self.seconds else ''
+            print(f'[{"#" * round(30 * i / len(todo)):30}] {i + 1}/{len(todo)}  {arm} seed {cfg.seed}{left}', flush=True)
+            start = time.perf_counter()
+            try: self.training.run(cfg, self.args.results, self.device)
+            except Exception as e:
+                if isinstance(e, UsageError) or is_stop(e): raise
+                print(f'reproduce.py: {arm} seed {cfg.seed} failed: {e!r}; going on', file=sys.stderr)
+            self.seconds.append(time.perf_counter() - start)
+
+
+def listing(results):
+    "A line per experiment and gap."
+    runs, published = runlog.load(results / 'runs.csv'), report.load_published()
+    for name, exp in EXPERIMENTS.items():
+        print(f'{name:24}{exp.claim}; {exp.runs} runs an arm: {", ".join(exp.arms)}')
+        print(report.text(report.gaps({name: exp}, runs, published), indent=4))
+
+
+def main(argv=None):
+    "Exit code 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130 or 143: stopped."
+    try:
+        args, exp = parse(argv)
+        if args.list: return listing(args.results)
+        published = report.load_published()
+        def so_far(): return report.gaps({args.name: exp}, runlog.load(args.results / 'runs.csv'), published)
+        if args.plan: return print(report.plan(so_far()))
+        loop = Loop(exp, args)
+        todo = loop.todo(exp.runs, args.seed0)
+        if args.dry_run:
+            for arm, cfg in todo: print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
+            return print(f'{len(todo)} runs to do, {exp.runs * len(exp.arms) - len(todo)} recorded')
+        runlog.check(args.results)
+        train_imagenette.stop_on_signals()
+        loop.train(todo)
+        seed = args.seed0 + exp.runs
+        while args.until and not report.narrow_enough(exp, runlog.load(args.results / 'runs.csv'), args.until):
+            loop.train(loop.todo(1, seed))
+            seed += 1
+        print(report.text(so_far()))
+    except UsageError as e:
+        print(f'reproduce.py: {e}', file=sys.stderr)
+        return 2
+    except (KeyboardInterrupt, Exception) as e:
+        if not is_stop(e): raise
+        return 128 + (Stopped.by or 2)
+
+
+if __name__ == '__main__': sys.exit(main())
