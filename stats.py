@@ -190,3 +190,60 @@ def fixed_width_done(a, b, half_width, n_min=10):
     n = min(n_a, n_b)
     if n < max(n_min, 2): return np.zeros(sd_a.shape, bool)[()]
     return (_half(*_welch(sd_a, n_a, sd_b, n_b)) * (1 + 2 / n)**0.5 <= half_width)[()]
+
+
+# --- with validation predictions ---
+
+def validation_noise(correct):
+    """How much of the runs' spread is the finite validation set's; `correct`: (R runs, n images) of 0 and 1, of one arm.
+
+    variance: of the runs' accuracies (ddof 1). from_images: sum over images of R/(R-1) p(1-p) / n², p the share of runs right on
+    it: an unbiased estimate of what `variance` would be, on average over validation sets of n independent images, were all runs
+    equally accurate on the distribution the images are from. beyond: n/(n-1) (variance - from_images), the unbiased estimate of
+    the variance of that true accuracy; by chance below 0. share: from_images / variance.
+    From E_set[Var(accuracy)] = (1 - 1/n) Var(true accuracy) + E_image[p(1-p)] / n (Jordan 2023, arXiv:2304.01910).
+    """
+    correct = np.asarray(correct, float)
+    runs, n = correct.shape
+    if runs < 2 or n < 2: return dict.fromkeys(('variance', 'from_images', 'beyond', 'share'), NAN)
+    variance = float(_moments(correct.mean(1))[1]**2)
+    from_images = float(correct.var(0, ddof=1).sum() / n**2)
+    return dict(variance=variance, from_images=from_images, beyond=n / (n - 1) * (variance - from_images),
+                share=from_images / variance if variance else NAN)
+
+
+def image_bootstrap(correct_a, correct_b, resamples=4_999):
+    """difference, low, high of two arms' accuracies for new runs and new images: (runs, n images) of 0 and 1, the same images.
+
+    A bootstrap over images, the same for both arms, and over the runs of each arm. It counts the noise of single predictions three
+    times (Owen 2007, the pigeonhole bootstrap), so its percentiles are drawn in to the unbiased variance of the difference:
+    that of the runs, plus that of the images less the part the runs have counted, which is taken to be 0 at least. Then they are
+    spread by t over the normal quantile, as the runs are few.
+    """
+    a, b = (np.asarray(x, float) for x in (correct_a, correct_b))
+    difference, n = float(b.mean() - a.mean()) if a.size and b.size else NAN, a.shape[1]
+    if min(len(a), len(b), n) < 2: return dict(difference=difference, low=NAN, high=NAN)
+    runs = sum(x.mean(1).var(ddof=1) / len(x) for x in (a, b))
+    images = (b.mean(0) - a.mean(0)).var(ddof=1) / n - sum(x.var(0, ddof=1).mean() / len(x) / n for x in (a, b))
+    rng = np.random.default_rng(SEED)
+    drawn = np.concatenate([_redrawn(rng, a, b, part) for part in _parts(resamples, max(1, CELLS // n))])
+    if not drawn.std() > ROUNDING: return dict(difference=difference, low=NAN, high=NAN)
+    scale = ((runs + max(images, 0)) / drawn.var())**0.5 * st.t.ppf(0.975, len(a) + len(b) - 2) / st.norm.ppf(0.975)
+    low, high = difference + scale * (np.quantile(drawn, (0.025, 0.975)) - difference)
+    return dict(difference=difference, low=float(low), high=float(high))
+
+
+def _parts(total, part): return [min(part, total - done) for done in range(0, total, part)]
+
+
+def _redrawn(rng, a, b, size):
+    "`size` differences of arms (runs, images) with images and runs drawn anew."
+    images = _weights(rng, size, a.shape[1])
+    of_a, of_b = (((images @ x.T) * _weights(rng, size, len(x))).sum(1) for x in (a, b))
+    return of_b - of_a
+
+
+def _weights(rng, size, n):
+    "(size, n): the share of each of n in `size` resamples of n."
+    drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
+    return np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n) / n

@@ -236,3 +236,55 @@ def test_fixed_width_done_needs_the_least_n_the_width_and_spread():
     assert stats.fixed_width_done(a, a, half + 1e-9) and not stats.fixed_width_done(a, a, half - 1e-9)
     assert not stats.fixed_width_done(a, a[:9], 1) and stats.fixed_width_done(a, a[:9], 1, n_min=9)
     assert not stats.fixed_width_done(a * 0, a * 0, 1) and not stats.fixed_width_done([], [], 1, n_min=0)
+
+
+# --- with validation predictions ---
+
+def predictions(rng, n_runs, n, run_sd=0., image_sd=0., shift=0.):
+    "A function (images' own) -> right or not (n_runs, n): normal scores of image (sd 2), arm and image, run, and the single prediction."
+    own = rng.normal(0, image_sd, n) + shift
+    return lambda image: (image + own + run_sd * rng.normal(size=(n_runs, 1)) + rng.normal(size=(n_runs, n)) > 0) * 1
+
+
+def chance(spread, shift=0.): return st.norm.cdf((1 + shift) / (1 + 4 + spread**2)**0.5)
+
+
+def test_validation_noise_by_hand():
+    v = stats.validation_noise([[1, 1, 0, 1], [1, 0, 0, 0]])  # accuracies 3/4 and 1/4; two images right in one run of two: 2/1 * 1/4 each
+    assert (v['variance'], v['from_images'], v['share']) == pytest.approx((0.125, 1 / 16, 0.5))
+    assert v['beyond'] == pytest.approx(4 / 3 * (0.125 - 1 / 16))
+    assert all(isnan(x) for x in stats.validation_noise([[1, 0, 1]]).values())
+    assert isnan(stats.validation_noise([[1, 0], [1, 0]])['share'])
+
+
+@pytest.mark.parametrize('run_sd', [0, 0.3])
+def test_validation_noise_finds_the_variance_of_the_true_accuracy(run_sd):
+    "Over many sets of 100 images and 8 runs the mean of `beyond` is the variance of the runs' accuracies on all images there could be."
+    rng = np.random.default_rng(0)
+    found = [stats.validation_noise(predictions(rng, 8, 100, run_sd)(rng.normal(1, 2, 100))) for _ in range(4_000)]
+    truth = st.norm.cdf((1 + run_sd * rng.normal(size=1_000_000)) / 5**0.5).var()  # an image's score and a prediction's: variance 4 + 1
+    beyond = np.array([v['beyond'] for v in found])
+    assert beyond.mean() == pytest.approx(truth, abs=4 * beyond.std() / len(beyond)**0.5)
+    assert (np.mean([v['from_images'] for v in found]) > 20 * beyond.mean()) == (run_sd == 0)
+
+
+@pytest.mark.parametrize('n_runs, run_sd, image_sd', [(3, 0, 0), (12, 0.3, 0), (12, 0, 1)])
+def test_image_bootstrap_covers_the_difference_on_all_images(n_runs, run_sd, image_sd):
+    rng = np.random.default_rng(0)
+    truth = chance((run_sd**2 + image_sd**2)**0.5, 0.3) - chance(run_sd)
+    holds, width, seen = [], [], []
+    for _ in range(400):
+        image = rng.normal(1, 2, 200)
+        a, b = predictions(rng, n_runs, 200, run_sd)(image), predictions(rng, n_runs, 200, run_sd, image_sd, 0.3)(image)
+        r = stats.image_bootstrap(a, b, 499)
+        holds.append(r['low'] <= truth <= r['high'])
+        width.append(r['high'] - r['low'])
+        seen.append(r['difference'])
+    assert np.mean(holds) >= 0.925 and np.mean(width) < 1.15 * 2 * st.t.ppf(0.975, 2 * n_runs - 2) * np.std(seen)
+
+
+def test_image_bootstrap_of_equal_or_too_few_arms():
+    a = np.random.default_rng(0).integers(2, size=(5, 300))
+    r = stats.image_bootstrap(a, a[::-1])
+    assert r['difference'] == pytest.approx(0) and r['low'] < 0 < r['high'] and r == stats.image_bootstrap(a, a[::-1])
+    assert isnan(stats.image_bootstrap(a[:1], a)['low']) and isnan(stats.image_bootstrap(a * 0, a * 0)['low'])
