@@ -144,7 +144,7 @@ def holm(ps):
 # --- words ---
 
 def verdict(low, high, published=NAN, fine=0.01):
-    """The words for our interval of a difference beside the `published` difference (nan or 0: no claim), all in one unit.
+    """The words for our interval of a difference beside the `published` difference (nan or 0: no claim), all fractions.
 
     The rule is the table in results/README.md, "How a verdict is reached". `fine`: the half-width up to which an interval
     that holds 0 says more than that the runs were few; used where there is no claim.
