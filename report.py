@@ -142,10 +142,12 @@ def values(runs, metric):
 
 def correct(runs, results):
     "(runs, images) of 0 and 1 from the predictions at hand of the runs that ended ok, by seed; None if one is missing."
-    files = [Path(results) / 'predictions' / f'{i}.npz' for i in runs[runs.status == 'ok'].sort_values(['seed', 'run_id']).run_id]
-    if not files or not all(f.exists() for f in files): return None
-    arrays = [np.load(f) for f in files]
-    return np.array([a['logits'].argmax(1) == a['targets'] for a in arrays])
+    arrays = []
+    for run_id in runs[runs.status == 'ok'].sort_values(['seed', 'run_id']).run_id:
+        file = Path(results) / 'predictions' / f'{run_id}.npz'
+        if not file.exists(): return None
+        with np.load(file) as saved: arrays.append(saved['logits'].argmax(1) == saved['targets'])
+    return np.array(arrays) if arrays else None
 
 
 # --- the comparisons ---
@@ -155,47 +157,55 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
 
     published_<side>_n, _mean, _sd, <side> being base or arm; published_difference, _low, _high, _p; ours_<side>_ and the keys of
     stats.summary, _diverged, _other, _images_share (of the variance, by the validation images); of the difference the keys of
-    stats.compare, paired_low, paired_high, paired_p (the same seeds in both arms), images_low, images_high (bootstrap over images
-    and runs, where the predictions are at hand); holm_p over the rows; verdict; seconds of a run. Without runs one row an arm.
+    stats.compare, those of stats.compare_paired in their place where the arms have the same seeds (paired), welch_low, welch_high,
+    welch_p, images_low, images_high (bootstrap over images and runs, where the predictions are at hand); holm_p over the rows;
+    verdict; seconds of a run. Without runs one row an arm.
     """
     rows = []
     for name, exp in experiments.items():
         base, *others = exp.arms
         cfg = resolve(exp.arms[base])
         none = dict.fromkeys(SET) | dict(split=cfg.split, source=cfg.source, planned=True), {arm: runs[:0] for arm in exp.arms}
+        said = {arm: published_mean(exp, arm, published) for arm in exp.arms}
+        metric = next((p.metric for p in said.values() if p is not None), 'last')
         for key, arms in sets(exp, runs) or [none]:
-            rows += [_gap(name, exp, key, arms, base, arm, published, results) for arm in others]
+            theirs = said if key['split'] == 'v1' and _whole(cfg.dataset, key) else dict.fromkeys(said)
+            sides = {arm: _side(found, metric, results) for arm, found in arms.items()}
+            rows += [dict(experiment=name, **key, base=base, arm=arm, metric=metric)
+                     | _gap(key, sides[base], sides[arm], theirs[base], theirs[arm]) for arm in others]
     table = pd.DataFrame(rows)
     return table.assign(holm_p=stats.holm(table.p))
 
 
-def _gap(name, exp, key, arms, base, arm, published, results):
-    said = {side: published_mean(exp, which, published) for side, which in (('base', base), ('arm', arm))}
-    if key['split'] != 'v1' or not _whole(exp.arms[arm].dataset, key): said = dict(base=None, arm=None)
-    metric = next((p.metric for p in said.values() if p is not None), 'last')
-    row = dict(experiment=name, **key, base=base, arm=arm, metric=metric)
-    for side, p in said.items(): row |= {f'published_{side}_{k}': p[k] if p is not None else float('nan') for k in ('mean', 'sd', 'n')}
-    theirs = stats.compare_summaries(*(row[f'published_{side}_{k}'] for side in said for k in ('mean', 'sd', 'n')))
-    row |= {f'published_{k}': theirs[k] for k in ('difference', 'low', 'high', 'p')}
+def _side(runs, metric, results):
+    "What `_gap` needs of an arm: its accuracies and seeds, predictions (or None), seconds, and the columns ours_<side>_*."
+    accuracies, seeds = values(runs, metric)
+    right = correct(runs, results) if metric == 'last' else None
+    share = stats.validation_noise(right)['share'] if right is not None else float('nan')
+    bad = dict(diverged=(runs.status == 'diverged').sum(), other=(~runs.status.isin(DONE)).sum())
+    return dict(accuracies=accuracies, seeds=seeds, correct=right, seconds=runs.fit_seconds,
+                columns=stats.summary(accuracies) | bad | dict(images_share=share))
 
-    (a, seeds), (b, seeds_b) = values(arms[base], metric), values(arms[arm], metric)
-    right = [correct(arms[which], results) if metric == 'last' else None for which in (base, arm)]
-    for side, which, found, images in (('base', base, a, right[0]), ('arm', arm, b, right[1])):
-        row |= {f'ours_{side}_{k}': v for k, v in stats.summary(found).items()}
-        status, noise = arms[which].status, stats.validation_noise(images)['share'] if images is not None else float('nan')
-        row |= {f'ours_{side}_diverged': (status == 'diverged').sum(), f'ours_{side}_other': (~status.isin(DONE)).sum(),
-                f'ours_{side}_images_share': noise}
-    row |= stats.compare(a, b)
-    paired = stats.compare_paired(a, b) if seeds == seeds_b and len(set(seeds)) == len(seeds) else {}
-    row |= {f'paired_{k}': paired.get(k, float('nan')) for k in ('low', 'high', 'p')}
-    images = stats.image_bootstrap(*right) if all(r is not None for r in right) else {}
-    row |= {f'images_{k}': images.get(k, float('nan')) for k in ('low', 'high')}
-    row['seconds'] = pd.concat([arms[base], arms[arm]]).fit_seconds.median()
-    if not len(a) or not len(b): row['verdict'] = 'no runs'
-    elif key['planned'] or np.isnan(row['published_difference']):
-        row['verdict'] = stats.verdict(row['low'], row['high'], row['published_difference'])
-    else: row['verdict'] = f'no verdict: {key["source"]} px archive'
-    return row
+
+def _gap(key, base, arm, said_base, said_arm):
+    "The columns of `gaps` from the `_side`s and the published rows (or None) of two arms of a set."
+    theirs = {side: {k: p[k] if p is not None else float('nan') for k in ('mean', 'sd', 'n')}
+              for side, p in (('base', said_base), ('arm', said_arm))}
+    row = {f'published_{side}_{k}': v for side, numbers in theirs.items() for k, v in numbers.items()}
+    row |= {f'ours_{side}_{k}': v for side, s in (('base', base), ('arm', arm)) for k, v in s['columns'].items()}
+    published = stats.compare_summaries(*theirs['base'].values(), *theirs['arm'].values())
+    row |= {f'published_{k}': published[k] for k in ('difference', 'low', 'high', 'p')}
+    welch = stats.compare(base['accuracies'], arm['accuracies'])
+    paired = base['seeds'] == arm['seeds'] and len(set(base['seeds'])) == len(base['seeds']) > 1
+    row |= welch | (stats.compare_paired(base['accuracies'], arm['accuracies']) if paired else {})
+    row |= {f'welch_{k}': welch[k] for k in ('low', 'high', 'p')} | dict(paired=paired)
+    both = base['correct'] is not None and arm['correct'] is not None
+    images = stats.image_bootstrap(base['correct'], arm['correct']) if both else dict.fromkeys(('low', 'high'), float('nan'))
+    row |= dict(images_low=images['low'], images_high=images['high'], seconds=pd.concat([base['seconds'], arm['seconds']]).median())
+    if not base['seeds'] or not arm['seeds']: return row | dict(verdict='no runs')
+    if not key['planned'] and published['difference'] == published['difference']:
+        return row | dict(verdict=f'no verdict: {key["source"]} px archive')
+    return row | dict(verdict=stats.verdict(row['low'], row['high'], published['difference']))
 
 
 def _whole(dataset, key):
@@ -280,9 +290,9 @@ def text(table, indent=0):
         name, arms, _, _, theirs, base, arm, ours, verdict = cells(r)
         lines.append(f'{name}  {arms}: {verdict}; published {theirs or "–"}, ours {ours or "–"}: {base} → {arm}')
         if not np.isnan(r.p):
-            more = [f'Welch P = {r.p:.2g} (Holm {r.holm_p:.2g})', f'permutation P = {r.permutation_p:.2g}', f'Hedges g = {r.g:.2f}',
-                    f'better in {r.beats:.0%} of pairs']
-            if r.paired_p >= 0: more.append(f'paired by seed [{100 * r.paired_low:.1f}, {100 * r.paired_high:.1f}], P = {r.paired_p:.2g}')
+            how = f'paired by seed, better at {r.beats:.0%} of the seeds' if r.paired else f'better in {r.beats:.0%} of the pairs of runs'
+            more = [f'{how}, P = {r.p:.2g} (Holm {r.holm_p:.2g})', f'permutation P = {r.permutation_p:.2g}', f'Hedges g = {r.g:.2f}']
+            if r.paired: more.append(f'Welch [{100 * r.welch_low:.1f}, {100 * r.welch_high:.1f}], P = {r.welch_p:.2g}')
             if not np.isnan(r.images_low): more.append(f'over runs and images [{100 * r.images_low:.1f}, {100 * r.images_high:.1f}]')
             shares = [f'{s:.0%}' for s in (r.ours_base_images_share, r.ours_arm_images_share) if not np.isnan(s)]
             if shares: more.append(f"the validation images' share of the variance: {', '.join(shares)}")

@@ -166,7 +166,7 @@ def prepare(cfg, device):
     "(cfg as it will run, its DataLoaders, its model): the model's weights are a function of the seed."
     torch.backends.cudnn.benchmark = True
     cfg = settle(cfg, device)
-    if cfg.keep_memory and device.type == 'cpu': keep_memory()
+    if device.type == 'cpu': keep_memory(bool(cfg.keep_memory))
     dls = get_dls(cfg, device)
     cfg = replace(cfg, loader=dls.loader, workers=cfg.workers if dls.loader == 'workers' else 0)
     set_seed(cfg.seed)

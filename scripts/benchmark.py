@@ -56,6 +56,7 @@ import training
 from data import ImageLoader
 from experiments import Config, UsageError
 from layers import ATTENTION, SimpleSelfAttention, multiply_adds
+from learner import keep_memory
 
 PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}
 LAYERS = [  # name, shape, shape of --quick
@@ -224,12 +225,13 @@ class Clock(Callback):
             raise CancelFitException
 
 
-def clocked(learners, args, device, lr):
-    "Median seconds of a step of each Learner, which take turns."
+def clocked(learners, args, device, lr, keep=(True, True)):
+    "Median seconds of a step of each Learner, which take turns, with or without keep_memory()."
     n = (6 if args.quick else 8) if device.type == 'cpu' else 52
     clocks = [Clock(n) for _ in learners]
     for _ in range(1 if args.quick else 3):
-        for learn, clock in zip(learners, clocks):
+        for learn, clock, kept in zip(learners, clocks, keep):
+            keep_memory(kept and device.type == 'cpu')
             with learn.no_bar(), learn.no_logging(): learn.fit(1, lr, cbs=clock)
     return [float(np.median(clock.seconds)) for clock in clocks]
 
@@ -262,14 +264,11 @@ def step_config(args, folder, **kwargs):
 
 
 def step(args, device):
-    """A whole training step: loading, augmentation, model, loss, optimizer, metrics.
-
-    The memory that keep_memory() keeps is kept for fastai's step too, as it is one process: the ratio leaves it out.
-    """
+    "A whole training step: loading, augmentation, model, loss, optimizer, metrics."
     with tempfile.TemporaryDirectory() as folder:
         cfg, dls, model = training.prepare(step_config(args, folder), device)
         learners = [plain_learner(cfg, device), training.get_learner(cfg, dls, model)]
-        theirs, ours = clocked(learners, args, device, cfg.lr)
+        theirs, ours = clocked(learners, args, device, cfg.lr, keep=(False, True))
         multiply_adds, floor_seconds = floor(cfg, model, device)
         yield dict(model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, loader=cfg.loader,
                    fastai_images_per_second=cfg.bs / theirs, ours_images_per_second=cfg.bs / ours, faster=theirs / ours,
