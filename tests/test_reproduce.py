@@ -1,0 +1,108 @@
+"""The loop over the runs of an experiment, on a tree of a few images."""
+import importlib.util
+import math
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+from statsmodels.stats.power import TTestIndPower
+
+import runlog
+from experiments import EXPERIMENTS
+
+spec = importlib.util.spec_from_file_location('reproduce', REPO / 'scripts' / 'reproduce.py')
+reproduce = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(reproduce)
+
+TINY = ['--epochs', '1', '--bs', '6', '--workers', '0']
+
+
+@pytest.fixture
+def loop(tree, tmp_path, capfd):
+    "Runs reproduce.py digits on the tree: (exit code, stdout, stderr)."
+    def call(*argv):
+        code = reproduce.main(['digits', '--data', str(tree), *TINY, '--results', str(tmp_path / 'results'), *map(str, argv)])
+        return (code or 0, *capfd.readouterr())
+    return call
+
+
+def rows(tmp_path): return runlog.load(tmp_path / 'results' / 'runs.csv')
+
+
+def test_arms_take_turns_and_what_is_recorded_is_skipped(loop, tmp_path):
+    code, out, err = loop('--runs', 2)
+    assert code == 0, err
+    df = rows(tmp_path)
+    assert list(zip(df.attention, df.seed)) == [('none', 0), ('simple', 0), ('none', 1), ('simple', 1)] and set(df.status) == {'ok'}
+    assert '4/4  simple seed 1  0 min left' in out and out.rindex('none → simple:') > out.rindex('4/4')
+    assert '0 runs to do, 4 recorded' in loop('--runs', 2, '--dry-run')[1] and len(rows(tmp_path)) == 4
+    assert loop('--runs', 3)[0] == 0 and rows(tmp_path).seed.tolist() == [0, 0, 1, 1, 2, 2]
+    assert loop('--runs', 2, '--arms', 'simple', '--seed0', 1, '--wd', 0.1)[0] == 0  # another configuration: not recorded yet
+    assert rows(tmp_path).wd.tolist()[-2:] == [0.1, 0.1] and rows(tmp_path).seed.tolist()[-2:] == [1, 2]
+
+
+def test_a_run_of_the_loop_is_the_run_of_a_fresh_process(loop, tree, tmp_path):
+    assert loop('--runs', 2)[0] == 0
+    argv = ['--dataset', 'digits', '--data', tree, *TINY, '--size', 32, '--arch', 'xresnet18', '--sa', '--seed', 1]
+    command = [sys.executable, REPO / 'train_imagenette.py', *argv, '--results', tmp_path / 'fresh']
+    subprocess.run(list(map(str, command)), check=True, capture_output=True)
+    here, fresh = rows(tmp_path), runlog.load(tmp_path / 'fresh' / 'runs.csv').iloc[0]
+    same = here[(here.attention == 'simple') & (here.seed == 1)].iloc[0]
+    assert (same.valid_loss, same.accuracy, same.data_fingerprint) == (fresh.valid_loss, fresh.accuracy, fresh.data_fingerprint)
+
+
+def test_a_failed_run_is_recorded_and_the_loop_goes_on(loop, tmp_path, monkeypatch):
+    import training
+    fit = training.fit
+
+    def fails(learn, cfg):
+        if cfg.attention == 'simple' and cfg.seed == 0: raise RuntimeError('broken')
+        return fit(learn, cfg)
+    monkeypatch.setattr(training, 'fit', fails)
+    code, out, err = loop('--runs', 2)
+    assert code == 0 and "simple seed 0 failed: RuntimeError('broken'); going on" in err
+    assert rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok'] and '1 failed' in out
+    monkeypatch.setattr(training, 'fit', fit)
+    assert loop('--runs', 2)[0] == 0 and rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok', 'ok']  # done again, and it alone
+
+
+def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
+    import report
+    monkeypatch.setattr(report, 'narrow_enough', lambda exp, runs, points: points == 5 and len(runs) >= 6)
+    assert loop('--runs', 1, '--until', 5)[0] == 0
+    assert list(zip(rows(tmp_path).attention, rows(tmp_path).seed)) == [(a, s) for s in range(3) for a in ('none', 'simple')]
+
+
+def test_ctrl_c_leaves_what_is_done(tree, tmp_path):
+    argv = ['digits', '--data', tree, *TINY, '--epochs', 300, '--runs', 5, '--results', tmp_path / 'results']
+    process = subprocess.Popen([sys.executable, REPO / 'scripts' / 'reproduce.py', *map(str, argv)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while not process.stdout.readline().startswith('epoch 2'): assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and rows(tmp_path).status.tolist() == ['interrupted'] and 'Traceback' not in err
+
+
+def test_list_and_plan(tmp_path, capsys):
+    assert not reproduce.main(['--list', '--results', str(tmp_path)])
+    out = capsys.readouterr().out
+    for name, exp in EXPERIMENTS.items(): assert f'\n{name} ' in '\n' + out and exp.claim in out
+    assert 'none → simple: no runs; published +5.7 [3.6, 7.8]' in out
+    assert not reproduce.main(['woof-128-100-r18', '--plan', '--results', str(tmp_path)])
+    sd = ((0.00817**2 + 0.0074**2) / 2)**0.5
+    n = math.ceil(TTestIndPower().solve_power((0.8634 - 0.8576) / sd, power=0.8, alpha=0.05))
+    assert f'published +0.6 needs {n} runs an arm at sd 0.8 (published), 80 % power; have 0 and 0' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('argv, words', [
+    ('woof-128', 'did you mean woof-128-5?'), ('', 'name one, see --list'), ('digits --arms none,x', 'no such arm; there are none, simple'),
+    ('digits --runs 0', 'at least 1'), ('digits --until 0', 'above 0'), ('digits --sa sagan', 'one that the experiment sets'),
+    ('digits --seed 3', 'one that the experiment sets'), ('digits --epcohs 3', 'unknown argument --epcohs'),
+    ('digits --size 31', 'at least 32'), ('digits --data /no/such/folder', 'no such folder'), ('digits --gpu 99', '--gpu 99'),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(argv, words, tmp_path, capfd):
+    assert reproduce.main([*argv.split(), '--results', str(tmp_path)]) == 2
+    out, err = capfd.readouterr()
+    assert words in err and err.count('\n') == 1 and not out
