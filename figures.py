@@ -7,8 +7,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import report
+import runlog
 import stats
-from experiments import UsageError
+from experiments import EXPERIMENTS, UsageError
 
 MARKERS = 'os^Dv<>'  # an arm each: readable without colour
 STYLES = ['-', '--', ':', '-.']
@@ -20,6 +21,12 @@ def save(fig, path):
     with rc_context({'svg.hashsalt': 'simple', 'svg.fonttype': 'none'}):
         fig.savefig(f'{path}.png', dpi=120, metadata={'Software': None})
         fig.savefig(f'{path}.svg', metadata={'Date': None, 'Creator': None})
+
+
+def experiments(table, runs, published, results=runlog.RESULTS):
+    "{name: Figure} of the experiments in `table` (report.gaps) that have runs of two arms."
+    names = table.experiment[table.verdict != 'no runs'].unique()
+    return {name: experiment(name, EXPERIMENTS[name], runs, published, results) for name in names}
 
 
 def experiment(name, exp, runs, published, results):

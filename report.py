@@ -22,6 +22,8 @@ SET = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']  
 PUBLISHED = ['dataset', 'split', 'size', 'epochs', 'arch', 'mixup', 'lr', 'bs']  # the settings that the published rows differ in
 MARKERS = '<!-- table: written by python report.py --readme -->', '<!-- end of table -->'
 DONE = 'ok', 'diverged'  # statuses that need no repetition
+SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'n', 'mean', 'sd', 'mean_max', 'sd_max', 'diverged',
+           'other', 'seconds']  # the columns of `summarise` that a reader looks for
 
 
 # --- the published record ---
@@ -173,6 +175,7 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
             sides = {arm: _side(found, metric, results) for arm, found in arms.items()}
             rows += [dict(experiment=name, **key, base=base, arm=arm, metric=metric)
                      | _gap(key, sides[base], sides[arm], theirs[base], theirs[arm]) for arm in others]
+    if not rows: return pd.DataFrame()  # of one arm
     table = pd.DataFrame(rows)
     return table.assign(holm_p=stats.holm(table.p))
 
@@ -285,6 +288,7 @@ def markdown(table):
 
 def text(table, indent=0):
     "`gaps` for a terminal: two lines a row, the second with the tests."
+    if table.empty: return 'one arm: nothing to compare it with'
     lines = []
     for _, r in table.iterrows():
         name, arms, _, _, theirs, base, arm, ours, verdict = cells(r)
@@ -327,8 +331,7 @@ def write(table, runs, results, published):
         frame.to_csv(tables / f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
         (tables / f'{name}.md').write_text(words + '\n', encoding='utf-8')
     figures.save(figures.forest(table), Path(results) / 'figures' / 'forest')
-    for name in table.experiment[table.verdict != 'no runs'].unique():
-        figures.save(figures.experiment(name, EXPERIMENTS[name], runs, published, results), Path(results) / 'figures' / name)
+    for name, fig in figures.experiments(table, runs, published, results).items(): figures.save(fig, Path(results) / 'figures' / name)
 
 
 def plain_markdown(frame):
