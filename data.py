@@ -108,7 +108,8 @@ class DeviceImages(Images):
         "Images (B, 3, size, size) and labels (B,) from `start` to `stop` in the order of the epoch."
         if self.seed is None: return self.pixels[start:stop].permute(0, 3, 1, 2), self.targets[start:stop]
         i = self.order[start:stop]
-        return self.pixels.crops(i, self.boxes[i], self.flip[i], self.size), self.targets[torch.from_numpy(i).to(self.targets.device)]
+        labels = self.targets[torch.from_numpy(i).to(self.targets.device, non_blocking=True)]
+        return self.pixels.crops(i, self.boxes[i], self.flip[i], self.size), labels
 
 
 # --- batches ---

@@ -2,7 +2,7 @@
 
 Every speed-up leaves the function that is computed alone and can be switched off: `--fused 0`, `--channels-last 0`,
 `--keep-memory 0`, `--compile 0` (the default), `--loader workers`. On a GPU no step waits for the host: the optimizer
-decides there whether float16 overflowed, and the smoothed loss stays there.
+decides there whether float16 overflowed, and the smoothed loss stays there (mixup and the loader processes still wait).
 """
 import ctypes
 import sys
@@ -45,11 +45,24 @@ def decay_groups(model):
     return [[p for p in model.parameters() if id(p) not in ids], list(still)]
 
 
-class Autocast(MixedPrecision):
+class Precision(MixedPrecision):
     "fastai's mixed precision, also on a CPU; a fused optimizer skips steps that overflow by itself, without asking the host."
     def before_fit(self):
         super().before_fit()
         if self.dls.device.type != 'cuda': self.autocast = torch.autocast(self.dls.device.type, AMP_DTYPES[self.amp_mode])
+        self.on = False
+
+    def before_batch(self):
+        super().before_batch()
+        self.on = True
+
+    def after_loss(self):
+        super().after_loss()
+        self.on = False
+
+    def leave(self):
+        "Leave autocast where an exception kept fastai from it: later runs of the process would use its cache of old weights."
+        if getattr(self, 'on', False): self.after_loss()
 
     def before_step(self):
         if not isinstance(self.opt, OptimWrapper): return super().before_step()
@@ -120,7 +133,7 @@ def get_learner(cfg, dls, model, cbs=()):
     "A Learner of `model` (on the device of `dls`) with the recipe of `cfg`."
     cbs = [Reseed(cfg.seed), *cbs]
     if cfg.mixup: cbs.append(MixUp(cfg.mixup))
-    if cfg.precision != 'fp32': cbs.append(Autocast(cfg.precision))
+    if cfg.precision != 'fp32': cbs.append(Precision(cfg.precision))
     if cfg.compile: cbs.append(Compile())
     model = model.to(dls.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     groups = dict(splitter=decay_groups, wd=[cfg.wd, 0.]) if is_fused(cfg) else dict(wd=cfg.wd)

@@ -5,6 +5,7 @@
 """
 import collections
 import contextlib
+import gc
 import math
 import os
 import resource
@@ -23,6 +24,7 @@ import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import valley
+from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import set_seed
 
 import runlog
@@ -121,8 +123,9 @@ class Measure(Callback):
         self.train_seconds += time.perf_counter() - self.train_started
 
     def after_epoch(self):
-        values = zip(('train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'), self.recorder.values[-1])
+        values = list(zip(('train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'), self.recorder.values[-1]))
         seconds = round(time.perf_counter() - self.epoch_started, 3)
+        self.diverged |= not all(math.isfinite(v) for _, v in values[:2])
         self.curve.append(dict(epoch=self.epoch + 1, **{k: round(v, 6) for k, v in values}, seconds=seconds))
         self.on_epoch(self.curve)
 
@@ -141,7 +144,8 @@ class Measure(Callback):
 
 
 def reset_peak_memory(device):
-    "Let the peak of `peak_memory_mb` start from here (on a CPU where Linux lets a process do so)."
+    "Let the peak of `peak_memory_mb` start from here (on a CPU where Linux lets a process do so); what runs before left is freed."
+    gc.collect()
     if device.type == 'cuda': return torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
 
@@ -197,6 +201,7 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
         raise
     finally:
         with undisturbed():
+            if hasattr(learn, 'precision'): learn.precision.leave()
             row |= dict(status=status, **measure.results(whole=status == 'ok'))
             print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
     if status == 'ok':
@@ -261,6 +266,7 @@ def find_lr(cfg, results=runlog.RESULTS, device=None):
     runlog.check(results)
     cfg, dls, model = prepare(cfg, device or get_device())
     learn = get_learner(cfg, dls, model)
+    learn.recorder.smooth_loss = AvgSmoothLoss()  # on the host, where the plot wants it
     special = [f'-{k}{getattr(cfg, k)}' for k in ('sa_at', 'opt', 'mom', 'wd', 'mixup') if getattr(cfg, k) != getattr(Config, k)]
     file = Path(results) / 'lr_find' / f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}{"".join(special)}.png'
     file.parent.mkdir(parents=True, exist_ok=True)

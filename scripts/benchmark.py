@@ -8,7 +8,7 @@
     python scripts/benchmark.py cost [--quick]               every layer in every order, against N and against C; about 5 minutes
 
 Prints a table and writes it with the hardware and the versions to results/benchmarks/<what>.csv. Without --data step
-and loader use 640 random JPEGs of Imagewoof's usual size, 213x160, so that nothing is downloaded.
+and loader use random JPEGs of Imagewoof's usual size, 213x160, so that nothing is downloaded.
 
 Limits: `matrix_share` is the share of the device's own rate of matrix products that the multiply-adds of convolutions and
 products amount to; `floor_seconds` is what a step takes if these run at that rate and every tensor that an operation reads
@@ -225,14 +225,20 @@ class Clock(Callback):
             raise CancelFitException
 
 
+def steps(args, device):
+    "Training steps of a measurement."
+    return (6 if args.quick else 8) if device.type == 'cpu' else 52
+
+
 def clocked(learners, args, device, lr, keep=(True, True)):
     "Median seconds of a step of each Learner, which take turns, with or without keep_memory()."
-    n = (6 if args.quick else 8) if device.type == 'cpu' else 52
+    n = steps(args, device)
     clocks = [Clock(n) for _ in learners]
     for _ in range(1 if args.quick else 3):
         for learn, clock, kept in zip(learners, clocks, keep):
             keep_memory(kept and device.type == 'cpu')
             with learn.no_bar(), learn.no_logging(): learn.fit(1, lr, cbs=clock)
+    if not all(clock.seconds for clock in clocks): raise UsageError(f'--data: has fewer than {n} batches, which a measurement takes')
     return [float(np.median(clock.seconds)) for clock in clocks]
 
 
@@ -248,7 +254,7 @@ def plain_learner(cfg, device):
     return learn.to_fp16() if device.type == 'cuda' else learn
 
 
-def random_images(folder, n=640, size=(213, 160)):
+def random_images(folder, n, size=(213, 160)):
     "A tree of `n` smooth random JPEGs for training in 10 classes, and one each for validation."
     rng = np.random.default_rng(0)
     for i in range(n + 10):
@@ -258,15 +264,16 @@ def random_images(folder, n=640, size=(213, 160)):
     return str(folder)
 
 
-def step_config(args, folder, **kwargs):
-    return Config(**dict(dataset='custom', data=args.data or random_images(folder), split='v2', attention='simple',
-                         bs=16 if args.quick else 64) | kwargs)
+def step_config(args, device, folder, **kwargs):
+    bs = 16 if args.quick else 64
+    data = args.data or random_images(folder, max(10, steps(args, device)) * bs)
+    return Config(**dict(dataset='custom', data=data, split='v2', attention='simple', bs=bs) | kwargs)
 
 
 def step(args, device):
     "A whole training step: loading, augmentation, model, loss, optimizer, metrics."
     with tempfile.TemporaryDirectory() as folder:
-        cfg, dls, model = training.prepare(step_config(args, folder), device)
+        cfg, dls, model = training.prepare(step_config(args, device, folder), device)
         learners = [plain_learner(cfg, device), training.get_learner(cfg, dls, model)]
         theirs, ours = clocked(learners, args, device, cfg.lr, keep=(False, True))
         multiply_adds, floor_seconds = floor(cfg, model, device)
@@ -287,7 +294,7 @@ class OneBatch(ImageLoader):
 def loader(args, device):
     "Images per second of each loader alone, of the training step with it, and of the step on one batch over and over."
     with tempfile.TemporaryDirectory() as folder:
-        cfg = step_config(args, folder, **dict(size=64, arch='xresnet18') if args.quick else {})
+        cfg = step_config(args, device, folder, **dict(size=64, arch='xresnet18') if args.quick else {})
         for kind in ('workers', 'device'):
             cfg, dls, model = training.prepare(replace(cfg, loader=kind), device)
             start, n = time.perf_counter(), 0

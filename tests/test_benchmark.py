@@ -160,7 +160,7 @@ def test_one_batch_is_the_same_batch_over_and_over(tree):
 
 
 def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(benchmark, 'step_config', lambda args, folder, **kwargs: Config(
+    monkeypatch.setattr(benchmark, 'step_config', lambda args, device, folder, **kwargs: Config(
         dataset='custom', data=str(tree), split='v2', attention='simple', arch='xresnet18', bs=4, size=32, workers=0))
     assert not benchmark.main(['loader', '--quick', '--results', str(tmp_path)])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'loader-quick.csv')

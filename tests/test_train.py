@@ -186,6 +186,27 @@ def test_an_unreadable_image_leaves_a_failed_row(tree, command, tmp_path):
     assert code == 2 and str(file) in err and err.count('\n') == 1 and record(tmp_path).status.tolist() == ['failed']
 
 
+def test_a_run_that_fails_in_a_batch_leaves_the_next_one_alone(tree, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'has_bf16', lambda: True)
+    argv = ['--data', tree, *TINY, '--sa', '--precision', 'bf16']
+    assert command(*argv)[0] == 0
+    forward = training.ATTENTION['simple'].forward
+    def breaks(self, x): raise RuntimeError('out of memory')
+    monkeypatch.setattr(training.ATTENTION['simple'], 'forward', breaks)
+    with pytest.raises(RuntimeError, match='out of memory'): command(*argv)
+    monkeypatch.setattr(training.ATTENTION['simple'], 'forward', forward)
+    assert not torch.is_autocast_enabled('cpu') and command(*argv)[0] == 0
+    df = record(tmp_path)
+    assert df.status.tolist() == ['ok', 'failed', 'ok'] and df.valid_loss[0] == df.valid_loss[2]
+
+
+def test_a_validation_loss_that_is_not_finite_is_diverged_too(tree, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.FiniteLoss, '__call__', lambda self, loss: True)  # as on CUDA, where the last losses are on their way
+    monkeypatch.setattr(training.Measure, 'before_validate', lambda self: [
+        setattr(self, 'logits', []), setattr(self, 'targets', []), self.model.head.bias.data.fill_(float('nan'))])
+    assert command('--data', tree, *TINY)[0] == 0 and record(tmp_path).status.tolist() == ['diverged']
+
+
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_leaves_an_interrupted_row(number, code, tree, tmp_path):
     argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 1]
@@ -443,6 +464,23 @@ def test_the_cycle_of_the_momentum_stays_within_0_and_1(middle, high, low, tree)
 
 def test_momentum_is_constant_under_flat_cos(tree):
     assert {h['mom'] for h in hyperparameters(tree, '--mom', 0.95, '--schedule', 'flat_cos')[1].opt.hypers} == {0.95}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize('options', ['--compile', '--mixup 0.2', '--fused 0', '--loader workers', '--precision bf16', '--sa sagan'])
+def test_cuda_two_runs_in_a_process_of_every_kind(options, command, tmp_path):
+    digits = ['--dataset', 'digits', '--size', 32, '--epochs', 2, '--arch', 'xresnet18', '--runs', 2]
+    assert command(*digits, *options.split())[0] == 0
+    df = record(tmp_path)
+    assert df.status.tolist() == ['ok', 'ok'] and df.loader[0] == ('workers' if 'workers' in options else 'device')
+    assert df.accuracy.min() > 0.2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_cuda_diverges_and_finds_a_learning_rate(command, tmp_path):
+    digits = ['--dataset', 'digits', '--size', 32, '--epochs', 2, '--arch', 'xresnet18']
+    assert command(*digits, '--lrfinder')[0] == 0 and list((tmp_path / 'results' / 'lr_find').iterdir())
+    assert command(*digits, '--opt', 'sgd', '--lr', 1e30)[0] == 0 and record(tmp_path).status.tolist() == ['diverged']
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
