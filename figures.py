@@ -13,6 +13,7 @@ from experiments import EXPERIMENTS, UsageError
 
 MARKERS = 'os^Dv<>'  # an arm each: readable without colour
 STYLES = ['-', '--', ':', '-.']
+WIDEST = 10  # points shown in the forest plot; what goes on beyond ends in an arrow
 
 
 def save(fig, path):
@@ -93,13 +94,15 @@ def forest(table):
             d, low, high = (100 * r[side + k] for k in ('difference', 'low', 'high'))
             if np.isnan(d): continue
             error = None if np.isnan(low) else [[d - low], [high - d]]
-            ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2)
+            ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2, clip_on=True)
+            for end, arrow in ((low, '<'), (high, '>'), (d, '<' if d < 0 else '>')):
+                if abs(end) > WIDEST: ax.plot(WIDEST * np.sign(end), y + dy, arrow, color='black', ms=6, clip_on=False)
     n = [f'{report.title(r)}: {r.base} → {r["arm"]}  ({_n(r.published_base_n)}/{_n(r.published_arm_n)}; {r.ours_base_n}/{r.ours_arm_n})'
          for _, r in rows.iterrows()]
     ax.set_yticks(range(len(rows)), n, fontsize=7)
     ax.invert_yaxis()
     ax.axvline(0, color='black', lw=0.8)
-    ax.set_xlim(-8, 8)  # one published interval is wider: its arm has a run that ended at chance
+    ax.set_xlim(-WIDEST, WIDEST)
     ax.set_xlabel('difference in accuracy (points), 95 % interval; squares: published, circles: ours; (runs: published; ours)', fontsize=8)
     return fig
 

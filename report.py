@@ -21,6 +21,7 @@ from experiments import EXPERIMENTS, IMAGES, SETTINGS, Config, UsageError, neare
 SET = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']  # runs that differ in one of these are not pooled
 PUBLISHED = ['dataset', 'split', 'size', 'epochs', 'arch', 'mixup', 'lr', 'bs']  # the settings that the published rows differ in
 MARKERS = '<!-- table: written by python report.py --readme -->', '<!-- end of table -->'
+RECIPE = [key for key in SETTINGS if key not in ('data', *SET)]
 DONE = 'ok', 'diverged'  # statuses that need no repetition
 SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'n', 'mean', 'sd', 'mean_max', 'sd_max', 'diverged',
            'other', 'seconds']  # the columns of `summarise` that a reader looks for
@@ -55,11 +56,11 @@ def load_published_runs(folder=runlog.RESULTS / 'published'):
 
 
 def published_mean(exp, arm, published):
-    "The published row (a Series) that an arm of an Experiment answers to, or None."
+    "The published row (a Series) that an arm of one of EXPERIMENTS answers to, or None."
     cfg = exp.arms[arm]
-    same = published.table.isin(exp.tables) & (published.variant == variant(cfg)) & (cfg.split == 'v1')
-    for key in PUBLISHED: same &= published[key] == getattr(cfg, key)
-    return published[same].iloc[0] if same.any() else None
+    here = published[published.table.isin(exp.tables) & (published.variant == variant(cfg))]
+    here = here[(here[PUBLISHED] == [getattr(cfg, key) for key in PUBLISHED]).all(axis=1)]
+    return here.iloc[0] if len(here) else None
 
 
 def variant(cfg): return cfg.attention + (f'@{cfg.sa_at}' if cfg.attention != 'none' and cfg.sa_at != Config.sa_at else '')
@@ -106,29 +107,44 @@ def summarise(runs):
                        diverged=('bad', 'sum'), other=('other', 'sum'), seconds=('fit_seconds', 'median')).reset_index()
 
 
-def of_config(runs, cfg, leave_out=()):
-    "The runs whose settings are those of `cfg` (resolved), but for those in `leave_out`; of `none`, wherever the layer would be."
+def of_config(runs, cfg):
+    "The runs whose settings are those of `cfg` (resolved), `data` left out; of `none`, wherever the layer would be."
     same = np.ones(len(runs), bool)
     for key in SETTINGS:
-        if key in leave_out or (key == 'sa_at' and cfg.attention == 'none'): continue
+        if key == 'data' or (key == 'sa_at' and cfg.attention == 'none'): continue
         same &= (runs[key] == getattr(cfg, key)).to_numpy(bool, na_value=False)
     return runs[same]
 
 
 def recorded(runs, cfg, digest):
-    "The runs, ok or diverged, of a settled `cfg`, its seed included, on the data with that fingerprint."
+    "The runs, ok or diverged, of a settled `cfg`, its seed included, on the data with that fingerprint (None: on any)."
     runs = of_config(runs, cfg)
-    return runs[(runs.seed == cfg.seed) & (runs.data_fingerprint == digest) & runs.status.isin(DONE)]
+    return runs[(runs.seed == cfg.seed) & ((runs.data_fingerprint == digest) | (digest is None)) & runs.status.isin(DONE)]
 
 
-def sets(exp, runs):
+def by_recipe(runs):
+    "{recipe: the runs with it}; that of `none` has the layer at the default place."
+    settings = runs[RECIPE].assign(sa_at=runs.sa_at.where(runs.attention != 'none', Config.sa_at))
+    return {key: runs.iloc[at] for key, at in settings.groupby(RECIPE, dropna=False, sort=False).indices.items()} if len(runs) else {}
+
+
+def recipe(cfg):
+    "The settings but for the images and the precision, which have their own check."
+    return tuple(getattr(resolve(cfg), key) for key in RECIPE)
+
+
+def sets(exp, runs, own=None, recipes=None):
     """[(the SET columns of one set (dict), {arm: its runs})] of an Experiment, the latest first.
 
-    `planned` in the dict: the split and the archive, which is whole, are those of the Experiment's own Configs.
+    `planned` in the dict: the split and the archive, which is whole, are those of `own`, the Experiment as EXPERIMENTS has it.
+    Of an `exp` with another split or archive only the sets with these. `recipes`: by_recipe(runs), where it is known.
     """
-    arms = {name: of_config(runs, resolve(cfg), SET) for name, cfg in exp.arms.items()}
+    recipes = by_recipe(runs) if recipes is None else recipes
+    arms = {name: recipes.get(recipe(cfg), runs[:0]) for name, cfg in exp.arms.items()}
     df = pd.concat([found.assign(arm=name) for name, found in arms.items()])
-    cfg, out = resolve(next(iter(exp.arms.values()))), []
+    cfg, out = resolve(next(iter((own or exp).arms.values()))), []
+    asked = resolve(next(iter(exp.arms.values())))
+    if (asked.split, asked.source) != (cfg.split, cfg.source): df = df[(df.split == asked.split) & (df.source == asked.source)]
     for key, group in df.groupby(SET, dropna=False, sort=True):
         key = dict(zip(SET, key))
         planned = (key['split'], key['source']) == (cfg.split, cfg.source) and _whole(cfg.dataset, key)
@@ -163,14 +179,14 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
     welch_p, images_low, images_high (bootstrap over images and runs, where the predictions are at hand); holm_p over the rows;
     verdict; seconds of a run. Without runs one row an arm.
     """
-    rows = []
+    rows, recipes = [], by_recipe(runs)
     for name, exp in experiments.items():
         base, *others = exp.arms
-        cfg = resolve(exp.arms[base])
+        own, cfg = EXPERIMENTS.get(name, exp), resolve(exp.arms[base])
         none = dict.fromkeys(SET) | dict(split=cfg.split, source=cfg.source, planned=True), {arm: runs[:0] for arm in exp.arms}
-        said = {arm: published_mean(exp, arm, published) for arm in exp.arms}
+        said = {arm: published_mean(own, arm, published) if recipe(exp.arms[arm]) == recipe(own.arms[arm]) else None for arm in exp.arms}
         metric = next((p.metric for p in said.values() if p is not None), 'last')
-        for key, arms in sets(exp, runs) or [none]:
+        for key, arms in sets(exp, runs, own, recipes) or [none]:
             theirs = said if key['split'] == 'v1' and _whole(cfg.dataset, key) else dict.fromkeys(said)
             sides = {arm: _side(found, metric, results) for arm, found in arms.items()}
             rows += [dict(experiment=name, **key, base=base, arm=arm, metric=metric)
@@ -217,16 +233,15 @@ def _whole(dataset, key):
     return full is None or pd.isna(key['n_train']) or full == (key['n_train'], key['n_val'])
 
 
-def narrow_enough(exp, runs, points):
-    "Whether the interval of each difference of the latest planned set has that half-width, looking at it after every pair allowed for."
-    arms = next((arms for key, arms in sets(exp, runs) if key['planned']), None)
-    if arms is None: return False
-    base, *others = ([values(found, 'last')[0] for found in arms.values()])
+def narrow_enough(arms, points):
+    "Whether the interval of each difference to the first of `arms` (accuracies each) has that half-width, looking after every pair."
+    base, *others = arms
     return all(bool(stats.fixed_width_done(base, other, points / 100)) for other in others)
 
 
 def plan(table):
     "How many runs of each arm the published difference and the one seen so far need, at the spread seen so far (else the published)."
+    if table.empty: return 'one arm: nothing to compare it with'
     lines = []
     for r in table[table.planned].itertuples():
         whose, sd = next(((whose, sd) for whose in ('ours', 'published') if (sd := _pooled(r, whose)) > 0), (None, float('nan')))
@@ -254,8 +269,8 @@ def title(r):
 
 
 def percent(mean, sd, n, *others):
-    "'62.31 ± 1.2 (12)' from fractions: the number of runs in brackets, with those that diverged and failed."
-    bad = ''.join(f', {int(k)} {word}' for k, word in zip(others, ('diverged', 'failed')) if k)
+    "'62.31 ± 1.2 (12)' from fractions: the number of runs in brackets, with those that diverged and those that did not finish."
+    bad = ''.join(f', {int(k)} {word}' for k, word in zip(others, ('diverged', 'unfinished')) if k)
     if pd.isna(mean): return f'– (0{bad})' if bad else '–'
     spread, count = '' if pd.isna(sd) else f' ± {100 * sd:.1f}', '?' if pd.isna(n) else int(n)
     return f'{100 * mean:.2f}'.removesuffix('0') + f'{spread} ({count}{bad})'
@@ -323,11 +338,15 @@ def write_readme(table, file=Path(__file__).parent / 'README.md'):
 
 
 def write(table, runs, results, published):
-    "results/tables (gaps and record, .csv and .md) and results/figures (png and svg); the same rows give the same bytes."
+    """results/tables (gaps and set_right, .csv and .md) and results/figures (png and svg); the same rows give the same bytes.
+
+    What depends on the predictions, which are not in git, is left out.
+    """
     import figures
     tables = Path(results) / 'tables'
     tables.mkdir(parents=True, exist_ok=True)
-    for name, frame, words in (('gaps', table, markdown(table)), ('set_right', (right := set_right()), plain_markdown(right))):
+    lasting = table[[c for c in table if 'images' not in c]]
+    for name, frame, words in (('gaps', lasting, markdown(table)), ('set_right', (right := set_right()), plain_markdown(right))):
         frame.to_csv(tables / f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
         (tables / f'{name}.md').write_text(words + '\n', encoding='utf-8')
     figures.save(figures.forest(table), Path(results) / 'figures' / 'forest')

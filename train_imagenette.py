@@ -116,11 +116,11 @@ def train(cfg, args):
     for i in range(args.runs): training.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save)
 
 
-def main(argv=None):
-    "Exit code 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe."
-    try: train(*parse(argv))
+def exit_code(program, work):
+    "That of work(). 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe."
+    try: return work()
     except UsageError as e:
-        print(f'train_imagenette.py: {e}', file=sys.stderr)
+        print(f'{program}: {e}', file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there when it ends
@@ -128,6 +128,9 @@ def main(argv=None):
     except (KeyboardInterrupt, Exception) as e:
         if not is_stop(e): raise
         return 128 + (Stopped.by or (signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM))
+
+
+def main(argv=None): return exit_code('train_imagenette.py', lambda: train(*parse(argv)))
 
 
 if __name__ == '__main__': sys.exit(main())

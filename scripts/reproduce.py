@@ -8,7 +8,8 @@
     python scripts/reproduce.py woof-128-5 --plan               how many runs each gap needs at the spread seen so far
     python scripts/reproduce.py woof-128-5 --until 0.5          goes on until each difference is known to half a point
 
-One process for all runs; a run in it is the run of a fresh process. A failed or diverged run is recorded and the loop goes on.
+One process for all runs; a run in it is the run of a fresh process. A failed or diverged run is recorded and the loop goes on;
+after failed ones it ends with exit code 1. Ctrl-C and SIGTERM end it with what is recorded so far.
 """
 import argparse
 import statistics
@@ -22,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import report
 import runlog
 import train_imagenette
-from experiments import EXPERIMENTS, Stopped, UsageError, fields, is_stop, nearest, schedule
+from experiments import EXPERIMENTS, UsageError, fields, is_stop, nearest, schedule
 from files import find_images, fingerprint
 
 
@@ -50,7 +51,10 @@ def parse(argv):
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
     if args.until is not None and args.until <= 0: raise UsageError(f'--until {args.until}: must be above 0')
     given = overrides(flags)
-    return args, replace(exp, runs=args.runs or exp.runs, arms={arm: replace(exp.arms[arm], **given) for arm in chosen})
+    arms = {arm: replace(exp.arms[arm], **given) for arm in chosen}
+    if len(set(arms.values())) < len(chosen): raise UsageError('these flags and --arms leave two arms the same: nothing to compare')
+    if args.until is not None and len(arms) < 2: raise UsageError('--until: needs two arms')
+    return args, replace(exp, runs=args.runs or exp.runs, arms=arms)
 
 
 def overrides(flags):
@@ -70,20 +74,20 @@ class Loop:
         import data  # torch and fastai take seconds: not before the command line is known to be good
         import training
         self.data, self.training, self.exp, self.args = data, training, exp, args
-        self.device, self.seconds = training.get_device(args.gpu), []
-        self.digest = {}  # of the data, by archive
+        self.device, self.seconds, self.failed, self.digests = training.get_device(args.gpu), [], 0, {}
+
+    def record(self): return runlog.load(self.args.results / 'runs.csv')
 
     def settled(self, cfg):
-        "(`cfg` as it will run, the fingerprint of its data)."
+        "(`cfg` as it will run, the fingerprint of its data; None for a dry run, which fetches nothing)."
         cfg = self.training.settle(cfg, self.device)
         key = cfg.dataset, cfg.source, cfg.data
-        if key not in self.digest: self.digest[key] = fingerprint(find_images(self.data.find_data(cfg)))
-        return cfg, self.digest[key]
+        if key not in self.digests: self.digests[key] = None if self.args.dry_run else fingerprint(find_images(self.data.find_data(cfg)))
+        return cfg, self.digests[key]
 
     def todo(self, runs, seed0):
         "What of `runs` runs of each arm from `seed0` on is not recorded yet."
-        record = runlog.load(self.args.results / 'runs.csv')
-        wanted = schedule(self.exp.arms, runs, seed0)
+        record, wanted = self.record(), schedule(self.exp.arms, runs, seed0)
         return [(arm, cfg) for arm, cfg in wanted if report.recorded(record, *self.settled(cfg)).empty]
 
     def train(self, todo):
@@ -95,45 +99,58 @@ class Loop:
             try: self.training.run(cfg, self.args.results, self.device)
             except Exception as e:
                 if isinstance(e, UsageError) or is_stop(e): raise
+                self.failed += 1
                 print(f'reproduce.py: {arm} seed {cfg.seed} failed: {e!r}; going on', file=sys.stderr)
             self.seconds.append(time.perf_counter() - start)
 
+    def arms(self):
+        "The accuracies of each arm on this machine's data and precision, those of the metric that is published."
+        record, metric, out = self.record(), self.so_far().metric.iloc[0], []
+        for cfg in self.exp.arms.values():
+            cfg, digest = self.settled(cfg)
+            runs = report.of_config(record, cfg)
+            out.append(report.values(runs[runs.data_fingerprint == digest], metric)[0])
+        return out
+
+    def until(self, points, seed):
+        "Go on, a run of each arm a turn, until each difference is known to `points`, or a turn has added nothing."
+        while not report.narrow_enough(arms := self.arms(), points):
+            self.train(self.todo(1, seed))
+            seed += 1
+            if sum(map(len, self.arms())) == sum(map(len, arms)): raise UsageError('--until: the last runs did not end ok; stopped')
+
+    def so_far(self): return report.gaps({self.args.name: self.exp}, self.record(), report.load_published(), self.args.results)
+
 
 def listing(results):
-    "A line per experiment and gap."
-    runs, published = runlog.load(results / 'runs.csv'), report.load_published()
+    "Every experiment, and a line or two for each of its gaps."
+    table = report.gaps(EXPERIMENTS, runlog.load(results / 'runs.csv'), report.load_published(), results)
     for name, exp in EXPERIMENTS.items():
         print(f'{name:24}{exp.claim}; {exp.runs} runs an arm: {", ".join(exp.arms)}')
-        print(report.text(report.gaps({name: exp}, runs, published), indent=4))
+        print(report.text(table[table.experiment == name], indent=4))
 
 
-def main(argv=None):
-    "Exit code 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130 or 143: stopped."
+def work(argv):
+    args, exp = parse(argv)
+    if args.list: return listing(args.results)
+    record = runlog.load(args.results / 'runs.csv')
+    if args.plan: return print(report.plan(report.gaps({args.name: exp}, record, report.load_published(), args.results)))
+    loop = Loop(exp, args)
+    todo = loop.todo(exp.runs, args.seed0)
+    if args.dry_run:
+        for arm, cfg in todo: print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
+        return print(f'{len(todo)} runs to do, {exp.runs * len(exp.arms) - len(todo)} recorded')
+    runlog.check(args.results)
+    train_imagenette.stop_on_signals()
     try:
-        args, exp = parse(argv)
-        if args.list: return listing(args.results)
-        published = report.load_published()
-        def so_far(): return report.gaps({args.name: exp}, runlog.load(args.results / 'runs.csv'), published)
-        if args.plan: return print(report.plan(so_far()))
-        loop = Loop(exp, args)
-        todo = loop.todo(exp.runs, args.seed0)
-        if args.dry_run:
-            for arm, cfg in todo: print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
-            return print(f'{len(todo)} runs to do, {exp.runs * len(exp.arms) - len(todo)} recorded')
-        runlog.check(args.results)
-        train_imagenette.stop_on_signals()
         loop.train(todo)
-        seed = args.seed0 + exp.runs
-        while args.until and not report.narrow_enough(exp, runlog.load(args.results / 'runs.csv'), args.until):
-            loop.train(loop.todo(1, seed))
-            seed += 1
-        print(report.text(so_far()))
-    except UsageError as e:
-        print(f'reproduce.py: {e}', file=sys.stderr)
-        return 2
-    except (KeyboardInterrupt, Exception) as e:
-        if not is_stop(e): raise
-        return 128 + (Stopped.by or 2)
+        if args.until: loop.until(args.until, args.seed0 + exp.runs)
+    finally: print(report.text(loop.so_far()), flush=True)
+    if loop.failed: print(f'reproduce.py: {loop.failed} runs failed', file=sys.stderr)
+    return int(loop.failed > 0)
+
+
+def main(argv=None): return train_imagenette.exit_code('reproduce.py', lambda: work(argv))
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -107,7 +107,7 @@ def test_what_did_not_end_ok_is_counted():
     table = gaps('woof-128-5', make_runs('none', [0.6, 0.62, None]), failed, make_runs('simple', [0.65]))
     r = table.loc['simple']
     assert (r.ours_base_n, r.ours_base_diverged, r.ours_base_other, r.ours_arm_diverged) == (2, 1, 1, 0)
-    assert r.ours_base_mean == pytest.approx(0.61) and '61.0 ± 1.4 (2, 1 diverged, 1 failed)' in report.text(table.reset_index())
+    assert r.ours_base_mean == pytest.approx(0.61) and '61.0 ± 1.4 (2, 1 diverged, 1 unfinished)' in report.text(table.reset_index())
 
 
 def test_last_and_best_epoch_are_never_mixed():
@@ -131,7 +131,7 @@ def test_other_images_are_a_set_of_their_own(other, verdict):
 
 
 @pytest.mark.parametrize('other', [
-    dict(lr=8e-3), dict(mixup=0.2), dict(stem='32-32-64'), dict(opt='sgd'), dict(pct_noise=50), dict(data='flowers'), dict(act='mish'),
+    dict(lr=8e-3), dict(mixup=0.2), dict(stem='32-32-64'), dict(opt='sgd'), dict(pct_noise=50), dict(act='mish'),
     dict(wd=0.5), dict(label_smoothing=0.), dict(dataset='digits'), dict(size=64), dict(sa_at='1,2'),
 ])
 def test_runs_of_other_settings_are_not_of_the_experiment(other):
@@ -139,7 +139,15 @@ def test_runs_of_other_settings_are_not_of_the_experiment(other):
     assert (table.ours_base_n, table.ours_arm_n, table.verdict) == (1, 0, 'no runs')
 
 
-@pytest.mark.parametrize('same', [dict(loader='device'), dict(fused=0), dict(compile=1), dict(workers=3), dict(meta='x')])
+def test_a_verdict_is_that_of_the_experiment_whatever_the_flags():
+    runs = [make_runs(a, values, **s) for s in ({}, dict(source='320'), dict(opt='sgd')) for a, values in
+            (('none', [0.6, 0.61]), ('simple', [0.64, 0.646]))]
+    plain, other, sgd = (gaps('woof-128-5', *runs, **flags).loc['simple'] for flags in ({}, dict(source='320'), dict(opt='sgd')))
+    assert len(plain) == 2 and other.verdict == plain.verdict.iloc[1] == 'no verdict: 320 px archive'
+    assert np.isnan(sgd.published_difference) and sgd.verdict.startswith('difference')  # not the recipe that was published
+
+
+@pytest.mark.parametrize('same', [dict(data='x', source='160'), dict(loader='device'), dict(fused=0), dict(meta='x')])
 def test_runs_that_differ_in_speed_alone_are_repetitions(same):
     assert gaps('woof-128-5', make_runs('simple', [0.6]), make_runs('simple', [0.7], **same)).loc['simple'].ours_arm_n == 2
 
@@ -187,8 +195,9 @@ def test_plan_and_narrow_enough():
     table = report.gaps({'woof-128-5': exp}, pd.concat(runs), report.load_published())
     needed = stats.runs_needed(table.published_difference[0], report._pooled(table.iloc[0], 'ours'))
     assert f'published +2.9 needs {needed}, ' in report.plan(table) and needed > 1
-    assert report.narrow_enough(exp, pd.concat(runs), 1.) and not report.narrow_enough(exp, pd.concat(runs), 0.3)
-    assert not report.narrow_enough(exp, pd.concat([r[:5] for r in runs]), 5.)  # too few to stop, however close
+    arms = [report.values(r, 'last')[0] for r in runs]
+    assert report.narrow_enough(arms, 1.) and not report.narrow_enough(arms, 0.3)
+    assert not report.narrow_enough([a[:5] for a in arms], 5.)  # too few to stop, however close
     assert 'sd 0.9 (published)' in report.plan(gaps('woof-128-50-r18', runs[0][:0]).reset_index())
 
 

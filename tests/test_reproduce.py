@@ -63,17 +63,19 @@ def test_a_failed_run_is_recorded_and_the_loop_goes_on(loop, tmp_path, monkeypat
         return fit(learn, cfg)
     monkeypatch.setattr(training, 'fit', fails)
     code, out, err = loop('--runs', 2)
-    assert code == 0 and "simple seed 0 failed: RuntimeError('broken'); going on" in err
-    assert rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok'] and '1 failed' in out
+    assert code == 1 and "simple seed 0 failed: RuntimeError('broken'); going on" in err and '1 runs failed' in err
+    assert rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok'] and '1 unfinished' in out
     monkeypatch.setattr(training, 'fit', fit)
     assert loop('--runs', 2)[0] == 0 and rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok', 'ok']  # done again, and it alone
 
 
 def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
     import report
-    monkeypatch.setattr(report, 'narrow_enough', lambda exp, runs, points: points == 5 and len(runs) >= 6)
+    monkeypatch.setattr(report, 'narrow_enough', lambda arms, points: points == 5 and list(map(len, arms)) == [3, 3])
     assert loop('--runs', 1, '--until', 5)[0] == 0
     assert list(zip(rows(tmp_path).attention, rows(tmp_path).seed)) == [(a, s) for s in range(3) for a in ('none', 'simple')]
+    code, _, err = loop('--runs', 1, '--until', 5, '--opt', 'sgd', '--lr', 1e30)  # every run diverges
+    assert code == 2 and 'did not end ok; stopped' in err and rows(tmp_path).status.tolist()[6:] == ['diverged'] * 4
 
 
 def test_ctrl_c_leaves_what_is_done(tree, tmp_path):
@@ -82,7 +84,8 @@ def test_ctrl_c_leaves_what_is_done(tree, tmp_path):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     while not process.stdout.readline().startswith('epoch 2'): assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    err = process.communicate(timeout=60)[1]
+    out, err = process.communicate(timeout=60)
+    assert 'none → simple: no runs' in out
     assert process.returncode == 130 and rows(tmp_path).status.tolist() == ['interrupted'] and 'Traceback' not in err
 
 
@@ -91,6 +94,7 @@ def test_list_and_plan(tmp_path, capsys):
     out = capsys.readouterr().out
     for name, exp in EXPERIMENTS.items(): assert f'\n{name} ' in '\n' + out and exp.claim in out
     assert 'none → simple: no runs; published +5.7 [3.6, 7.8]' in out
+    assert not reproduce.main(['digits', '--arms', 'none', '--plan', '--results', str(tmp_path)])
     assert not reproduce.main(['woof-128-100-r18', '--plan', '--results', str(tmp_path)])
     sd = ((0.00817**2 + 0.0074**2) / 2)**0.5
     n = math.ceil(TTestIndPower().solve_power((0.8634 - 0.8576) / sd, power=0.8, alpha=0.05))
@@ -100,6 +104,7 @@ def test_list_and_plan(tmp_path, capsys):
 @pytest.mark.parametrize('argv, words', [
     ('woof-128', 'did you mean woof-128-5?'), ('', 'name one, see --list'), ('digits --arms none,x', 'no such arm; there are none, simple'),
     ('digits --runs 0', 'at least 1'), ('digits --until 0', 'above 0'), ('digits --sa sagan', 'one that the experiment sets'),
+    ('woof-128-50-r18-lr --lr 0.003', 'two arms the same'), ('digits --arms none --until 1', 'needs two arms'),
     ('digits --seed 3', 'one that the experiment sets'), ('digits --epcohs 3', 'unknown argument --epcohs'),
     ('digits --size 31', 'at least 32'), ('digits --data /no/such/folder', 'no such folder'), ('digits --gpu 99', '--gpu 99'),
 ])
