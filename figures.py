@@ -55,7 +55,7 @@ def points(ax, exp, arms, published):
         half = 0 if np.isnan(s['low']) else s['mean'] - s['low']
         ax.errorbar(x + 0.15, s['mean'], half, fmt='_', color='black', capsize=4, label=None if x else 'mean, 95 % interval')
         if said is not None: ax.plot(x + 0.3, 100 * said['mean'], '*', color='black', ms=10, label=None if x else 'published mean')
-    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {(found.status == "ok").sum()}' for arm, found in arms.items()], fontsize=8)
+    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {len(report.ended_ok(found))}' for arm, found in arms.items()], fontsize=8)
     ax.set_ylabel('accuracy (%)')
     ax.legend(fontsize=7)
 
@@ -63,7 +63,7 @@ def points(ax, exp, arms, published):
 def curves(ax, arms, results):
     "Mean validation accuracy after each epoch, with a band of one standard deviation over the runs."
     for x, (arm, found) in enumerate(arms.items()):
-        files = [Path(results) / 'curves' / f'{i}.csv' for i in found[found.status == 'ok'].run_id]
+        files = [Path(results) / 'curves' / f'{i}.csv' for i in report.ended_ok(found).run_id]
         tables = [pd.read_csv(f).set_index('epoch').accuracy for f in files if f.exists()]
         if not tables: continue
         acc = 100 * pd.concat(tables, axis=1)
@@ -77,7 +77,7 @@ def curves(ax, arms, results):
 def time(ax, arms):
     "Accuracy after the last epoch against the seconds of a run."
     for x, (arm, found) in enumerate(arms.items()):
-        ok = found[found.status == 'ok']
+        ok = report.ended_ok(found)
         if len(ok): ax.plot(ok.fit_seconds / 60, 100 * ok.accuracy, MARKERS[x % 7], mfc='none', color=f'C{x}', label=arm)
     ax.set(xlabel='minutes of a run', ylabel='accuracy (%)')
     if ax.lines: ax.legend(fontsize=7)

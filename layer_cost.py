@@ -42,7 +42,7 @@ def _crossing(costs):
 def against_softmax(cost):
     """One row per shape: simple attention (in the order of the fewest multiply-adds, which 'auto' takes) against sagan.
 
-    Per image: ms and MiB of simple and of sagan through fused softmax attention; faster: sagan's time over that of
+    Per image: ms and MiB of simple and of sagan (softmax, no N x N matrix kept); faster: sagan's time over that of
     simple; faster_unfused: the same of fastai's sagan, which holds the N x N matrix; memory: MiB of simple over sagan's;
     fastest_order: the order of simple that took the least time.
     """
@@ -55,10 +55,10 @@ def against_softmax(cost):
 
 
 def softmax_verdict(cost):
-    "Does simple attention still win against fused softmax attention? In a few sentences, from the table."
+    "Does simple attention still win against softmax attention that keeps no N x N matrix? In a few sentences, from the table."
     table = against_softmax(cost).dropna(subset='faster')
     won, lost = table[table.faster > 1], table[table.faster <= 1]
-    text = [f'On {cost.device.iloc[0]}, torch {cost.torch.iloc[0]}, simple attention takes less time than fused softmax attention at '
+    text = [f'On {cost.device.iloc[0]}, torch {cost.torch.iloc[0]}, simple attention takes less time than softmax attention without an N x N matrix at '
             f'{len(won)} of {len(table)} shapes. sagan takes {table.faster.min():.2g} to {table.faster.max():.2g} times as long as simple, '
             f'and {1 / table.memory.max():.2g} to {1 / table.memory.min():.2g} times the memory.']
     if len(lost): text.append('sagan wins at (C, N) = ' + ', '.join(f'({r.C}, {r.N})' for r in lost.itertuples()) + '.')

@@ -130,7 +130,8 @@ def by_recipe(runs):
 
 def recipe(cfg):
     "The settings but for the images and the precision, which have their own check."
-    return tuple(getattr(resolve(cfg), key) for key in RECIPE)
+    cfg = resolve(cfg)
+    return tuple(getattr(cfg, key) for key in RECIPE)
 
 
 def sets(exp, runs, own=None, recipes=None):
@@ -152,16 +153,21 @@ def sets(exp, runs, own=None, recipes=None):
     return [(key, arms) for key, arms, _ in sorted(out, key=lambda s: (s[0]['planned'], s[2]), reverse=True)]
 
 
+def ended_ok(runs):
+    "The runs that ended ok, by seed; of several with one seed the first, as they are no independent repetitions."
+    return runs[runs.status == 'ok'].sort_values(['seed', 'run_id']).drop_duplicates('seed')
+
+
 def values(runs, metric):
-    "(accuracies of the runs that ended ok, their seeds), by seed."
-    ok = runs[runs.status == 'ok'].sort_values(['seed', 'run_id'])
+    "(accuracies of the runs that ended ok, their seeds)."
+    ok = ended_ok(runs)
     return ok['max_accuracy' if metric == 'max' else 'accuracy'].to_numpy(float), ok.seed.tolist()
 
 
 def correct(runs, results):
-    "(runs, images) of 0 and 1 from the predictions at hand of the runs that ended ok, by seed; None if one is missing."
+    "(runs, images) of 0 and 1 from the predictions at hand of the runs that ended ok; None if one is missing."
     arrays = []
-    for run_id in runs[runs.status == 'ok'].sort_values(['seed', 'run_id']).run_id:
+    for run_id in ended_ok(runs).run_id:
         file = Path(results) / 'predictions' / f'{run_id}.npz'
         if not file.exists(): return None
         with np.load(file) as saved: arrays.append(saved['logits'].argmax(1) == saved['targets'])
@@ -215,7 +221,7 @@ def _gap(key, base, arm, said_base, said_arm):
     published = stats.compare_summaries(*theirs['base'].values(), *theirs['arm'].values())
     row |= {f'published_{k}': published[k] for k in ('difference', 'low', 'high', 'p')}
     welch = stats.compare(base['accuracies'], arm['accuracies'])
-    paired = base['seeds'] == arm['seeds'] and len(set(base['seeds'])) == len(base['seeds']) > 1
+    paired = base['seeds'] == arm['seeds'] and len(base['seeds']) > 1
     row |= welch | (stats.compare_paired(base['accuracies'], arm['accuracies']) if paired else {})
     row |= {f'welch_{k}': welch[k] for k in ('low', 'high', 'p')} | dict(paired=paired)
     both = base['correct'] is not None and arm['correct'] is not None
