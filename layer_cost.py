@@ -59,7 +59,8 @@ def softmax_verdict(cost):
     table = against_softmax(cost).dropna(subset='faster')
     won, lost = table[table.faster > 1], table[table.faster <= 1]
     text = [f'On {cost.device.iloc[0]}, torch {cost.torch.iloc[0]}, simple attention takes less time than softmax attention that keeps '
-            f'no N x N matrix at {len(won)} of {len(table)} shapes. sagan takes {table.faster.min():.2g} to {table.faster.max():.2g} times as long as simple, '
+            f'no N x N matrix at {len(won)} of {len(table)} shapes. sagan takes {table.faster.min():.2g} to '
+            f'{table.faster.max():.2g} times as long as simple, '
             f'and {1 / table.memory.max():.2g} to {1 / table.memory.min():.2g} times the memory.']
     if len(lost): text.append('sagan wins at (C, N) = ' + ', '.join(f'({r.C}, {r.N})' for r in lost.itertuples()) + '.')
     for column, (rows, at) in sweeps(table).items():
