@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import REPO
 from fastai.optimizer import OptimWrapper
+from test_report import unchanged
 
 import layer_cost
 from experiments import Config
@@ -174,3 +175,16 @@ def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
     capfd.readouterr()
     assert benchmark.main(['run', '--quick', '--results', str(tmp_path), '--size', '31']) == 2
     assert capfd.readouterr().err.count('\n') == 1
+
+
+@pytest.mark.skipif(not unchanged('results/benchmarks'), reason='benchmarks of your own are in results/benchmarks')
+def test_the_speeds_in_the_readme_are_those_measured():
+    text = (REPO / 'README.md').read_text()
+    layers, step = (pd.read_csv(REPO / 'results' / 'benchmarks' / f'{what}.csv') for what in ('layer', 'step'))
+    for r in layers.itertuples():
+        shape = r.shape.replace('x', ', ')
+        assert (f'| {r.layer}, forward + backward, ({shape}) | {r.fastai_ms:,.0f} ms, {r.fastai_mb:.0f} MiB | '
+                f'{r.ours_ms:,.0f} ms, {r.ours_mb:.0f} MiB | {r.faster:.1f}x |') in text
+    r = step.iloc[0]
+    assert f'| {r.fastai_images_per_second:.1f} images/s | {r.ours_images_per_second:.1f} images/s | {r.faster:.1f}x |' in text
+    assert f'{r.matrix_share:.0%}'.replace('%', ' %') in text
