@@ -46,6 +46,11 @@ def find_data(cfg):
         raise UsageError(f'cannot get {url} ({" ".join(str(e).split())}): {hint}') from None
 
 
+def data_fingerprint(cfg):
+    "That of the images `cfg` trains and validates on, downloaded first where need be."
+    return fingerprint(find_images(find_data(cfg)))
+
+
 def digits():
     "scikit-learn's 1,797 handwritten digits as PNGs, written once: every fifth one is in val."
     path = fastai_path('data') / 'digits'

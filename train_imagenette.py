@@ -8,6 +8,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -102,11 +103,16 @@ def stop_on_signals():
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, stop)
 
 
+def load_training():
+    "The module `training`. torch and fastai take seconds: not before the command line is known to be good."
+    warnings.filterwarnings('ignore', category=FutureWarning, module='torch')  # of fastai's own torch.jit.script
+    import training
+    return training
+
+
 def train(cfg, args):
     "Do what the command line asks for."
-    import warnings
-    warnings.filterwarnings('ignore', category=FutureWarning, module='torch')  # of fastai's own torch.jit.script
-    import training  # torch and fastai take seconds: not before the command line is known to be good
+    training = load_training()
     if args.dump: return print(training.dump(cfg), flush=True)
     device = training.get_device(args.gpu)
     if args.lrfinder:

@@ -24,7 +24,6 @@ import report
 import runlog
 import train_imagenette
 from experiments import EXPERIMENTS, UsageError, fields, is_stop, nearest, schedule
-from files import find_images, fingerprint
 
 
 def parse(argv):
@@ -71,10 +70,10 @@ def overrides(flags):
 class Loop:
     "The runs of an experiment in this process, with those that the record already holds left out."
     def __init__(self, exp, args):
-        import data  # torch and fastai take seconds: not before the command line is known to be good
-        import training
-        self.data, self.training, self.exp, self.args = data, training, exp, args
-        self.device, self.seconds, self.failed, self.digests = training.get_device(args.gpu), [], 0, {}
+        self.training, self.exp, self.args = train_imagenette.load_training(), exp, args
+        from data import data_fingerprint
+        self.fingerprint = data_fingerprint
+        self.device, self.seconds, self.failed, self.digests = self.training.get_device(args.gpu), [], 0, {}
 
     def record(self): return runlog.load(self.args.results / 'runs.csv')
 
@@ -82,7 +81,7 @@ class Loop:
         "(`cfg` as it will run, the fingerprint of its data; None for a dry run, which fetches nothing)."
         cfg = self.training.settle(cfg, self.device)
         key = cfg.dataset, cfg.source, cfg.data
-        if key not in self.digests: self.digests[key] = None if self.args.dry_run else fingerprint(find_images(self.data.find_data(cfg)))
+        if key not in self.digests: self.digests[key] = None if self.args.dry_run else self.fingerprint(cfg)
         return cfg, self.digests[key]
 
     def todo(self, runs, seed0):
