@@ -443,6 +443,7 @@ def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))  # the same graphs, without a C++ compiler
     argv = ['--data', tree, '--sa', *TINY]
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
     assert command(*argv, '--compile', '--runs', 2)[0] == 0
     assert torch._dynamo.utils.counters['stats']['unique_graphs'] == 1
     assert command(*argv)[0] == 0
