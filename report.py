@@ -267,8 +267,9 @@ def _pooled(r, whose):
 # --- text ---
 
 def title(r):
-    "The experiment of a row of `gaps`, and what its set is where that is not the full planned one; with data and precision."
+    "The experiment of a row of `gaps`, its set where that is not the planned one, and what its runs were made with and on."
     words = [r.experiment, *([] if r.planned else [f'split {r.split}', f'archive {r.source}'])]
+    if not pd.isna(r.precision): words.append(f'{r.precision}, data {r.data_fingerprint}')
     if not _whole(next(iter(EXPERIMENTS[r.experiment].arms.values())).dataset, r) and r.split == r.split:
         words.append(f'{int(r.n_train):,} + {int(r.n_val):,} images')
     return ', '.join(words)

@@ -158,6 +158,13 @@ def test_runs_that_differ_in_speed_alone_are_repetitions(same):
     assert gaps('woof-128-5', make_runs('simple', [0.6]), make_runs('simple', [0.7], seed0=1, **same)).loc['simple'].ours_arm_n == 2
 
 
+@pytest.mark.parametrize('column, value', [('precision', 'fp16'), ('data_fingerprint', 'g')])
+def test_sets_are_told_apart(column, value):
+    runs = [make_runs(a, [0.6, 0.62]).assign(**c) for a in ('none', 'simple') for c in ({}, {column: value})]
+    table = gaps('woof-128-5', *runs).loc['simple']
+    assert len({report.title(r) for _, r in table.iterrows()}) == 2 and table.ours_arm_n.tolist() == [2, 2]
+
+
 def test_without_runs_the_published_numbers_are_shown(published):
     table = report.gaps(EXPERIMENTS, runlog.load('/no/such/file'), published)
     assert set(table.experiment) == set(EXPERIMENTS) and set(table.verdict) == {'no runs'} and table.p.isna().all()
