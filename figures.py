@@ -75,7 +75,7 @@ def curves(ax, arms, results):
 
 
 def time(ax, arms):
-    "Accuracy after the last epoch against the seconds of a run."
+    "Accuracy after the last epoch against the minutes of a run."
     for x, (arm, found) in enumerate(arms.items()):
         ok = report.ended_ok(found)
         if len(ok): ax.plot(ok.fit_seconds / 60, 100 * ok.accuracy, MARKERS[x % 7], mfc='none', color=f'C{x}', label=arm)
@@ -94,7 +94,7 @@ def forest(table):
             d, low, high = (100 * r[side + k] for k in ('difference', 'low', 'high'))
             if np.isnan(d): continue
             error = None if np.isnan(low) else [[d - low], [high - d]]
-            ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2, clip_on=True)
+            ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2)
             for end, arrow in ((low, '<'), (high, '>'), (d, '<' if d < 0 else '>')):
                 if abs(end) > WIDEST: ax.plot(WIDEST * np.sign(end), y + dy, arrow, color='black', ms=6, clip_on=False)
     n = [f'{report.title(r)}: {r.base} → {r["arm"]}  ({_n(r.published_base_n)}/{_n(r.published_arm_n)}; {r.ours_base_n}/{r.ours_arm_n})'
