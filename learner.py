@@ -10,7 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from fastai.callback.core import Callback, CancelStepException, TrainEvalCallback
+from fastai.callback.core import Callback, CancelEpochException, CancelStepException, TrainEvalCallback
 from fastai.callback.fp16 import AMPMode, MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ProgressCallback
@@ -115,6 +115,15 @@ class Progress(ProgressCallback):
 
 # --- the Learner ---
 
+class EpochLearner(Learner):
+    "A Learner that can start at a later epoch: fastai's own start_epoch logs what it skips, and fit_flat_cos has none."
+    first_epoch = 0
+    def _do_fit(self):
+        for epoch in range(self.first_epoch, self.n_epoch):
+            self.epoch = epoch
+            self._with_events(self._do_epoch, 'epoch', CancelEpochException)
+
+
 def keep_memory(on=True):
     """Let glibc keep freed memory for as long as the process lives, or give it back again; elsewhere nothing happens.
 
@@ -137,8 +146,8 @@ def get_learner(cfg, dls, model, cbs=()):
     if cfg.compile: cbs.append(Compile())
     model = model.to(dls.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     groups = dict(splitter=decay_groups, wd=[cfg.wd, 0.]) if is_fused(cfg) else dict(wd=cfg.wd)
-    learn = Learner(dls, model, LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg), **groups,
-                    metrics=[accuracy, partial(top_k_accuracy, k=min(5, len(dls.vocab)))], cbs=cbs)
+    learn = EpochLearner(dls, model, LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg), **groups,
+                         metrics=[accuracy, partial(top_k_accuracy, k=min(5, len(dls.vocab)))], cbs=cbs)
     learn.recorder.smooth_loss = SmoothLoss()
     if not (sys.stdout.isatty() or IN_NOTEBOOK):  # in a log file a bar is a line per step: write a line per epoch instead
         learn.remove_cb(ProgressCallback)

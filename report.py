@@ -22,7 +22,6 @@ SET = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']  
 PUBLISHED = ['dataset', 'split', 'size', 'epochs', 'arch', 'mixup', 'lr', 'bs']  # the settings that the published rows differ in
 MARKERS = '<!-- table: written by python report.py --readme -->', '<!-- end of table -->'
 RECIPE = [key for key in SETTINGS if key not in ('data', *SET)]
-DONE = 'ok', 'diverged'  # statuses that need no repetition
 SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'n', 'mean', 'sd', 'mean_max', 'sd_max', 'diverged',
            'other', 'seconds']  # the columns of `summarise` that a reader looks for
 
@@ -105,21 +104,6 @@ def summarise(runs):
     grouped = df.groupby([*SETTINGS, *(key for key in SET if key not in SETTINGS)], sort=False, dropna=False)
     return grouped.agg(n=('ok', 'sum'), mean=('last', 'mean'), sd=('last', 'std'), mean_max=('best', 'mean'), sd_max=('best', 'std'),
                        diverged=('bad', 'sum'), other=('other', 'sum'), seconds=('fit_seconds', 'median')).reset_index()
-
-
-def of_config(runs, cfg):
-    "The runs whose settings are those of `cfg` (resolved), `data` left out; of `none`, wherever the layer would be."
-    same = np.ones(len(runs), bool)
-    for key in SETTINGS:
-        if key == 'data' or (key == 'sa_at' and cfg.attention == 'none'): continue
-        same &= (runs[key] == getattr(cfg, key)).to_numpy(bool, na_value=False)
-    return runs[same]
-
-
-def recorded(runs, cfg, digest):
-    "The runs, ok or diverged, of a settled `cfg`, its seed included, on the data with that fingerprint (None: on any)."
-    runs = of_config(runs, cfg)
-    return runs[(runs.seed == cfg.seed) & ((runs.data_fingerprint == digest) | (digest is None)) & runs.status.isin(DONE)]
 
 
 def by_recipe(runs):
@@ -207,7 +191,7 @@ def _side(runs, metric, results):
     accuracies, seeds = values(runs, metric)
     right = correct(runs, results) if metric == 'last' else None
     share = stats.validation_noise(right)['share'] if right is not None else float('nan')
-    bad = dict(diverged=(runs.status == 'diverged').sum(), other=(~runs.status.isin(DONE)).sum())
+    bad = dict(diverged=(runs.status == 'diverged').sum(), other=(~runs.status.isin(runlog.DONE)).sum())
     return dict(accuracies=accuracies, seeds=seeds, correct=right, seconds=runs.fit_seconds,
                 columns=stats.summary(accuracies) | bad | dict(images_share=share))
 

@@ -2,8 +2,9 @@
 
     python runlog.py merge OTHER.csv [--results DIR]     add the rows of another machine, each once
 
-Only this module writes into the results folder. runs.csv is replaced as a whole, under a lock, by a file that has
-already reached the disk: readers and interrupted writers always leave a complete one.
+Only this module writes into the results folder. Each file is replaced as a whole by one that has already reached the
+disk, runs.csv under a lock: readers and interrupted writers always leave a complete one. A row is written once and
+stays as it is. A run that was interrupted and continued has a row for each of its ends, and its last one counts.
 """
 import csv
 import os
@@ -19,15 +20,16 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from experiments import Config, UsageError, fields
+from experiments import SETTINGS, Config, UsageError, fields
 
 RESULTS = Path(__file__).parent / 'results'
 STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
+DONE = 'ok', 'diverged'  # those that need no repetition
 CONFIG = {f.name: f.type for f in fields(Config)}
 MEASURED = {  # what a run found out; results/README.md says what each column means
     'n_train': int, 'n_val': int, 'accuracy': float, 'top5_accuracy': float, 'valid_loss': float, 'train_loss': float,
     'max_accuracy': float, 'max_accuracy_epoch': int, 'epochs_done': int, 'fit_seconds': float, 'median_epoch_seconds': float,
-    'images_per_second': float, 'peak_memory_mb': float, 'n_parameters': int,
+    'images_per_second': float, 'peak_memory_mb': float, 'n_parameters': int, 'resumed': int,
 }
 PROVENANCE = {
     'device': str, 'python': str, 'torch': str, 'torchvision': str, 'fastai': str,
@@ -38,10 +40,19 @@ BEFORE = dict(loader='workers', fused=0, channels_last=1, compile=0, keep_memory
 CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds')
 
 
-def new_run():
-    "(run id, start time in UTC, ISO 8601) of a run that starts now; ids sort by time."
-    now = datetime.now(UTC)
-    return f'{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}', now.isoformat(timespec='seconds').replace('+00:00', 'Z')
+def new_run(results=RESULTS):
+    """(run id, start time in UTC, ISO 8601) of a run that starts now; ids sort by time.
+
+    The id is this run's alone: its curve, without an epoch yet, is made here, and made by one process only.
+    """
+    while True:
+        now = datetime.now(UTC)
+        run_id = f'{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}'
+        file = _curve(run_id, results)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileExistsError), open(file, 'x') as f:
+            f.write(','.join(CURVE) + '\n')
+            return run_id, now.isoformat(timespec='seconds').replace('+00:00', 'Z')
 
 
 def provenance():
@@ -59,19 +70,20 @@ def provenance():
 # --- writing ---
 
 @contextmanager
-def _replacing(path):
-    "A text file that takes the place of `path` when the block ends well: `path` is always old or new, never half."
+def replacing(path, mode='w'):
+    "A file, of text or ('wb') of bytes, that takes the place of `path` when the block ends well: never half of one."
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f'.{path.name}.part')  # one name, so that what a kill -9 leaves is overwritten; runs.csv has its lock
     try:
-        with open(part, 'w', newline='', encoding='utf-8') as f:
+        with open(part, mode, **{} if 'b' in mode else dict(newline='', encoding='utf-8')) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
         with suppress(OSError): _sync_folder(path.parent)  # not all file systems can
-    finally: part.unlink(missing_ok=True)
+    finally:
+        with suppress(OSError): part.unlink(missing_ok=True)
 
 
 def _sync_folder(path):
@@ -81,49 +93,79 @@ def _sync_folder(path):
 
 
 def _write_rows(path, columns, rows):
-    with _replacing(path) as f:
+    with replacing(path) as f:
         writer = csv.DictWriter(f, columns, lineterminator='\n')
         writer.writeheader()
         writer.writerows(rows)
 
 
 def _read_rows(path):
-    """The rows {column: text} of a runs file; None if it has columns that are not ours.
+    """The rows {column: text} of a runs file; None if it has columns that are not ours. UsageError if it is damaged.
 
     A setting that the file lacks, because it is older than the setting, is as in BEFORE or at its default: that is what ran.
     """
-    with open(path, newline='', encoding='utf-8') as f:
-        reader = csv.DictReader(f)
-        columns = reader.fieldnames or ['run_id']
-        if 'run_id' not in columns or not set(columns) <= COLUMNS.keys(): return None
-        missing = {name: str(BEFORE.get(name, getattr(Config, name))) for name in CONFIG if name not in columns}
-        return [missing | row for row in reader]
+    def damage(what): return UsageError(f'{path}: {what}; mend it by hand, nothing of it was changed')
+    with open(path, newline='', encoding='utf-8-sig') as f:
+        reader = csv.reader(f)
+        try:
+            columns, rows = next(reader, ['run_id']), []
+            if 'run_id' not in columns or not set(columns) <= COLUMNS.keys(): return None
+            missing = {name: str(BEFORE.get(name, getattr(Config, name))) for name in CONFIG if name not in columns}
+            for values in filter(None, reader):
+                if values[0].startswith(('<<<<<<<', '=======', '>>>>>>>')): raise damage(f'line {reader.line_num}: a merge conflict')
+                if len(values) != len(columns): raise damage(f'line {reader.line_num} has {len(values)} of {len(columns)} columns')
+                rows.append(missing | dict(zip(columns, values)))
+        except UnicodeError as e: raise damage(f'not UTF-8 ({e})') from None
+        except csv.Error as e: raise damage(f'line {reader.line_num}: {e}') from None
+    if not _ends_its_line(path): raise damage('its last line has no end, it may be cut off')
+    return rows
+
+
+def _ends_its_line(path):
+    "Whether the last byte of a file, if it has one, ends a line."
+    with open(path, 'rb') as f:
+        size = f.seek(0, os.SEEK_END)
+        f.seek(max(0, size - 1))
+        return f.read() in (b'', b'\n')
 
 
 def _writable(results):
-    "(runs file to append to, its rows): runs.csv, or where that has foreign columns, the first runs-N.csv that has ours."
+    """(runs file to append to, its rows, what is wrong with those before it): runs.csv, or where that cannot be added to
+    without changing what is not ours or is damaged, the first runs-N.csv that can."""
+    wrong = []
     for name in ['runs.csv', *(f'runs-{n}.csv' for n in range(2, 1000))]:
         path = Path(results) / name
-        rows = _read_rows(path) if path.exists() else []
-        if rows is not None: return path, rows
+        try:
+            rows = _read_rows(path) if path.exists() else []
+            if rows is not None: return path, rows, wrong
+            wrong.append(f'{path} has other columns')
+        except UsageError as e: wrong.append(str(e))
     raise UsageError(f'{results}: no runs file with our columns, and no name left for one')
 
 
+def _key(row): return row['run_id'], str(row.get('resumed') or 0)
+
+
+def _differ(a, b): return any(str(a[k] or '') != str(b[k] or '') for k in a.keys() & b.keys() if k != 'resumed')
+
+
 def _append(rows, results):
-    "Add those `rows` whose id is not there yet; returns (path, how many were added)."
+    "Add those `rows` that are not there yet; returns (path, how many were added, an error about those that differ from what is there)."
     for row in rows:
         if row.keys() - COLUMNS.keys(): raise ValueError(f'no such columns: {sorted(map(str, row.keys() - COLUMNS.keys()))}')
         if row.get('status') not in STATUSES: raise ValueError(f'no such status: {row.get("status")!r}')
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
     with FileLock(results / '.runs.lock'):
-        path, old = _writable(results)
-        known = {row['run_id'] for row in old}
-        new = {row['run_id']: row for row in reversed(rows) if row['run_id'] not in known}  # of one id twice the first
-        if new: _write_rows(path, COLUMNS, old + list(reversed(new.values())))
-    if path.name != 'runs.csv':
-        print(f'{results / "runs.csv"} has other columns and was left alone: the row is in {path}', file=sys.stderr)
-    return path, len(new)
+        path, old, wrong = _writable(results)
+        known, new, clash = {_key(row): row for row in old}, [], []
+        for row in rows:
+            there = known.setdefault(_key(row), row)
+            if there is row: new.append(row)
+            elif _differ(row, there): clash.append(row['run_id'])
+        if new: _write_rows(path, COLUMNS, old + new)
+    if wrong and new: print(f'{"; ".join(wrong)}: the row is in {path}', file=sys.stderr)
+    return path, len(new), clash and UsageError(f'{path}: has another row of run {", ".join(clash)}, which stays as it is')
 
 
 def check(results=RESULTS):
@@ -132,49 +174,54 @@ def check(results=RESULTS):
     try:
         results.mkdir(parents=True, exist_ok=True)
         with FileLock(results / '.runs.lock', timeout=60):
+            if (results / 'runs.csv').exists(): _read_rows(results / 'runs.csv')
             _writable(results)
-            with _replacing(results / '.probe') as f: f.write('a row fits')
+            with replacing(results / '.probe') as f: f.write('a row fits')
             (results / '.probe').unlink()
-    except (OSError, UnicodeError, csv.Error) as e: raise UsageError(f'{results}: no row can be written there ({e})') from None
+    except OSError as e: raise UsageError(f'{results}: no row can be written there ({e})') from None
 
 
 def append(row, results=RESULTS):
     "Add the row {column: value} of one run (blank where it has no value) to runs.csv; returns the path written to."
-    return _append([row], results)[0]
+    path, _, error = _append([row], results)
+    if error: raise error
+    return path
 
 
 def merge(other, results=RESULTS):
     "Add the rows of another runs file, each id once, with their curves and predictions; returns (path, how many were new)."
     try: rows = _read_rows(other)
-    except (OSError, UnicodeError, csv.Error) as e: raise UsageError(f'{other}: cannot be read ({e})') from None
+    except OSError as e: raise UsageError(f'{other}: cannot be read ({e})') from None
     if rows is None: raise UsageError(f'{other}: not a runs file of this repository (foreign columns, or no run_id)')
-    try: path, new = _append(rows, results)
+    try: path, new, error = _append(rows, results)
     except ValueError as e: raise UsageError(f'{other}: {e}') from None
     for name in [name for row in rows for name in (f'curves/{row["run_id"]}.csv', f'predictions/{row["run_id"]}.npz')]:
         there, here = Path(other).parent / name, Path(results) / name
         if there.exists() and not here.exists():
             here.parent.mkdir(exist_ok=True)
             shutil.copyfile(there, here)
+    if error: raise error
     return path, new
 
 
 def write_curve(run_id, rows, results=RESULTS):
     "curves/<run_id>.csv: one row {column of CURVE: value} per epoch."
-    _write_rows(Path(results) / 'curves' / f'{run_id}.csv', CURVE, rows)
+    _write_rows(_curve(run_id, results), CURVE, rows)
+
+
+def _curve(run_id, results): return Path(results) / 'curves' / f'{run_id}.csv'
 
 
 def write_predictions(run_id, results=RESULTS, **arrays):
     "predictions/<run_id>.npz with `arrays`; kept out of git."
     import numpy as np
-    path = Path(results) / 'predictions' / f'{run_id}.npz'
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(path, **arrays)
+    with replacing(Path(results) / 'predictions' / f'{run_id}.npz', 'wb') as f: np.savez_compressed(f, **arrays)
 
 
 # --- reading ---
 
 def load(path=RESULTS / 'runs.csv'):
-    "runs.csv as a DataFrame with typed columns; an empty one if there is no file."
+    "runs.csv as a DataFrame with typed columns, a row per run: its last; an empty one if there is no file."
     import pandas as pd
     rows = _read_rows(path) if Path(path).exists() else []
     if rows is None: raise UsageError(f'{path}: not a runs file of this repository (foreign columns, or no run_id)')
@@ -182,7 +229,24 @@ def load(path=RESULTS / 'runs.csv'):
     for name, kind in COLUMNS.items():
         values = df[name].fillna('')
         df[name] = values.astype(str) if kind is str else pd.to_numeric(values).astype({int: 'Int64', float: float}[kind])
-    return df
+    df['resumed'] = df.resumed.fillna(0)
+    if df.run_id.is_unique: return df
+    return df.loc[sorted(df.groupby('run_id').resumed.idxmax())].reset_index(drop=True)
+
+
+def of_config(runs, cfg):
+    "The runs whose settings are those of `cfg` (resolved), `data` left out; of `none`, wherever the layer would be."
+    same = runs.run_id.notna()
+    for key in SETTINGS:
+        if key == 'data' or (key == 'sa_at' and cfg.attention == 'none'): continue
+        same &= (runs[key] == getattr(cfg, key)).fillna(False).astype(bool)
+    return runs[same]
+
+
+def recorded(runs, cfg, digest):
+    "The runs, ok or diverged, of a settled `cfg`, its seed included, on the data with that fingerprint (None: on any)."
+    runs = of_config(runs, cfg)
+    return runs[(runs.seed == cfg.seed) & ((runs.data_fingerprint == digest) | (digest is None)) & runs.status.isin(DONE)]
 
 
 def main(argv=None):

@@ -48,12 +48,20 @@ def make_parser():
     ap.add_argument('--woof', **on | dict(default=None), help='short for --dataset imagewoof')
     ap.add_argument('--sym', **on, help='with --sa: symmetric W, short for --sa simple_sym')
     ap.add_argument('--runs', type=int, default=1, metavar='N', help='train N times, with seeds seed to seed+N-1 (default 1)')
-    ap.add_argument('--gpu', type=int, metavar='N', help='CUDA device (default: the first, or the CPU)')
-    ap.add_argument('--results', type=Path, default=Path(__file__).parent / 'results', metavar='DIR', help='results directory')
+    ap.add_argument('--resume', **on, help='go on where this command was stopped: recorded runs are skipped, the last one continues')
+    add_run_flags(ap)
     ap.add_argument('--save', type=Path, metavar='FILE', help='write the trained model here (with --runs: the last one)')
     ap.add_argument('--dump', **on, help="print the model with shapes and parameters; don't train")
     ap.add_argument('--lrfinder', **on, help="suggest a learning rate and save the plot; don't train")
     return ap
+
+
+def add_run_flags(ap):
+    "The flags of the commands that train: where, and what is kept."
+    ap.add_argument('--gpu', type=int, metavar='N', help='CUDA device (default: the first, or the CPU)')
+    ap.add_argument('--results', type=Path, default=Path(__file__).parent / 'results', metavar='DIR', help='results directory')
+    ap.add_argument('--checkpoint-every', type=int, metavar='N', help='epochs between checkpoints (default 1; none in runs under a minute)')
+    ap.add_argument('--no-checkpoint', dest='checkpoint_every', action='store_const', const=0, help='keep no checkpoints')
 
 
 def parse(argv):
@@ -73,6 +81,7 @@ def parse(argv):
         if config['attention'] not in ('simple', 'simple_sym'): raise UsageError(f'--sym: for --sa simple only, not {config["attention"]}')
         config['attention'] = 'simple_sym'
     if args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
+    check_run_flags(args)
     cfg = Config(**config)
     replace(cfg, seed=cfg.seed + args.runs - 1)  # the last seed is checked now, not after the run before it
     try:
@@ -80,6 +89,10 @@ def parse(argv):
     except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
     if args.save: probe(args.save)
     return cfg, args
+
+
+def check_run_flags(args):
+    if (args.checkpoint_every or 0) < 0: raise UsageError(f'--checkpoint-every {args.checkpoint_every}: must be at least 1 (0: none)')
 
 
 def probe(file):
@@ -119,7 +132,8 @@ def train(cfg, args):
         lr, file = training.find_lr(cfg, args.results, device)
         return print(f'suggested learning rate {lr:.1e}, plot in {os.path.relpath(file)}')
     stop_on_signals()
-    for i in range(args.runs): training.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save)
+    for i in range(args.runs):
+        training.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume, args.checkpoint_every)
 
 
 def exit_code(program, work):

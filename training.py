@@ -6,6 +6,7 @@
 import collections
 import contextlib
 import gc
+import json
 import math
 import os
 import resource
@@ -27,6 +28,7 @@ from fastai.callback.schedule import valley
 from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import set_seed
 
+import checkpoint
 import runlog
 from data import get_dls
 from experiments import Config, Stopped, UsageError, is_stop, resolve
@@ -98,6 +100,7 @@ class Measure(Callback):
     def __init__(self, on_epoch):
         self.on_epoch, self.finite = on_epoch, FiniteLoss()
         self.curve, self.diverged, self.n_images, self.train_seconds, self.started = [], False, 0, 0., time.perf_counter()
+        self.earlier = dict(seconds=0., peak_memory_mb=0.)  # of the parts before this one, if the run is continued
 
     def before_fit(self):
         self.started = time.perf_counter()
@@ -129,10 +132,19 @@ class Measure(Callback):
         self.curve.append(dict(epoch=self.epoch + 1, **{k: round(v, 6) for k, v in values}, seconds=seconds))
         self.on_epoch(self.curve)
 
+    def seconds(self): return self.earlier['seconds'] + time.perf_counter() - self.started
+    def peak_memory_mb(self): return max(self.earlier['peak_memory_mb'], peak_memory_mb(self.dls.device))
+
+    def state(self):
+        "What a checkpoint keeps of it."
+        return dict(curve=self.curve, n_images=self.n_images, train_seconds=self.train_seconds,
+                    earlier=dict(seconds=self.seconds(), peak_memory_mb=self.peak_memory_mb()))
+
+    def restore(self, state): self.__dict__.update(state)
+
     def results(self, whole):
         "The columns of runlog.MEASURED that are known; accuracies and losses only of a `whole` run."
-        seconds = time.perf_counter() - self.started
-        out = dict(epochs_done=len(self.curve), fit_seconds=round(seconds, 2), peak_memory_mb=round(peak_memory_mb(self.dls.device)))
+        out = dict(epochs_done=len(self.curve), fit_seconds=round(self.seconds(), 2), peak_memory_mb=round(self.peak_memory_mb()))
         if self.curve: out |= dict(median_epoch_seconds=round(statistics.median(e['seconds'] for e in self.curve), 2),
                                    images_per_second=round(self.n_images / self.train_seconds, 1))
         if whole:
@@ -177,21 +189,32 @@ def prepare(cfg, device):
     return cfg, dls, get_model(cfg, len(dls.vocab))
 
 
-def run(cfg, results=runlog.RESULTS, device=None, save=None):
-    """Train once and append a row to runs.csv; returns the row {column: value}. `save`: a file for the model.
+def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, checkpoint_every=None):
+    """Train once and append a row to runs.csv; returns the row {column: value}.
 
+    `save`: a file for the model. `resume`: a run that is recorded is not trained again, one that was stopped goes on from
+    its checkpoint, under its id. `checkpoint_every`: epochs; see checkpoint.Checkpoint.
     Whatever ends the training leaves its row: ok, diverged (a loss not finite), interrupted, failed; the exception
     that ended the last two goes on to the caller.
     """
     runlog.check(results)
     device = device or get_device()
     cfg, dls, model = prepare(cfg, device)
-    run_id, started = runlog.new_run()
-    measure = Measure(partial(runlog.write_curve, run_id, results=results))
-    learn = get_learner(cfg, dls, model, [measure, Heed()])
-    row = dict(run_id=run_id, started=started, **asdict(cfg), n_train=dls.train.n, n_val=dls.valid.n,
-               n_parameters=n_parameters(model), device=device_name(device),
-               data_fingerprint=dls.fingerprint, **runlog.provenance())
+    earlier = runlog.load(Path(results) / 'runs.csv') if resume else None
+    if resume and len(same := runlog.recorded(earlier, cfg, dls.fingerprint)):
+        print(f'{summary(same.iloc[0])}  (recorded already)')
+        return same.iloc[0].to_dict()
+    state = checkpoint.find(cfg, dls.fingerprint, results, device) if resume else None
+    run_id, started = (state['run_id'], state['started']) if state else runlog.new_run(results)
+    if state: print(f'{run_id}: goes on after epoch {state["epoch"]} of {cfg.epochs}', flush=True)
+    elif resume: print('nothing to go on with: starts anew', flush=True)
+
+    measure = Measure(partial(write_curve, run_id, results=results))
+    kept = checkpoint.Checkpoint(results, checkpoint.identity(cfg, dls.fingerprint, run_id, started), checkpoint_every, state)
+    learn = get_learner(cfg, dls, model, [measure, Heed(), kept])
+    row = dict(run_id=run_id, started=started, **asdict(cfg), n_train=dls.train.n, n_val=dls.valid.n, n_parameters=n_parameters(model),
+               resumed=1 + int(max(earlier.resumed[earlier.run_id == run_id], default=0)) if state else 0,
+               device=device_name(device), data_fingerprint=dls.fingerprint, **runlog.provenance())
     status = 'failed'
     try:
         fit(learn, cfg)
@@ -202,12 +225,15 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None):
     finally:
         with undisturbed():
             if hasattr(learn, 'precision'): learn.precision.leave()
+            if status == 'ok': write_predictions(run_id, results, measure, dls.files)
             row |= dict(status=status, **measure.results(whole=status == 'ok'))
-            print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
-    if status == 'ok':
-        runlog.write_predictions(run_id, results, logits=torch.cat(measure.logits).cpu().numpy(),
-                                 targets=torch.cat(measure.targets).cpu().numpy(), files=np.array(dls.files))
-        if save: torch.save(dict(config=asdict(cfg), vocab=dls.vocab, model=model.state_dict()), save)
+            try: print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
+            except UsageError:
+                kept.end(done=False)
+                raise
+            if kept.end(done=status in runlog.DONE): print(f'its checkpoint is kept: --resume goes on with it ({kept.file})')
+    if save and status == 'ok':
+        with runlog.replacing(save, 'wb') as f: torch.save(dict(config=asdict(cfg), vocab=dls.vocab, model=model.state_dict()), f)
     return row
 
 
@@ -224,9 +250,21 @@ def undisturbed():
 def write(row, results):
     "Append `row`, or print it where that fails: it is not lost. Returns the path."
     try: return runlog.append(row, results)
-    except (OSError, UnicodeError, UsageError):
-        print(f'the row could not be written; it is: {row}', file=sys.stderr)
-        raise
+    except (OSError, UsageError) as e:
+        raise UsageError(f'{results}: the row could not be written ({e}); it is {json.dumps(row)}') from None
+
+
+def write_curve(run_id, rows, results):
+    "The curve so far. One that cannot be written is told: the next epoch writes all of it again."
+    try: runlog.write_curve(run_id, rows, results)
+    except OSError as e: print(f'{run_id}: its curve could not be written ({e}); going on', file=sys.stderr)
+
+
+def write_predictions(run_id, results, measure, files):
+    "Those of the last epoch. What cannot be written is told: the row is worth more."
+    arrays = dict(logits=torch.cat(measure.logits).cpu().numpy(), targets=torch.cat(measure.targets).cpu().numpy(), files=np.array(files))
+    try: runlog.write_predictions(run_id, results, **arrays)
+    except OSError as e: print(f'{run_id}: its predictions could not be written ({e})', file=sys.stderr)
 
 
 def summary(row):

@@ -9,7 +9,7 @@
     python scripts/reproduce.py woof-128-5 --until 0.5          goes on until each difference is known to half a point
 
 One process for all runs; a run in it is the run of a fresh process. A failed or diverged run is recorded and the loop goes on;
-after failed ones it ends with exit code 1. Ctrl-C and SIGTERM end it with what is recorded so far.
+after failed ones it ends with exit code 1. Ctrl-C and SIGTERM end it with what is recorded so far; called again, it goes on.
 """
 import argparse
 import statistics
@@ -37,8 +37,7 @@ def parse(argv):
     ap.add_argument('--dry-run', action='store_true', help="print the runs; don't train")
     ap.add_argument('--plan', action='store_true', help="print how many runs each gap needs; don't train")
     ap.add_argument('--until', type=float, metavar='POINTS', help='go on until the 95%% interval of each difference has this half-width')
-    ap.add_argument('--gpu', type=int, metavar='N', help='CUDA device (default: the first, or the CPU)')
-    ap.add_argument('--results', type=Path, default=runlog.RESULTS, metavar='DIR', help='results directory')
+    train_imagenette.add_run_flags(ap)
     args, flags = ap.parse_known_args(argv)
     if args.list: return args, None
     if args.name not in EXPERIMENTS:
@@ -49,6 +48,7 @@ def parse(argv):
         if arm not in exp.arms: raise UsageError(f'--arms {arm}: no such arm; there are {", ".join(exp.arms)}')
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
     if args.until is not None and args.until <= 0: raise UsageError(f'--until {args.until}: must be above 0')
+    train_imagenette.check_run_flags(args)
     given = overrides(flags)
     arms = {arm: replace(exp.arms[arm], **given) for arm in chosen}
     if len(set(arms.values())) < len(chosen): raise UsageError('these flags and --arms leave two arms the same: nothing to compare')
@@ -87,7 +87,7 @@ class Loop:
     def todo(self, runs, seed0):
         "What of `runs` runs of each arm from `seed0` on is not recorded yet."
         record, wanted = self.record(), schedule(self.exp.arms, runs, seed0)
-        return [(arm, cfg) for arm, cfg in wanted if report.recorded(record, *self.settled(cfg)).empty]
+        return [(arm, cfg) for arm, cfg in wanted if runlog.recorded(record, *self.settled(cfg)).empty]
 
     def train(self, todo):
         "Train what is to do. A run that fails has left its row, and the next one goes on; a mistake of the user ends the loop."
@@ -95,7 +95,7 @@ class Loop:
             left = f'  {statistics.mean(self.seconds) * (len(todo) - i) / 60:.0f} min left' if self.seconds else ''
             print(f'[{"#" * round(30 * i / len(todo)):30}] {i + 1}/{len(todo)}  {arm} seed {cfg.seed}{left}', flush=True)
             start = time.perf_counter()
-            try: self.training.run(cfg, self.args.results, self.device)
+            try: self.training.run(cfg, self.args.results, self.device, resume=True, checkpoint_every=self.args.checkpoint_every)
             except Exception as e:
                 if isinstance(e, UsageError) or is_stop(e): raise
                 self.failed += 1
@@ -107,7 +107,7 @@ class Loop:
         record, metric, out = self.record(), self.so_far().metric.iloc[0], []
         for cfg in self.exp.arms.values():
             cfg, digest = self.settled(cfg)
-            runs = report.of_config(record, cfg)
+            runs = runlog.of_config(record, cfg)
             out.append(report.values(runs[runs.data_fingerprint == digest], metric)[0])
         return out
 

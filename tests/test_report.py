@@ -196,9 +196,9 @@ def test_predictions_give_the_share_of_the_images(tmp_path):
 def test_recorded_is_the_same_configuration_seed_and_data():
     cfg = resolve(Config(dataset='imagewoof', precision='fp32', seed=1))
     runs = make_runs('none', [0.6, None, 0.7])
-    assert len(report.recorded(runs, cfg, 'f')) == 1  # it diverged: a result
-    for other in (dict(seed=3), dict(precision='fp16'), dict(epochs=6)): assert report.recorded(runs, replace(cfg, **other), 'f').empty
-    assert report.recorded(runs, cfg, 'g').empty and report.recorded(runs.assign(status='failed'), cfg, 'f').empty
+    assert len(runlog.recorded(runs, cfg, 'f')) == 1  # it diverged: a result
+    for other in (dict(seed=3), dict(precision='fp16'), dict(epochs=6)): assert runlog.recorded(runs, replace(cfg, **other), 'f').empty
+    assert runlog.recorded(runs, cfg, 'g').empty and runlog.recorded(runs.assign(status='failed'), cfg, 'f').empty
 
 
 def test_plan_and_narrow_enough():

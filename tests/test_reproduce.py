@@ -112,3 +112,20 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, words, tmp_path, capfd):
     assert reproduce.main([*argv.split(), '--results', str(tmp_path)]) == 2
     out, err = capfd.readouterr()
     assert words in err and err.count('\n') == 1 and not out
+
+
+def test_a_stopped_run_goes_on_by_itself_under_its_id(loop, tmp_path, monkeypatch):
+    import training
+    before_batch = training.Heed.before_batch
+
+    def stop(self):
+        if self.epoch == 1: raise KeyboardInterrupt
+    monkeypatch.setattr(training.Heed, 'before_batch', stop)
+    argv = ['--runs', 1, '--epochs', 2, '--checkpoint-every', 1]
+    assert loop(*argv)[0] == 130
+    stopped = rows(tmp_path)
+    monkeypatch.setattr(training.Heed, 'before_batch', before_batch)
+    code, out, _ = loop(*argv)
+    assert code == 0 and f'{stopped.run_id[0]}: goes on after epoch 1 of 2' in out
+    df = rows(tmp_path)
+    assert df.run_id[0] == stopped.run_id[0] and df.status.tolist() == ['ok', 'ok'] and df.resumed.tolist() == [1, 0]

@@ -84,7 +84,7 @@ def test_a_file_with_other_columns_is_left_alone(tmp_path, capsys):
 def test_merge_adds_each_row_once(tmp_path):
     here, there = tmp_path / 'here', tmp_path / 'there'
     runlog.append(row('a'), here)
-    for run_id in 'abc': runlog.append(row(run_id, accuracy=0.7), there)
+    for run_id, accuracy in dict(a=0.5, b=0.7, c=0.7).items(): runlog.append(row(run_id, accuracy=accuracy), there)
     runlog.write_curve('b', [dict(epoch=1, accuracy=0.7)], there)
     runlog.write_predictions('b', there, logits=[[0.]])
     assert [runlog.merge(there / 'runs.csv', here) for _ in range(2)] == [(here / 'runs.csv', 2), (here / 'runs.csv', 0)]
@@ -110,11 +110,24 @@ def test_merge_of_a_foreign_file_is_refused(text, tmp_path, capsys):
     assert capsys.readouterr().err.count('\n') == 1 and not (tmp_path / 'runs.csv').exists()
 
 
-def test_the_same_id_twice_is_one_row(tmp_path):
+def test_the_same_id_twice_is_one_row_and_another_row_of_that_id_is_refused(tmp_path):
     for _ in range(2): runlog.append(row(), tmp_path)
+    with pytest.raises(UsageError, match='has another row of run a, which stays as it is'): runlog.append(row(accuracy=0.6), tmp_path)
     (tmp_path / 'twice.csv').write_text('run_id,status,accuracy\nb,ok,0.1\nb,ok,0.2\nc,ok,0.3\n')
-    assert runlog.merge(tmp_path / 'twice.csv', tmp_path)[1] == 2
+    runlog.write_curve('c', [dict(epoch=1)], tmp_path / 'there')
+    (tmp_path / 'twice.csv').rename(tmp_path / 'there' / 'twice.csv')
+    with pytest.raises(UsageError, match='another row of run b'): runlog.merge(tmp_path / 'there' / 'twice.csv', tmp_path)
     assert runlog.load(tmp_path / 'runs.csv').accuracy.tolist() == [0.5, 0.1, 0.3]
+    assert (tmp_path / 'curves' / 'c.csv').exists()  # of the rows that were added
+
+
+def test_a_run_that_was_continued_keeps_the_rows_of_its_ends_and_counts_by_the_last(tmp_path):
+    for r in (row('a', status='interrupted', resumed=0, accuracy=None), row('b', resumed=0), row('a', resumed=2, accuracy=0.8)):
+        runlog.append(r, tmp_path)
+    with open(tmp_path / 'runs.csv') as f:
+        assert [line.split(',')[:2] for line in f][1:] == [['a', 'interrupted'], ['b', 'ok'], ['a', 'ok']]
+    df = runlog.load(tmp_path / 'runs.csv')
+    assert df.run_id.tolist() == ['b', 'a'] and df.accuracy.tolist() == [0.5, 0.8] and df.resumed.tolist() == [0, 2]
 
 
 @pytest.mark.parametrize('content', [b'run_id\n\xe9\n', b'run_id\n' + b'"' + b'x' * 200_000])
@@ -122,7 +135,7 @@ def test_a_results_folder_that_cannot_take_a_row_is_refused_before_the_run(conte
     runlog.check(tmp_path / 'new')
     assert sorted(p.name for p in (tmp_path / 'new').iterdir()) == ['.runs.lock']
     (tmp_path / 'runs.csv').write_bytes(content)
-    with pytest.raises(UsageError, match='no row can be written'): runlog.check(tmp_path)
+    with pytest.raises(UsageError, match='mend it by hand'): runlog.check(tmp_path)
     with pytest.raises(UsageError, match='no row can be written'): runlog.check(tmp_path / 'runs.csv')
 
 
@@ -149,9 +162,17 @@ def test_the_file_and_then_its_folder_reach_the_disk(tmp_path, monkeypatch):
     assert synced == [(False, False), (True, True)]
 
 
-def test_run_ids_are_unique_and_sort_by_time():
-    ids = [runlog.new_run()[0] for _ in range(100)]
-    assert len(set(ids)) == 100 and runlog.new_run()[1].endswith('Z')
+def test_run_ids_are_unique_and_sort_by_time(tmp_path):
+    ids = [runlog.new_run(tmp_path)[0] for _ in range(100)]
+    assert len(set(ids)) == 100 and runlog.new_run(tmp_path)[1].endswith('Z')
+    assert [i[:16] for i in ids] == sorted(i[:16] for i in ids)
+
+
+def test_an_id_is_given_once(tmp_path, monkeypatch):
+    tokens = iter('aabb')
+    monkeypatch.setattr(runlog.secrets, 'token_hex', lambda n: next(tokens))
+    ids = [runlog.new_run(tmp_path)[0][-1] for _ in range(2)]
+    assert ids == ['a', 'b'] and len(list((tmp_path / 'curves').iterdir())) == 2
 
 
 def test_the_committed_record_loads():

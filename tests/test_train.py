@@ -260,12 +260,6 @@ def test_a_results_folder_that_is_none_is_told_before_training(tree, tmp_path, c
         assert code == 2 and not out and err.count('\n') == 1 and 'no row can be written' in err
 
 
-def test_a_row_that_cannot_be_written_is_printed(tree, command, monkeypatch):
-    def full(*args): raise OSError(28, 'No space left on device')
-    monkeypatch.setattr(runlog, 'append', full)
-    with pytest.raises(OSError, match='No space'): command('--data', tree, *TINY)
-
-
 def test_dump_prints_shapes_and_parameters_and_trains_nothing(command, tmp_path):
     code, out, _ = command('--dump', '--sa', '--size', 128, '--arch', 'xresnet50')
     assert code == 0 and not (tmp_path / 'results').exists()

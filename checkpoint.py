@@ -1,0 +1,145 @@
+"""Where a run stands after an epoch, kept in results/checkpoints/<run_id>.pt until the run is recorded.
+
+The random numbers of an epoch are a function of (seed, epoch), so weights, optimizer and what was measured so far are all
+there is to a run: continued, it is the run that was never stopped, to the bit on a CPU.
+"""
+import io
+import pickle
+import sys
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.progress import ProgressCallback
+from fastai.torch_core import rank_distrib
+from filelock import FileLock, Timeout
+
+import runlog
+from experiments import SETTINGS, UsageError
+
+FORMAT = 'checkpoint 1'
+SHORT = 60  # seconds: shorter runs keep no checkpoint unless asked to
+SAME = *(key for key in SETTINGS if key != 'data'), 'fused', 'seed'  # what a run keeps for life; its data go by their fingerprint
+
+
+class Checkpoint(Callback):
+    """Keeps the state of the fit after every `every` epochs but the last, and starts from `state`, where that is given.
+
+    `every`: None is each epoch of a run of more than a minute in all; 0 is never. `identity`: what the file says of the run
+    beside the state. A state that cannot be written is told, and the one before it stays.
+    """
+    order = ProgressCallback.order + 20  # after what it keeps the state of
+    def __init__(self, results, identity, every=None, state=None):
+        self.file, self.identity, self.every, self.state = path(results, identity['run_id']), identity, every, state
+        self.held = state and state['lock']
+
+    def before_fit(self):
+        if not self.state: return
+        self.learn.first_epoch = self.state['epoch']
+        self.learn.model.load_state_dict(self.state['model'])
+        load_optimizer_state(self.learn.opt, self.state['optimizer'])
+        if self.state['scaler']: self.learn.scaler.load_state_dict(self.state['scaler'])
+        smooth = self.learn.recorder.smooth_loss
+        smooth.count, smooth.val = self.state['smooth_loss']
+        self.learn.measure.restore(self.state['measured'])
+        self.state = None  # as large as the model and its optimizer
+
+    def after_epoch(self):
+        if self.due() and not rank_distrib(): self.write()
+
+    def due(self):
+        "Whether to keep this epoch's state."
+        done, measure = self.epoch + 1, self.learn.measure
+        if done == self.n_epoch or measure.diverged: return False
+        if self.every is None: return measure.seconds() / done * self.n_epoch >= SHORT
+        return self.every > 0 and done % self.every == 0
+
+    def write(self):
+        learn, smooth, scaler = self.learn, self.learn.recorder.smooth_loss, getattr(self.learn, 'scaler', None)
+        state = dict(epoch=self.epoch + 1, model=learn.model.state_dict(), optimizer=optimizer_state(learn.opt), scaler=
+                     scaler.state_dict() if scaler else {}, smooth_loss=(smooth.count, smooth.val), measured=learn.measure.state())
+        buffer = io.BytesIO()  # torch.save to a file tells of a full disk in riddles
+        torch.save(dict(format=FORMAT, **self.identity, **state), buffer)
+        try:
+            if not self.held: self.held = lock(self.file)
+            with runlog.replacing(self.file, 'wb') as f: f.write(buffer.getbuffer())
+        except OSError as e: print(f'{self.file}: not written ({e}); going on', file=sys.stderr)
+
+    def end(self, done):
+        "Let go of the run, with nothing left of its checkpoint where it is `done`; returns whether one is left."
+        if done:
+            for file in (self.file, self.file.with_suffix('.lock')):
+                with suppress(OSError): file.unlink(missing_ok=True)
+        if self.held: self.held.release()
+        return self.file.exists()
+
+
+def path(results, run_id): return Path(results) / 'checkpoints' / f'{run_id}.pt'
+
+
+def lock(file, wait=0):
+    "The lock of a checkpoint, taken: of a process that dies the system takes it back. Raises Timeout after `wait` seconds."
+    file.parent.mkdir(parents=True, exist_ok=True)
+    held = FileLock(file.with_suffix('.lock'), timeout=wait)
+    held.acquire()
+    return held
+
+
+def load(file, device='cpu', **options):
+    "The state in a checkpoint; UsageError if it is cut off or no checkpoint at all."
+    try: state = torch.load(file, map_location=device, weights_only=True, **options)
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as e:
+        raise UsageError(f'{file}: cut off or no checkpoint ({str(e).splitlines()[0] if str(e) else type(e).__name__})') from None
+    if not isinstance(state, dict) or state.get('format') != FORMAT: raise UsageError(f'{file}: not a checkpoint of this version')
+    return state
+
+
+def identity(cfg, digest, run_id, started): return dict(config=asdict(cfg), data_fingerprint=digest, run_id=run_id, started=started)
+
+
+def find(cfg, digest, results, device='cpu'):
+    """The state of the run of a settled `cfg` on the data `digest` that went furthest, its `lock` taken; None if there is none.
+
+    A file that cannot be read is told and left alone. A checkpoint whose run is recorded already is removed.
+    Raises UsageError if another process is at it.
+    """
+    folder, fits = Path(results) / 'checkpoints', []
+    files = sorted(folder.glob('*.pt')) if folder.exists() else []
+    record = runlog.load(Path(results) / 'runs.csv') if files else None
+    for file in files:
+        try: state = load(file, mmap=True)
+        except UsageError as e:
+            print(f'{e}; left alone', file=sys.stderr)
+            continue
+        if state['run_id'] in set(record.run_id[record.status.isin(runlog.DONE)]): file.unlink(missing_ok=True)
+        elif state['data_fingerprint'] == digest and all(state['config'].get(k) == getattr(cfg, k) for k in SAME):
+            fits.append((state['epoch'], file))
+    if not fits: return None
+    file = max(fits)[1]
+    try: held = lock(file, wait=10)  # the loader processes of a run that was killed hold it for some seconds more
+    except Timeout: raise UsageError(f'{file}: another process is at this run') from None
+    return load(file, device) | dict(lock=held)
+
+
+# --- the optimizer ---
+
+HYPERPARAMETERS = 'hypers', 'param_groups'  # set by the schedule at each step
+
+
+def optimizer_state(opt):
+    "What an optimizer of fastai or torch keeps of each parameter, as dicts, lists and tensors."
+    return _plain({key: value for key, value in opt.state_dict().items() if key not in HYPERPARAMETERS})
+
+
+def load_optimizer_state(opt, state):
+    now = opt.state_dict()
+    opt.load_state_dict(state | {key: now[key] for key in HYPERPARAMETERS if key in now})
+
+
+def _plain(x):
+    "`x` with fastcore's L and other sequences as lists."
+    if isinstance(x, dict): return {key: _plain(value) for key, value in x.items()}
+    if isinstance(x, torch.Tensor) or not hasattr(x, '__iter__'): return x
+    return [_plain(value) for value in x]

@@ -1,0 +1,213 @@
+"""Runs that are stopped and continued: to the bit the run that was never stopped."""
+import multiprocessing as mp
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import REPO
+
+import checkpoint
+import runlog
+import train_imagenette
+import training
+from experiments import UsageError
+
+TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--sa')
+TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 'images_per_second', 'peak_memory_mb', 'workers']
+
+
+def record(results): return runlog.load(results / 'runs.csv')
+
+
+def assert_same_run(a, b):
+    "Rows, curves and predictions of two results folders of one run each are equal but for ids and times."
+    rows = [record(results).iloc[0] for results in (a, b)]
+    assert rows[0].drop(TIMES).equals(rows[1].drop(TIMES)), rows
+    curves = [pd.read_csv(r / 'curves' / f'{row.run_id}.csv').drop(columns='seconds') for r, row in zip((a, b), rows)]
+    assert curves[0].equals(curves[1])
+    first, second = (np.load(r / 'predictions' / f'{row.run_id}.npz') for r, row in zip((a, b), rows))
+    assert (first['logits'] == second['logits']).all() and (first['files'] == second['files']).all()
+
+
+@pytest.fixture
+def stopped(command, monkeypatch, tmp_path):
+    "Runs the command and stops it at a batch of an epoch, both from 0; the results stay in tmp_path/results."
+    def run(*argv, epoch, batch=1):
+        fit = training.fit
+
+        def breaks(learn, cfg):
+            def raise_(self):
+                if (self.epoch, self.iter) == (epoch, batch) and self.training: raise KeyboardInterrupt
+            monkeypatch.setattr(training.Heed, 'before_batch', raise_)
+            fit(learn, cfg)
+        heed = training.Heed.before_batch
+        monkeypatch.setattr(training, 'fit', breaks)
+        code, out, err = command(*argv)
+        assert code == 130, err
+        monkeypatch.setattr(training, 'fit', fit)
+        monkeypatch.setattr(training.Heed, 'before_batch', heed)
+        return out
+    return run
+
+
+@pytest.mark.parametrize('options', [
+    '', '--mixup 0.4 --loader device', '--opt ranger --schedule flat_cos', '--opt sgd --sh 0.3', '--opt rms', '--fused 0',
+    '--precision bf16', '--sa sagan --sa-at 1,2.0 --channels-last 0', '--sa simple_sym',
+])
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, command, stopped, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, 'has_bf16', lambda: True)
+    argv = ['--data', tree, *TINY, '--epochs', 3, *options.split(), '--checkpoint-every', 1]
+    assert command(*argv)[0] == 0
+    (tmp_path / 'results').rename(tmp_path / 'whole')
+    out = stopped(*argv, epoch=1)
+    run_id = record(tmp_path / 'results').run_id[0]
+    assert 'interrupted after 1 of 3 epochs' in out and '--resume goes on with it' in out
+    code, out, err = command(*argv, '--resume')
+    assert code == 0 and f'{run_id}: goes on after epoch 1 of 3' in out, err
+    assert_same_run(tmp_path / 'whole', tmp_path / 'results')
+    row = record(tmp_path / 'results').iloc[0]
+    assert (row.run_id, row.resumed, row.epochs_done) == (run_id, 1, 3)
+    assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
+    rows = list(pd.read_csv(tmp_path / 'results' / 'runs.csv').status)
+    assert rows == ['interrupted', 'ok']  # both ends stay
+
+
+def _main(argv):
+    os.environ['FASTAI_HOME'], sys.stdout = argv.pop(), open(os.devnull, 'w')
+    train_imagenette.main(argv)
+
+
+def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tree, tmp_path):
+    context = mp.get_context('forkserver')
+    context.set_forkserver_preload(['training'])
+    argv = list(map(str, ['--data', tree, *TINY, '--epochs', 4, '--runs', 5, '--checkpoint-every', 1, '--resume']))
+    def start(results):
+        process = context.Process(target=_main, args=([*argv, '--results', str(results), os.environ['FASTAI_HOME']],))
+        process.start()
+        return process
+    start(tmp_path / 'first').join()  # the server has imported torch by now
+    begun = time.perf_counter()
+    start(tmp_path / 'whole').join()
+    epoch = (time.perf_counter() - begun) / 20
+    rng, results, killed = random.Random(0), tmp_path / 'results', 0
+    while killed < 20:
+        process = start(results)
+        process.join(rng.uniform(0, 3 * epoch))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+        if (results / 'runs.csv').exists(): assert set(record(results).status) <= {'ok'}
+    start(results).join()
+    whole, parts = (record(r).sort_values('seed').reset_index(drop=True) for r in (tmp_path / 'whole', results))
+    assert parts.seed.tolist() == list(range(5)) and parts.drop(columns=TIMES).equals(whole.drop(columns=TIMES))
+    assert (parts.resumed > 0).any()
+    for a, b in zip(whole.run_id, parts.run_id):
+        curves = [pd.read_csv(r / 'curves' / f'{i}.csv').drop(columns='seconds') for r, i in ((tmp_path / 'whole', a), (results, b))]
+        assert curves[0].equals(curves[1])
+        with np.load(results / 'predictions' / f'{b}.npz') as saved: assert len(saved['logits']) == 6
+    assert not list((results / 'checkpoints').glob('*.pt'))
+
+
+def test_short_runs_keep_no_checkpoint_unless_asked(tree, command, stopped, tmp_path, monkeypatch):
+    argv = ['--data', tree, *TINY, '--epochs', 3]
+    for options, kept in [([], 0), (['--checkpoint-every', 2], 0), (['--checkpoint-every', 1], 1), (['--no-checkpoint'], 0)]:
+        stopped(*argv, *options, epoch=1)
+        assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == kept
+        shutil.rmtree(tmp_path / 'results')
+    monkeypatch.setattr(checkpoint, 'SHORT', 0)
+    stopped(*argv, epoch=1)
+    assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == 1
+
+
+def test_resume_skips_what_is_recorded_and_starts_anew_where_nothing_is(tree, command, stopped, tmp_path):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    assert command(*argv)[0] == 0
+    stopped(*argv, '--seed', 1, epoch=1)
+    assert 'nothing to go on with: starts anew' in command(*argv, '--resume', '--lr', 1e-3)[1]  # another run
+    code, out, _ = command(*argv, '--resume', '--runs', 3)
+    df = record(tmp_path / 'results')
+    assert code == 0 and out.count('(recorded already)') == 1 and out.count('goes on after epoch 1 of 2') == 1
+    assert set(df.status) == {'ok'} and sorted(zip(df.seed, df.lr, df.resumed)) == [(0, 1e-3, 0), (0, 3e-3, 0), (1, 3e-3, 1), (2, 3e-3, 0)]
+
+
+def test_a_run_stopped_twice_in_an_epoch_has_a_row_for_each_end(tree, command, stopped, tmp_path):
+    argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    for batch in (0, 2): stopped(*argv, '--resume', epoch=1, batch=batch)
+    assert command(*argv, '--resume')[0] == 0
+    rows = pd.read_csv(tmp_path / 'results' / 'runs.csv')
+    assert rows.run_id.nunique() == 1 and rows.resumed.tolist() == [0, 1, 2, 3]
+    assert rows.status.tolist() == ['interrupted'] * 3 + ['ok'] and rows.accuracy.notna().tolist() == [False] * 3 + [True]
+
+
+def test_other_images_are_another_run(tree, command, stopped, tmp_path):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    shutil.copy(next(tree.glob('train/*/*train3.JPEG')), next((tree / 'train').iterdir()) / 'more.JPEG')
+    assert 'nothing to go on with' in command(*argv, '--resume')[1]
+    assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == 1  # left for the images it is of
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda f: os.truncate(f, f.stat().st_size // 2), 'cut off or no checkpoint'),
+    (lambda f: f.write_bytes(b''), 'cut off or no checkpoint'),
+    (lambda f: f.write_text('not a checkpoint'), 'cut off or no checkpoint'),
+    (lambda f: torch.save(dict(config={}, model={}), f), 'not a checkpoint of this version'),
+    (lambda f: torch.save(os.system, f), 'cut off or no checkpoint'),  # never run what a foreign file says
+])
+def test_a_checkpoint_that_cannot_be_read_is_told_and_the_run_starts_anew(spoil, words, tree, command, stopped, tmp_path):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    file, = tmp_path.glob('results/checkpoints/*.pt')
+    spoil(file)
+    with pytest.raises(UsageError, match=words): checkpoint.load(file)
+    spoiled = file.read_bytes()
+    code, out, err = command(*argv, '--resume')
+    assert code == 0 and f'{file}: ' in err and words in err and err.count('\n') == 1 and 'starts anew' in out
+    assert file.read_bytes() == spoiled and sorted(record(tmp_path / 'results').status) == ['interrupted', 'ok']
+
+
+def test_two_processes_are_not_at_one_run(tree, command, stopped, tmp_path, monkeypatch):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    file, = tmp_path.glob('results/checkpoints/*.pt')
+    code = f'''
+import sys, time
+sys.path.insert(0, {str(REPO)!r})
+from pathlib import Path
+import checkpoint
+held = checkpoint.lock(Path({str(file)!r}))
+print(flush=True)
+time.sleep(60)
+'''
+    other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    other.stdout.readline()
+    lock = checkpoint.lock
+    monkeypatch.setattr(checkpoint, 'lock', lambda file, wait=0: lock(file, 0))
+    code, _, err = command(*argv, '--resume')
+    other.kill()
+    other.wait()
+    assert code == 2 and err.endswith(f'train_imagenette.py: {file}: another process is at this run\n')
+    assert command(*argv, '--resume')[0] == 0  # the lock went with its process
+
+
+def test_a_checkpoint_of_a_recorded_run_is_removed(tree, command, stopped, tmp_path):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    file, = tmp_path.glob('results/checkpoints/*.pt')
+    shutil.copy(file, tmp_path / 'copy.pt')
+    assert command(*argv, '--resume')[0] == 0
+    shutil.copy(tmp_path / 'copy.pt', file)  # as kill -9 between the row and the removal leaves it
+    assert 'nothing to go on with' in command(*argv, '--resume', '--seed', 7)[1] and not file.exists()
+
+
+def test_a_diverged_run_is_done(tree, command, tmp_path):
+    code, _, _ = command('--data', tree, *TINY, '--epochs', 3, '--opt', 'sgd', '--lr', 1e30, '--checkpoint-every', 1)
+    assert code == 0 and record(tmp_path / 'results').status.tolist() == ['diverged'] and not list(tmp_path.glob('results/checkpoints/*'))
