@@ -25,15 +25,17 @@ SAME = *(key for key in SETTINGS if key != 'data'), 'fused', 'seed'  # what a ru
 
 
 class Checkpoint(Callback):
-    """Keeps the state of the fit after every `every` epochs but the last, and starts from `state`, where that is given.
+    """Keeps the state of the fit in `file` after every `every` epochs but the last; `resume`: starts from what is there.
 
     `every`: None is each epoch of a run of more than a minute in all; 0 is never. `identity`: what the file says of the run
-    beside the state. A state that cannot be written is told, and the one before it stays.
+    beside the state. A state that cannot be written is told, and the one before it stays. Of several processes the first writes.
+    Raises UsageError if another run of this machine or file system is at the file, or if it cannot be read.
     """
     order = ProgressCallback.order + 20  # after what it keeps the state of
-    def __init__(self, results, identity, every=None, state=None):
-        self.file, self.identity, self.every, self.state = path(results, identity['run_id']), identity, every, state
-        self.held = state and state['lock']
+    def __init__(self, file, identity, every=None, resume=False, device='cpu'):
+        self.file, self.identity, self.every = file, identity, every
+        self.held = lock(file) if resume and not rank_distrib() else None
+        self.state = load(file, device) if resume else None
 
     def before_fit(self):
         if not self.state: return
@@ -63,7 +65,7 @@ class Checkpoint(Callback):
         buffer = io.BytesIO()  # torch.save to a file tells of a full disk in riddles
         torch.save(dict(format=FORMAT, **self.identity, **state), buffer)
         try:
-            if not self.held: self.held = lock(self.file)
+            self.held = self.held or lock(self.file)
             with runlog.replacing(self.file, 'wb') as f: f.write(buffer.getbuffer())
         except OSError as e: print(f'{self.file}: not written ({e}); going on', file=sys.stderr)
 
@@ -79,11 +81,15 @@ class Checkpoint(Callback):
 def path(results, run_id): return Path(results) / 'checkpoints' / f'{run_id}.pt'
 
 
-def lock(file, wait=0):
-    "The lock of a checkpoint, taken: of a process that dies the system takes it back. Raises Timeout after `wait` seconds."
+def lock(file, wait=10):
+    """The lock of a checkpoint, taken; the system takes it back from a process that dies. Raises UsageError if it is held.
+
+    `wait`: seconds, as the loader processes of a run that was killed hold it for some more.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(file.with_suffix('.lock'), timeout=wait)
-    held.acquire()
+    try: held.acquire()
+    except Timeout: raise UsageError(f'{file}: another process is at this run') from None
     return held
 
 
@@ -96,14 +102,15 @@ def load(file, device='cpu', **options):
     return state
 
 
-def identity(cfg, digest, run_id, started): return dict(config=asdict(cfg), data_fingerprint=digest, run_id=run_id, started=started)
+def identity(cfg, digest, begun):
+    "Which run a checkpoint is of: its settings, its data, its id and start."
+    return dict(config=asdict(cfg), data_fingerprint=digest, run_id=begun['run_id'], started=begun['started'])
 
 
-def find(cfg, digest, results, device='cpu'):
-    """The state of the run of a settled `cfg` on the data `digest` that went furthest, its `lock` taken; None if there is none.
+def find(cfg, digest, results):
+    """(file, what it holds) of the run of a settled `cfg` on the data `digest` that went furthest; None if there is none.
 
     A file that cannot be read is told and left alone. A checkpoint whose run is recorded already is removed.
-    Raises UsageError if another process is at it.
     """
     folder, fits = Path(results) / 'checkpoints', []
     files = sorted(folder.glob('*.pt')) if folder.exists() else []
@@ -115,12 +122,8 @@ def find(cfg, digest, results, device='cpu'):
             continue
         if state['run_id'] in set(record.run_id[record.status.isin(runlog.DONE)]): file.unlink(missing_ok=True)
         elif state['data_fingerprint'] == digest and all(state['config'].get(k) == getattr(cfg, k) for k in SAME):
-            fits.append((state['epoch'], file))
-    if not fits: return None
-    file = max(fits)[1]
-    try: held = lock(file, wait=10)  # the loader processes of a run that was killed hold it for some seconds more
-    except Timeout: raise UsageError(f'{file}: another process is at this run') from None
-    return load(file, device) | dict(lock=held)
+            fits.append((file, state))
+    return max(fits, key=lambda fit: fit[1]['epoch'], default=None)
 
 
 # --- the optimizer ---

@@ -17,7 +17,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.data.external import URLs, fastai_path, untar_data
 from fastai.data.load import DataLoader
-from fastai.torch_core import TensorImage
+from fastai.torch_core import TensorImage, rank_distrib
 from fastai.vision.augment import RandomErasing
 from PIL import Image
 
@@ -74,23 +74,29 @@ def digits():
 # --- datasets ---
 
 class Images:
-    "`n` labelled images (uint8 (3, size, size)); with `seed`, training images: order, crops and flips as drawn for the epoch."
-    def __init__(self, labels, size, seed=None):
-        self.labels, self.size, self.seed = labels, size, seed
-        self.order = range(len(labels))
+    """Labelled images (uint8 (3, size, size)); with `seed`, training images: order, crops and flips as drawn for the epoch.
+
+    `share`: (r, n) for the r-th of n processes. It has every n-th image of the order; of training images all have as many.
+    """
+    def __init__(self, labels, size, seed=None, share=(0, 1)):
+        self.labels, self.size, self.seed, (self.first, self.step) = labels, size, seed, share
+        self.order = range(len(labels))[self.first::self.step]
         self.set_epoch(0)
 
-    def __len__(self): return len(self.labels)
+    def __len__(self): return len(self.order)
 
     def set_epoch(self, epoch):
         "Draw order, crops and flips of `epoch`; without a seed nothing is random."
-        if self.seed is not None: self.order, self.u, self.flip = epoch_draws(self.seed, epoch, len(self))
+        if self.seed is None: return
+        n = len(self.labels)
+        order, self.u, self.flip = epoch_draws(self.seed, epoch, n)
+        self.order = order[self.first:n - n % self.step:self.step]
 
 
 class ImageFiles(Images, torch.utils.data.Dataset):
     "Read from their files, one (image, label) at a time."
-    def __init__(self, path, files, labels, size, seed=None):
-        super().__init__(labels, size, seed)
+    def __init__(self, path, files, *args, **kwargs):
+        super().__init__(*args, **kwargs)
         self.path, self.files = path, files
 
     def __getitem__(self, i):
@@ -101,9 +107,9 @@ class ImageFiles(Images, torch.utils.data.Dataset):
 
 class DeviceImages(Images):
     "Decoded on a device, a batch at a time: `pixels` are Pixels for training, ready images (n, size, size, 3) for validation."
-    def __init__(self, pixels, labels, size, seed=None):
+    def __init__(self, pixels, labels, *args, **kwargs):
         self.pixels, self.targets = pixels, torch.tensor(labels).to(pixels.data.device)
-        super().__init__(labels, size, seed)
+        super().__init__(labels, *args, **kwargs)
 
     def set_epoch(self, epoch):
         super().set_epoch(epoch)
@@ -111,8 +117,10 @@ class DeviceImages(Images):
 
     def batch(self, start, stop):
         "Images (B, 3, size, size) and labels (B,) from `start` to `stop` in the order of the epoch."
-        if self.seed is None: return self.pixels[start:stop].permute(0, 3, 1, 2), self.targets[start:stop]
         i = self.order[start:stop]
+        if self.seed is None:
+            at = slice(i.start, i.stop, i.step)
+            return self.pixels[at].permute(0, 3, 1, 2), self.targets[at]
         labels = self.targets[torch.from_numpy(i).to(self.targets.device, non_blocking=True)]
         return self.pixels.crops(i, self.boxes[i], self.flip[i], self.size), labels
 
@@ -171,6 +179,7 @@ def loaders(cfg, path, train, valid, digest, device):
     auto: `device` on a GPU that holds the set; on a CPU `workers`, whose Pillow is several times faster there.
     """
     (train, train_labels), (valid, valid_labels) = (map(tuple, zip(*pairs)) for pairs in (train, valid))
+    share = rank_distrib(), cfg.processes
     kind = cfg.loader if cfg.loader != 'auto' else 'device' if device.type == 'cuda' else 'workers'
     if kind == 'device':
         try: pixels = _decoded(path, train, digest, device)
@@ -179,10 +188,11 @@ def loaders(cfg, path, train, valid, digest, device):
             kind = 'workers'
     if kind == 'device':
         ready = _decoded_valid(path, valid, digest, device, cfg.size)
-        sets = DeviceImages(pixels, train_labels, cfg.size, cfg.seed), DeviceImages(ready, valid_labels, cfg.size)
+        sets = DeviceImages(pixels, train_labels, cfg.size, cfg.seed, share), DeviceImages(ready, valid_labels, cfg.size, share=share)
         make, options = DeviceLoader, dict(num_workers=0)
     else:
-        sets = ImageFiles(path, train, train_labels, cfg.size, cfg.seed), ImageFiles(path, valid, valid_labels, cfg.size)
+        sets = (ImageFiles(path, train, train_labels, cfg.size, cfg.seed, share),
+                ImageFiles(path, valid, valid_labels, cfg.size, share=share))
         make, options = ImageLoader, dict(num_workers=cfg.workers, pin_memory=device.type == 'cuda')
     return make(sets[0], cfg.sh, bs=cfg.bs, drop_last=True, **options), make(sets[1], bs=cfg.bs, **options), kind
 
@@ -202,7 +212,10 @@ def get_dls(cfg, device='cpu'):
     elif expected and (len(train), len(valid)) != expected:
         counts = f'{len(train):,} + {len(valid):,} images, expected {expected[0]:,} + {expected[1]:,}'
         raise UsageError(f'{path}: split {cfg.split} gives {counts}; extract the archive anew')
-    if len(train) < cfg.bs: raise UsageError(f'{path}: {len(train)} training images make no batch of {cfg.bs}; lower --bs')
+    if len(valid) < cfg.processes: raise UsageError(f'{path}: {len(valid)} validation images for {cfg.processes} processes')
+    if len(train) // cfg.processes < cfg.bs:
+        each = f' in each of {cfg.processes} processes' if cfg.processes > 1 else ''
+        raise UsageError(f'{path}: {len(train)} training images make no batch of {cfg.bs}{each}; lower --bs')
 
     label = {f: Path(f).parent.name for f in sizes}
     vocab = sorted({label[f] for f in train})

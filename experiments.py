@@ -100,6 +100,8 @@ class Config:
     channels_last: int = knob(1, 'memory format of the network; 0: channels first', choices=SWITCH)
     compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH)
     keep_memory: int = knob(1, 'on a CPU: keep freed memory for the next step instead of giving it back to the system', choices=SWITCH)
+    processes: int = knob(1, 'processes that train together, each with batches of bs: as many as accelerate launch or torchrun starts',
+                          least=1, most=65_536)
     workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256)
     seed: int = knob(0, 'seed of weights, order, crops, flips and mixup', least=0, most=2**31 - 1)
     meta: str = knob('', 'free text, kept in the row', '--log')

@@ -20,7 +20,9 @@ from fastai.learner import AvgSmoothLoss, Learner
 from fastai.losses import LabelSmoothingCrossEntropy
 from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper, RMSProp, ranger
-from fastai.torch_core import norm_bias_params, set_seed
+from fastai.torch_core import norm_bias_params, rank_distrib, set_seed
+
+from distributed import Distributed, Mean, is_first
 
 # --- optimizer and precision ---
 
@@ -81,7 +83,8 @@ class Reseed(Callback):
     def __init__(self, seed): self.seed = seed
     def before_epoch(self):
         self.dls.train.dataset.set_epoch(self.epoch)
-        set_seed(int(np.random.SeedSequence([self.seed, self.epoch]).generate_state(1)[0]))
+        process = [rank_distrib()] if rank_distrib() else []  # each draws its own mixup
+        set_seed(int(np.random.SeedSequence([self.seed, self.epoch, *process]).generate_state(1)[0]))
 
 
 class Compile(Callback):
@@ -144,12 +147,17 @@ def get_learner(cfg, dls, model, cbs=()):
     if cfg.mixup: cbs.append(MixUp(cfg.mixup))
     if cfg.precision != 'fp32': cbs.append(Precision(cfg.precision))
     if cfg.compile: cbs.append(Compile())
+    if cfg.processes > 1: cbs.append(Distributed(dls.device))
     model = model.to(dls.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     groups = dict(splitter=decay_groups, wd=[cfg.wd, 0.]) if is_fused(cfg) else dict(wd=cfg.wd)
+    k = min(5, len(dls.vocab))
+    metrics = [Mean('accuracy', lambda learn: accuracy(learn.pred, learn.y)),
+               Mean('top_k_accuracy', lambda learn: top_k_accuracy(learn.pred, learn.y, k=k))]
     learn = EpochLearner(dls, model, LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg), **groups,
-                         metrics=[accuracy, partial(top_k_accuracy, k=min(5, len(dls.vocab)))], cbs=cbs)
-    learn.recorder.smooth_loss = SmoothLoss()
-    if not (sys.stdout.isatty() or IN_NOTEBOOK):  # in a log file a bar is a line per step: write a line per epoch instead
+                         metrics=metrics, cbs=cbs)
+    learn.recorder.loss, learn.recorder.smooth_loss = Mean('loss', lambda learn: learn.loss), SmoothLoss()
+    if not is_first(): learn.remove_cb(ProgressCallback)
+    elif not (sys.stdout.isatty() or IN_NOTEBOOK):  # in a log file a bar is a line per step: write a line per epoch instead
         learn.remove_cb(ProgressCallback)
         learn.logger = partial(print_epoch, learn)
     elif dls.device.type == 'cuda': learn.remove_cb(ProgressCallback).add_cb(Progress())

@@ -49,6 +49,7 @@ def make_parser():
     ap.add_argument('--sym', **on, help='with --sa: symmetric W, short for --sa simple_sym')
     ap.add_argument('--runs', type=int, default=1, metavar='N', help='train N times, with seeds seed to seed+N-1 (default 1)')
     ap.add_argument('--resume', **on, help='go on where this command was stopped: recorded runs are skipped, the last one continues')
+    ap.add_argument('--scale-lr', **on, help='of several processes: multiply lr by their number')
     add_run_flags(ap)
     ap.add_argument('--save', type=Path, metavar='FILE', help='write the trained model here (with --runs: the last one)')
     ap.add_argument('--dump', **on, help="print the model with shapes and parameters; don't train")
@@ -87,12 +88,17 @@ def parse(argv):
     try:
         if cfg.data: find_images(Path(cfg.data))
     except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
-    if args.save: probe(args.save)
+    if args.save and is_first(): probe(args.save)
     return cfg, args
 
 
 def check_run_flags(args):
     if (args.checkpoint_every or 0) < 0: raise UsageError(f'--checkpoint-every {args.checkpoint_every}: must be at least 1 (0: none)')
+
+
+def is_first():
+    "Whether this is the first, or only, process of a run on this machine."
+    return os.environ.get('LOCAL_RANK', '0') == '0'
 
 
 def probe(file):
@@ -126,6 +132,9 @@ def load_training():
 def train(cfg, args):
     "Do what the command line asks for."
     training = load_training()
+    n = training.distributed.n_processes()
+    if n > 1 and (args.dump or args.lrfinder): raise UsageError('--dump, --lrfinder: in one process')
+    if args.scale_lr: cfg = replace(cfg, lr=cfg.lr * n)
     if args.dump: return print(training.dump(cfg), flush=True)
     device = training.get_device(args.gpu)
     if args.lrfinder:
@@ -140,7 +149,7 @@ def exit_code(program, work):
     "That of work(). 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe."
     try: return work()
     except UsageError as e:
-        print(f'{program}: {e}', file=sys.stderr)
+        if is_first(): print(f'{program}: {e}', file=sys.stderr)
         return 2
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there when it ends

@@ -29,6 +29,7 @@ from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import set_seed
 
 import checkpoint
+import distributed
 import runlog
 from data import get_dls
 from experiments import Config, Stopped, UsageError, is_stop, resolve
@@ -41,6 +42,11 @@ from xresnet import xresnet
 def get_device(gpu=None):
     "The CUDA device number `gpu`; without a number the first one there is, or the CPU."
     n = torch.cuda.device_count()
+    if distributed.n_processes() > 1:
+        if gpu is not None: raise UsageError(f'--gpu {gpu}: of several processes each has the device of its number')
+        gpu = distributed.local_device()
+        if gpu is not None: torch.cuda.set_device(gpu)
+        return torch.device('cpu') if gpu is None else torch.device('cuda', gpu)
     if gpu is None: return torch.device('cuda', 0) if n else torch.device('cpu')
     if not n: raise UsageError(f'--gpu {gpu}: no CUDA device here; leave --gpu out to run on the CPU')
     if gpu not in range(n): raise UsageError(f'--gpu {gpu}: the CUDA devices are 0 to {n - 1}')
@@ -54,9 +60,13 @@ def settle(cfg, device):
     if device.type == 'cpu':
         if precision == 'fp16': raise UsageError('--precision fp16: needs a CUDA device; on a CPU take fp32 or bf16')
         if precision == 'bf16' and not has_bf16(): raise UsageError('--precision bf16: not in the hardware of this CPU; take fp32')
+    n = distributed.n_processes()
+    if cfg.processes not in (1, n): raise UsageError(f'--processes {cfg.processes}: started as {n}; accelerate launch or torchrun set it')
+    if cfg.compile and n > 1: raise UsageError('--compile: in one process only')
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    workers = cfg.workers if cfg.workers >= 0 else min(8, cores)
-    return replace(cfg, precision=precision, workers=workers)
+    here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    workers = cfg.workers if cfg.workers >= 0 else min(8, max(1, cores // here))
+    return replace(cfg, precision=precision, workers=workers, processes=n)
 
 
 def has_bf16(cpuinfo=Path('/proc/cpuinfo')):
@@ -98,7 +108,8 @@ class Measure(Callback):
     "What a run measures of itself. Ends the fit at the first loss that is not finite."
     order = ProgressCallback.order + 10  # after Recorder
     def __init__(self, on_epoch):
-        self.on_epoch, self.finite = on_epoch, FiniteLoss()
+        # of several processes none may end alone: the others would wait for it
+        self.on_epoch, self.finite = on_epoch, FiniteLoss() if distributed.n_processes() == 1 else lambda loss: True
         self.curve, self.diverged, self.n_images, self.train_seconds, self.started = [], False, 0, 0., time.perf_counter()
         self.earlier = dict(seconds=0., peak_memory_mb=0.)  # of the parts before this one, if the run is continued
 
@@ -120,9 +131,9 @@ class Measure(Callback):
             self.targets.append(self.y)
 
     def after_train(self):
-        self.diverged |= not math.isfinite(self.smooth_loss.item())  # also of the last steps' losses
+        self.diverged |= not math.isfinite(self.recorder.smooth_loss.value.item())  # also of the last steps' losses
         if self.diverged: raise CancelFitException
-        self.n_images += self.epoch_images
+        self.n_images += self.epoch_images * distributed.n_processes()
         self.train_seconds += time.perf_counter() - self.train_started
 
     def after_epoch(self):
@@ -141,6 +152,11 @@ class Measure(Callback):
                     earlier=dict(seconds=self.seconds(), peak_memory_mb=self.peak_memory_mb()))
 
     def restore(self, state): self.__dict__.update(state)
+
+    def predictions(self):
+        "dict(logits (n_val, n_classes), targets (n_val,)) of the last validation, of all processes, in the order of the files."
+        parts = dict(logits=self.logits, targets=self.targets)
+        return {name: distributed.interleaved(torch.cat(batches)).cpu().numpy() for name, batches in parts.items()}
 
     def results(self, whole):
         "The columns of runlog.MEASURED that are known; accuracies and losses only of a `whole` run."
@@ -183,7 +199,8 @@ def prepare(cfg, device):
     torch.backends.cudnn.benchmark = True
     cfg = settle(cfg, device)
     if device.type == 'cpu': keep_memory(bool(cfg.keep_memory))
-    dls = get_dls(cfg, device)
+    distributed.join(device)
+    with distributed.first_goes_first(): dls = get_dls(cfg, device)
     cfg = replace(cfg, loader=dls.loader, workers=cfg.workers if dls.loader == 'workers' else 0)
     set_seed(cfg.seed)
     return cfg, dls, get_model(cfg, len(dls.vocab))
@@ -195,46 +212,67 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
     `save`: a file for the model. `resume`: a run that is recorded is not trained again, one that was stopped goes on from
     its checkpoint, under its id. `checkpoint_every`: epochs; see checkpoint.Checkpoint.
     Whatever ends the training leaves its row: ok, diverged (a loss not finite), interrupted, failed; the exception
-    that ended the last two goes on to the caller.
+    that ended the last two goes on to the caller. Of several processes the first one writes.
     """
-    runlog.check(results)
+    first = distributed.is_first()
+    if first: runlog.check(results)
     device = device or get_device()
     cfg, dls, model = prepare(cfg, device)
-    earlier = runlog.load(Path(results) / 'runs.csv') if resume else None
-    if resume and len(same := runlog.recorded(earlier, cfg, dls.fingerprint)):
-        print(f'{summary(same.iloc[0])}  (recorded already)')
-        return same.iloc[0].to_dict()
-    state = checkpoint.find(cfg, dls.fingerprint, results, device) if resume else None
-    run_id, started = (state['run_id'], state['started']) if state else runlog.new_run(results)
-    if state: print(f'{run_id}: goes on after epoch {state["epoch"]} of {cfg.epochs}', flush=True)
-    elif resume: print('nothing to go on with: starts anew', flush=True)
+    begun = distributed.agreed(begin(cfg, dls.fingerprint, results, resume) if first else None)
+    if begun['status']: return begun
 
-    measure = Measure(partial(write_curve, run_id, results=results))
-    kept = checkpoint.Checkpoint(results, checkpoint.identity(cfg, dls.fingerprint, run_id, started), checkpoint_every, state)
+    run_id, file = begun['run_id'], checkpoint.path(results, begun['run_id'])
+    measure = Measure(partial(write_curve, run_id, results=results) if first else lambda curve: None)
+    kept = checkpoint.Checkpoint(file, checkpoint.identity(cfg, dls.fingerprint, begun), checkpoint_every, begun['resumed'] > 0, device)
     learn = get_learner(cfg, dls, model, [measure, Heed(), kept])
-    row = dict(run_id=run_id, started=started, **asdict(cfg), n_train=dls.train.n, n_val=dls.valid.n, n_parameters=n_parameters(model),
-               resumed=1 + int(max(earlier.resumed[earlier.run_id == run_id], default=0)) if state else 0,
-               device=device_name(device), data_fingerprint=dls.fingerprint, **runlog.provenance())
-    status = 'failed'
+    row = begun | asdict(cfg) | runlog.provenance() | dict(
+        n_train=len(dls.train.dataset.labels), n_val=len(dls.files), n_parameters=n_parameters(model),
+        device=device_name(device), data_fingerprint=dls.fingerprint, status='failed')
     try:
         fit(learn, cfg)
-        status = 'diverged' if measure.diverged else 'ok'
+        row['status'] = 'diverged' if measure.diverged else 'ok'
+        if row['status'] == 'ok': predictions = measure.predictions()
     except BaseException as e:
-        if is_stop(e): status = 'interrupted'
+        if is_stop(e): row['status'] = 'interrupted'
         raise
     finally:
         with undisturbed():
             if hasattr(learn, 'precision'): learn.precision.leave()
-            if status == 'ok': write_predictions(run_id, results, measure, dls.files)
-            row |= dict(status=status, **measure.results(whole=status == 'ok'))
-            try: print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}')
-            except UsageError:
-                kept.end(done=False)
-                raise
-            if kept.end(done=status in runlog.DONE): print(f'its checkpoint is kept: --resume goes on with it ({kept.file})')
-    if save and status == 'ok':
+            whole = row['status'] == 'ok'
+            row |= measure.results(whole)
+            if first and whole: write_predictions(run_id, results, files=np.array(dls.files), **predictions)
+            if first: record(row, results, kept)
+    if save and whole and first:
         with runlog.replacing(save, 'wb') as f: torch.save(dict(config=asdict(cfg), vocab=dls.vocab, model=model.state_dict()), f)
     return row
+
+
+def begin(cfg, digest, results, resume):
+    "The first columns of a run's row, its status still blank; the whole row where `resume` finds it recorded."
+    if resume:
+        record = runlog.load(Path(results) / 'runs.csv')
+        done = runlog.recorded(record, cfg, digest)
+        if len(done):
+            print(f'{summary(done.iloc[0])}  (recorded already)', flush=True)
+            return done.iloc[0].to_dict()
+        found = checkpoint.find(cfg, digest, results)
+        print(f'{found[1]["run_id"]}: goes on after epoch {found[1]["epoch"]} of {cfg.epochs}' if found else
+              'nothing to go on with: starts anew', flush=True)
+        if found:
+            begun = {key: found[1][key] for key in ('run_id', 'started')}
+            parts = record.resumed[record.run_id == begun['run_id']]
+            return begun | dict(status='', resumed=1 + int(max(parts, default=0)))
+    return dict(zip(('run_id', 'started'), runlog.new_run(results)), status='', resumed=0)
+
+
+def record(row, results, kept):
+    "Append `row` and say so; let go of its checkpoint `kept`, which stays if the run is not done or its row could not be written."
+    done = False
+    try:
+        print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}', flush=True)
+        done = row['status'] in runlog.DONE
+    finally:
+        if kept.end(done): print(f'its checkpoint is kept: --resume goes on with it ({os.path.relpath(kept.file)})', flush=True)
 
 
 @contextlib.contextmanager
@@ -260,9 +298,8 @@ def write_curve(run_id, rows, results):
     except OSError as e: print(f'{run_id}: its curve could not be written ({e}); going on', file=sys.stderr)
 
 
-def write_predictions(run_id, results, measure, files):
+def write_predictions(run_id, results, **arrays):
     "Those of the last epoch. What cannot be written is told: the row is worth more."
-    arrays = dict(logits=torch.cat(measure.logits).cpu().numpy(), targets=torch.cat(measure.targets).cpu().numpy(), files=np.array(files))
     try: runlog.write_predictions(run_id, results, **arrays)
     except OSError as e: print(f'{run_id}: its predictions could not be written ({e})', file=sys.stderr)
 

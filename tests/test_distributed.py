@@ -1,0 +1,133 @@
+"""One run in two processes (gloo, on the CPU), started as users start it."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import REPO
+
+import runlog
+import training
+from data import get_dls
+from experiments import Config
+from layers import ATTENTION
+
+pytest.importorskip('accelerate', reason='needs accelerate: pip install -r requirements-cluster.txt')
+LAUNCH = sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'
+TINY = '--split', 'v1', '--size', '32', '--bs', '4', '--arch', 'xresnet18', '--workers', '0'
+
+
+@pytest.fixture
+def data(tree):
+    "The tree with 5 validation images: shares of 3 and 2, of two batches and of one where a batch has 2."
+    next(tree.glob('val/*/ILSVRC2012_val_2*')).unlink()
+    return tree
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Runs command lines one after the other in one group of two processes: (exit code, stdout, stderr).
+
+    A command line may begin with STOP=epoch: Ctrl-C comes in that epoch, from 0.
+    """
+    def run(*lines, launcher=LAUNCH):
+        script = tmp_path / 'lines.py'
+        script.write_text(f'''
+import json, sys
+sys.path.insert(0, {str(REPO)!r})
+import train_imagenette
+training, codes = train_imagenette.load_training(), []
+for argv in json.loads({json.dumps(json.dumps(lines))}):
+    stop = int(argv.pop(0)[5:]) if argv[0].startswith('STOP=') else -1
+    def heed(self):
+        if self.epoch == stop and self.iter == 1: raise KeyboardInterrupt
+    training.Heed.before_batch = heed
+    codes.append(train_imagenette.main(argv) or 0)
+sys.exit(max(c for c in codes if c != 130) if set(codes) != {{130}} else 130)
+''')
+        env = os.environ | dict(OMP_NUM_THREADS='1')
+        done = subprocess.run([*launcher, str(script)], capture_output=True, text=True, timeout=300, env=env)
+        return done.returncode, done.stdout, done.stderr
+    return run
+
+
+def record(folder): return runlog.load(folder / 'runs.csv')
+
+
+def test_every_attention_layer_gives_one_row_with_each_validation_image_once(data, launch, tmp_path):
+    line = ['--data', str(data), *TINY, '--bs', '2', '--epochs', '2', '--results', str(tmp_path / 'results'), '--mixup', '0.4']
+    code, out, err = launch(*([*line, '--sa', name, '--save', str(tmp_path / f'{name}.pt'), '--loader', loader] for name, loader in
+                              zip(ATTENTION, ['workers', 'device'] * len(ATTENTION))))
+    assert code == 0, err
+    df = record(tmp_path / 'results')
+    assert df.attention.tolist() == list(ATTENTION) and set(df.status) == {'ok'} and set(df.processes) == {2} and set(df.lr) == {3e-3}
+    assert set(df.n_train) == {30} and set(df.n_val) == {5} and len(out.splitlines()) == 3 * len(ATTENTION)  # one process speaks
+    for r in df.itertuples():  # the same weights in one process
+        model, _ = training.load_model(tmp_path / f'{r.attention}.pt')
+        dls = get_dls(training.settle(Config(dataset='custom', data=str(data), split='v1', size=32, bs=2, workers=0), torch.device('cpu')))
+        with torch.no_grad(): logits = torch.cat([model(x) for x, _ in dls.valid])
+        targets = torch.tensor(dls.valid.dataset.labels)
+        assert (logits.argmax(1) == targets).double().mean().item() == pytest.approx(r.accuracy, abs=1e-6)
+        with np.load(tmp_path / 'results' / 'predictions' / f'{r.run_id}.npz') as saved:
+            assert saved['files'].tolist() == dls.files and saved['targets'].tolist() == targets.tolist()
+            assert torch.allclose(logits, torch.tensor(saved['logits']), atol=1e-4)
+        loss = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1).item()
+        assert loss == pytest.approx(r.valid_loss, abs=1e-4)
+
+
+def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped_and_lr_is_scaled_on_request_only(data, launch, tmp_path):
+    line = ['--data', str(data), *TINY, '--sa', '--epochs', '3', '--checkpoint-every', '1', '--scale-lr']
+    whole, parts = (['--results', str(tmp_path / name)] for name in ('whole', 'parts'))
+    code, out, err = launch([*line, *whole], ['STOP=1', *line, *parts], [*line, *parts, '--resume'], [*line, *parts, '--resume'])
+    assert code == 0 and out.count('goes on after epoch 1 of 3') == 1 and out.count('(recorded already)') == 1, err
+    rows = pd.read_csv(tmp_path / 'parts' / 'runs.csv')
+    assert rows.status.tolist() == ['interrupted', 'ok'] and rows.run_id.nunique() == 1 and rows.lr.tolist() == [6e-3, 6e-3]
+    a, b = (record(tmp_path / name).iloc[0] for name in ('whole', 'parts'))
+    same = ['accuracy', 'valid_loss', 'train_loss', 'max_accuracy', 'processes', 'n_train', 'epochs_done']
+    assert a[same].equals(b[same]) and not list((tmp_path / 'parts' / 'checkpoints').glob('*.pt'))
+
+
+def test_a_loss_that_is_not_finite_ends_all_processes(data, launch, tmp_path):
+    line = ['--data', str(data), *TINY, '--epochs', '3', '--opt', 'sgd', '--lr', '1e30', '--results', str(tmp_path / 'results')]
+    code, _, err = launch(line)
+    assert code == 0 and record(tmp_path / 'results').status.tolist() == ['diverged'], err
+
+
+def test_a_mistake_is_told_once(data, launch, tmp_path):
+    said = {'--epcohs 3': 'did you mean --epochs?', '--compile': 'in one process only', '--dump': 'in one process',
+            '--gpu 0': 'each has the device of its number', '--processes 3': 'started as 2',
+            '--bs 16': 'make no batch of 16 in each of 2 processes'}
+    code, _, err = launch(*(['--data', str(data), *TINY, '--results', str(tmp_path / 'results'), *flags.split()] for flags in said))
+    lines = [line for line in err.splitlines() if line.startswith('train_imagenette.py: ')]
+    assert code and len(lines) == len(said) and all(words in line for words, line in zip(said.values(), lines)), err
+    assert not (tmp_path / 'results' / 'runs.csv').exists()
+
+
+def test_the_death_of_a_process_leaves_no_whole_row_and_a_checkpoint(data, tmp_path):
+    launcher = [sys.executable, '-m', 'accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1',
+                '--mixed_precision', 'no', '--dynamo_backend', 'no', '--main_process_port', '0']
+    results = tmp_path / 'results'
+    argv = [str(REPO / 'train_imagenette.py'), '--data', str(data), *TINY, '--sa', '--epochs', '12', '--checkpoint-every', '1']
+    argv = [*launcher, *argv, '--results', str(results), '--resume']
+    def start(): return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start()
+    while not process.stdout.readline().startswith('epoch 2 '): assert process.poll() is None, process.stderr.read()
+    commands = {int(p.parent.name): p.read_bytes() for p in Path('/proc').glob('[0-9]*/cmdline') if os.access(p, os.R_OK)}
+    ranks = [pid for pid, command in sorted(commands.items()) if str(results).encode() in command and b'accelerate' not in command]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGKILL)
+    started = time.perf_counter()
+    process.communicate(timeout=120)
+    assert process.returncode and time.perf_counter() - started < 60
+    left = record(results)
+    assert left.status.tolist() in (['failed'], ['interrupted']) and left.accuracy.isna().all() and list(results.glob('checkpoints/*.pt'))
+    out, err = start().communicate(timeout=300)
+    df = record(results)
+    assert 'goes on after epoch' in out and df.status.tolist() == ['ok'] and df.run_id[0] == left.run_id[0] and df.epochs_done[0] == 12, err
