@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
-from fastai.distributed import DistributedTrainer
 from fastai.learner import Metric
 from fastai.torch_core import find_bs, num_distrib, rank_distrib
 
@@ -83,29 +82,33 @@ class Mean(Metric):
         return both[0] / both[1]
 
 
-class Distributed(DistributedTrainer):
-    "fastai's, for loaders that hold the share of their process already; validates outside of it, as the shares differ in length."
-    def __init__(self, device): super().__init__(sync_bn=False, cpu=device.type == 'cpu', mixed_precision='no')  # precision is learner.py's
+def callback(device):
+    "fastai's DistributedTrainer, for loaders that hold the share of their process already."
+    from fastai.distributed import DistributedTrainer  # needs accelerate
 
-    def before_fit(self):
-        super().before_fit()
-        self.wrapped, self.learn.model = self.model, self.model.module
+    class Distributed(DistributedTrainer):
+        "Validates outside of torch's wrapper, as the shares differ in length."
+        def before_fit(self):
+            super().before_fit()
+            self.wrapped, self.learn.model = self.model, self.model.module
 
-    def _wrap_dl(self, dl): return dl
-    def before_train(self): self.learn.model = self.wrapped
+        def _wrap_dl(self, dl): return dl
+        def before_train(self): self.learn.model = self.wrapped
 
-    def after_train(self):
-        "One smoothed loss for all: what follows from it, every process does."
-        smooth = self.recorder.smooth_loss
-        smooth.val = smooth.val.to(self.dls.device)
-        dist.all_reduce(smooth.val)
-        smooth.val /= n_processes()
+        def after_train(self):
+            "One smoothed loss for all: what follows from it, every process does."
+            smooth = self.recorder.smooth_loss
+            smooth.val = smooth.val.to(self.dls.device)
+            dist.all_reduce(smooth.val)
+            smooth.val /= n_processes()
 
-    def before_validate(self):
-        "Each process has moved its batch norms' statistics with its own batches; those of the first count."
-        self.learn.model = self.wrapped.module
-        for buffer in self.model.buffers(): dist.broadcast(buffer, 0)
+        def before_validate(self):
+            "Each process has moved its batch norms' statistics with its own batches; those of the first count."
+            self.learn.model = self.wrapped.module
+            for buffer in self.model.buffers(): dist.broadcast(buffer, 0)
 
-    def after_fit(self):
-        self.learn.model = self.wrapped
-        super().after_fit()
+        def after_fit(self):
+            self.learn.model = self.wrapped
+            super().after_fit()
+
+    return Distributed(sync_bn=False, cpu=device.type == 'cpu', mixed_precision='no')  # precision is learner.py's

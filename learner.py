@@ -22,7 +22,7 @@ from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper, RMSProp, ranger
 from fastai.torch_core import norm_bias_params, rank_distrib, set_seed
 
-from distributed import Distributed, Mean, is_first
+import distributed
 
 # --- optimizer and precision ---
 
@@ -147,16 +147,16 @@ def get_learner(cfg, dls, model, cbs=()):
     if cfg.mixup: cbs.append(MixUp(cfg.mixup))
     if cfg.precision != 'fp32': cbs.append(Precision(cfg.precision))
     if cfg.compile: cbs.append(Compile())
-    if cfg.processes > 1: cbs.append(Distributed(dls.device))
+    if cfg.processes > 1: cbs.append(distributed.callback(dls.device))
     model = model.to(dls.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     groups = dict(splitter=decay_groups, wd=[cfg.wd, 0.]) if is_fused(cfg) else dict(wd=cfg.wd)
     k = min(5, len(dls.vocab))
-    metrics = [Mean('accuracy', lambda learn: accuracy(learn.pred, learn.y)),
-               Mean('top_k_accuracy', lambda learn: top_k_accuracy(learn.pred, learn.y, k=k))]
+    metrics = [distributed.Mean('accuracy', lambda learn: accuracy(learn.pred, learn.y)),
+               distributed.Mean('top_k_accuracy', lambda learn: top_k_accuracy(learn.pred, learn.y, k=k))]
     learn = EpochLearner(dls, model, LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg), **groups,
                          metrics=metrics, cbs=cbs)
-    learn.recorder.loss, learn.recorder.smooth_loss = Mean('loss', lambda learn: learn.loss), SmoothLoss()
-    if not is_first(): learn.remove_cb(ProgressCallback)
+    learn.recorder.loss, learn.recorder.smooth_loss = distributed.Mean('loss', lambda learn: learn.loss), SmoothLoss()
+    if not distributed.is_first(): learn.remove_cb(ProgressCallback)
     elif not (sys.stdout.isatty() or IN_NOTEBOOK):  # in a log file a bar is a line per step: write a line per epoch instead
         learn.remove_cb(ProgressCallback)
         learn.logger = partial(print_epoch, learn)

@@ -52,7 +52,12 @@ def new_run(results=RESULTS):
         file.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError), open(file, 'x') as f:
             f.write(','.join(CURVE) + '\n')
-            return run_id, now.isoformat(timespec='seconds').replace('+00:00', 'Z')
+            return run_id, timestamp(now)
+
+
+def timestamp(time=None):
+    "A time (default: now) in UTC, ISO 8601."
+    return (time or datetime.now(UTC)).isoformat(timespec='seconds').replace('+00:00', 'Z')
 
 
 def provenance():

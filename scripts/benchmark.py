@@ -359,7 +359,7 @@ def main(argv=None):
     print(table.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
     file = args.results / 'benchmarks' / f'{args.what}{"-quick" * args.quick}.csv'
     file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(4).assign(device=training.device_name(device), started=runlog.new_run()[1], **runlog.provenance()).to_csv(file, index=False)
+    table.round(4).assign(device=training.device_name(device), started=runlog.timestamp(), **runlog.provenance()).to_csv(file, index=False)
     print(f'-> {file}')
 
 

@@ -161,6 +161,7 @@ def test_one_batch_is_the_same_batch_over_and_over(tree):
 
 
 def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
+    record = sorted((REPO / 'results').rglob('*'))
     monkeypatch.setattr(benchmark, 'step_config', lambda args, device, folder, **kwargs: Config(
         dataset='custom', data=str(tree), split='v2', attention='simple', arch='xresnet18', bs=4, size=32, workers=0))
     assert not benchmark.main(['loader', '--quick', '--results', str(tmp_path)])
@@ -175,6 +176,7 @@ def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
     capfd.readouterr()
     assert benchmark.main(['run', '--quick', '--results', str(tmp_path), '--size', '31']) == 2
     assert capfd.readouterr().err.count('\n') == 1
+    assert sorted((REPO / 'results').rglob('*')) == record
 
 
 @pytest.mark.skipif(not unchanged('results/benchmarks'), reason='benchmarks of your own are in results/benchmarks')

@@ -131,3 +131,14 @@ def test_the_death_of_a_process_leaves_no_whole_row_and_a_checkpoint(data, tmp_p
     out, err = start().communicate(timeout=300)
     df = record(results)
     assert 'goes on after epoch' in out and df.status.tolist() == ['ok'] and df.run_id[0] == left.run_id[0] and df.epochs_done[0] == 12, err
+
+
+@pytest.mark.parametrize('n, code', [(1, 0), (2, 1)])
+def test_accelerate_is_needed_by_several_processes_only(n, code, data, tmp_path):
+    (tmp_path / 'accelerate.py').write_text('raise ImportError')
+    launcher = [*LAUNCH[:-1], str(n)] if n > 1 else [sys.executable]
+    argv = [*launcher, REPO / 'train_imagenette.py', '--data', data, *TINY, '--epochs', '1', '--results', tmp_path / 'results']
+    env = os.environ | dict(PYTHONPATH=str(tmp_path))
+    done = subprocess.run(list(map(str, argv)), capture_output=True, text=True, timeout=300, env=env)
+    assert done.returncode == code and (tmp_path / 'results' / 'runs.csv').exists() == (n == 1), done.stderr
+    assert done.stderr.count('several processes: needs accelerate: pip install -r requirements-cluster.txt') == n - 1
