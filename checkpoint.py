@@ -69,16 +69,18 @@ class Checkpoint(Callback):
             with runlog.replacing(self.file, 'wb') as f: f.write(buffer.getbuffer())
         except OSError as e: print(f'{self.file}: not written ({e}); going on', file=sys.stderr)
 
-    def end(self, done):
-        "Let go of the run, with nothing left of its checkpoint where it is `done`; returns whether one is left."
-        if done:
-            for file in (self.file, self.file.with_suffix('.lock')):
-                with suppress(OSError): file.unlink(missing_ok=True)
+    def release(self):
+        "Let another process have the run."
         if self.held: self.held.release()
-        return self.file.exists()
 
 
 def path(results, run_id): return Path(results) / 'checkpoints' / f'{run_id}.pt'
+
+
+def remove(file):
+    "Leave nothing of the checkpoint `file`."
+    for f in (file, file.with_suffix('.lock')):
+        with suppress(OSError): f.unlink(missing_ok=True)
 
 
 def lock(file, wait=10):
@@ -120,7 +122,7 @@ def find(cfg, digest, results):
         except UsageError as e:
             print(f'{e}; left alone', file=sys.stderr)
             continue
-        if state['run_id'] in set(record.run_id[record.status.isin(runlog.DONE)]): file.unlink(missing_ok=True)
+        if state['run_id'] in set(record.run_id[record.status.isin(runlog.DONE)]): remove(file)
         elif state['data_fingerprint'] == digest and all(state['config'].get(k) == getattr(cfg, k) for k in SAME):
             fits.append((file, state))
     return max(fits, key=lambda fit: fit[1]['epoch'], default=None)

@@ -10,7 +10,6 @@ import csv
 import os
 import platform
 import secrets
-import shutil
 import subprocess
 import sys
 from contextlib import contextmanager, suppress
@@ -200,11 +199,7 @@ def merge(other, results=RESULTS):
     if rows is None: raise UsageError(f'{other}: not a runs file of this repository (foreign columns, or no run_id)')
     try: path, new, error = _append(rows, results)
     except ValueError as e: raise UsageError(f'{other}: {e}') from None
-    for name in [name for row in rows for name in (f'curves/{row["run_id"]}.csv', f'predictions/{row["run_id"]}.npz')]:
-        there, here = Path(other).parent / name, Path(results) / name
-        if there.exists() and not here.exists():
-            here.parent.mkdir(exist_ok=True)
-            shutil.copyfile(there, here)
+    for run_id in {row['run_id'] for row in rows}: write_files(files_of(run_id, Path(other).parent), results)
     if error: raise error
     return path, new
 
@@ -221,6 +216,20 @@ def write_predictions(run_id, results=RESULTS, **arrays):
     "predictions/<run_id>.npz with `arrays`; kept out of git."
     import numpy as np
     with replacing(Path(results) / 'predictions' / f'{run_id}.npz', 'wb') as f: np.savez_compressed(f, **arrays)
+
+
+def files_of(run_id, results):
+    "{name: bytes} of the curve and the predictions that a results folder has of a run."
+    files = {name: Path(results) / name for name in (f'curves/{run_id}.csv', f'predictions/{run_id}.npz')}
+    return {name: file.read_bytes() for name, file in files.items() if file.exists()}
+
+
+def write_files(files, results=RESULTS):
+    "Add `files_of` a run from elsewhere; of two curves of a run the longer one is the later and stays."
+    for name, content in files.items():
+        here = Path(results) / name
+        if here.exists() and here.stat().st_size >= len(content): continue
+        with replacing(here, 'wb') as f: f.write(content)
 
 
 # --- reading ---

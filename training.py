@@ -206,11 +206,11 @@ def prepare(cfg, device):
     return cfg, dls, get_model(cfg, len(dls.vocab))
 
 
-def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, checkpoint_every=None):
+def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, checkpoint_every=None, hand_over=None):
     """Train once and append a row to runs.csv; returns the row {column: value}.
 
     `save`: a file for the model. `resume`: a run that is recorded is not trained again, one that was stopped goes on from
-    its checkpoint, under its id. `checkpoint_every`: epochs; see checkpoint.Checkpoint.
+    its checkpoint, under its id. `checkpoint_every`: epochs; see checkpoint.Checkpoint. `hand_over`: takes the row instead of runs.csv.
     Whatever ends the training leaves its row: ok, diverged (a loss not finite), interrupted, failed; the exception
     that ended the last two goes on to the caller. Of several processes the first one writes.
     """
@@ -241,7 +241,8 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
             whole = row['status'] == 'ok'
             row |= measure.results(whole)
             if first and whole: write_predictions(run_id, results, files=np.array(dls.files), **predictions)
-            if first: record(row, results, kept)
+            if first: (hand_over or partial(record, results=results))(row)
+            kept.release()
     if save and whole and first:
         with runlog.replacing(save, 'wb') as f: torch.save(dict(config=asdict(cfg), vocab=dls.vocab, model=model.state_dict()), f)
     return row
@@ -265,14 +266,14 @@ def begin(cfg, digest, results, resume):
     return dict(zip(('run_id', 'started'), runlog.new_run(results)), status='', resumed=0)
 
 
-def record(row, results, kept):
-    "Append `row` and say so; let go of its checkpoint `kept`, which stays if the run is not done or its row could not be written."
-    done = False
+def record(row, results):
+    "Append `row` and say so; remove its checkpoint, which stays if the run is not done or its row could not be written."
+    file = checkpoint.path(results, row['run_id'])
     try:
         print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}', flush=True)
-        done = row['status'] in runlog.DONE
+        if row['status'] in runlog.DONE: checkpoint.remove(file)
     finally:
-        if kept.end(done): print(f'its checkpoint is kept: --resume goes on with it ({os.path.relpath(kept.file)})', flush=True)
+        if file.exists(): print(f'its checkpoint is kept: --resume goes on with it ({os.path.relpath(file)})', flush=True)
 
 
 @contextlib.contextmanager

@@ -7,12 +7,13 @@
     python scripts/reproduce.py woof-128-5 --dry-run            what would run
     python scripts/reproduce.py woof-128-5 --plan               how many runs each gap needs at the spread seen so far
     python scripts/reproduce.py woof-128-5 --until 0.5          goes on until each difference is known to half a point
+    python scripts/reproduce.py woof-128-5 --ray [ADDRESS]      as many runs at once as Ray has room for, here or on the cluster at ADDRESS
 
-One process for all runs; a run in it is the run of a fresh process. A failed or diverged run is recorded and the loop goes on;
-after failed ones it ends with exit code 1. Ctrl-C and SIGTERM end it with what is recorded so far; called again, it goes on.
+One process for all runs, or with Ray one a run; a run of either is the run of a fresh process. A failed or diverged run is recorded and
+the loop goes on; after failed ones it ends with exit code 1. Ctrl-C and SIGTERM end it with what is recorded so far; called again, it
+goes on.
 """
 import argparse
-import statistics
 import sys
 import time
 from dataclasses import replace
@@ -20,6 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import cluster
 import report
 import runlog
 import train_imagenette
@@ -37,6 +39,9 @@ def parse(argv):
     ap.add_argument('--dry-run', action='store_true', help="print the runs; don't train")
     ap.add_argument('--plan', action='store_true', help="print how many runs each gap needs; don't train")
     ap.add_argument('--until', type=float, metavar='POINTS', help='go on until the 95%% interval of each difference has this half-width')
+    ap.add_argument('--ray', nargs='?', const='', metavar='ADDRESS', help="hand the runs to Ray: this machine's own, or the cluster there")
+    ap.add_argument('--cpus-per-run', type=float, default=1, metavar='N', help='with --ray: cores of a run (default 1)')
+    ap.add_argument('--gpus-per-run', type=float, metavar='N', help='with --ray: GPUs of a run, 0.25 say (default 1, without any 0)')
     train_imagenette.add_run_flags(ap)
     args, flags = ap.parse_known_args(argv)
     if args.list: return args, None
@@ -49,11 +54,20 @@ def parse(argv):
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
     if args.until is not None and args.until <= 0: raise UsageError(f'--until {args.until}: must be above 0')
     train_imagenette.check_run_flags(args)
+    check_ray_flags(args)
     given = overrides(flags)
     arms = {arm: replace(exp.arms[arm], **given) for arm in chosen}
     if len(set(arms.values())) < len(chosen): raise UsageError('these flags and --arms leave two arms the same: nothing to compare')
     if args.until is not None and len(arms) < 2: raise UsageError('--until: needs two arms')
     return args, replace(exp, runs=args.runs or exp.runs, arms=arms)
+
+
+def check_ray_flags(args):
+    cpus, gpus = args.cpus_per_run, args.gpus_per_run
+    if args.ray is None and (cpus != 1 or gpus is not None): raise UsageError('--cpus-per-run, --gpus-per-run: with --ray only')
+    if not (cpus >= 1 and cpus == int(cpus)): raise UsageError(f'--cpus-per-run {cpus:g}: must be 1 or more whole cores')
+    if gpus is not None and not (gpus in (0, 1) or 0 < gpus < 1): raise UsageError(f'--gpus-per-run {gpus:g}: must be from 0 to 1')
+    if args.ray is not None and args.gpu is not None: raise UsageError('--gpu: with --ray each run has the GPU that Ray gives it')
 
 
 def overrides(flags):
@@ -68,12 +82,15 @@ def overrides(flags):
 
 
 class Loop:
-    "The runs of an experiment in this process, with those that the record already holds left out."
+    "The runs of an experiment, in this process or on Ray, with those that the record already holds left out."
     def __init__(self, exp, args):
-        self.training, self.exp, self.args = train_imagenette.load_training(), exp, args
+        self.training, self.exp, self.args, self.failed, self.digests = train_imagenette.load_training(), exp, args, 0, {}
         from data import data_fingerprint
         self.fingerprint = data_fingerprint
-        self.device, self.seconds, self.failed, self.digests = self.training.get_device(args.gpu), [], 0, {}
+        if args.ray is None: self.each, self.device = self.here, self.training.get_device(args.gpu)
+        else:
+            self.cluster = cluster.Cluster(args.ray, args.results, args.cpus_per_run, args.gpus_per_run)
+            self.each, self.device = self.cluster.each, self.cluster.device
 
     def record(self): return runlog.load(self.args.results / 'runs.csv')
 
@@ -90,17 +107,25 @@ class Loop:
         return [(arm, cfg) for arm, cfg in wanted if runlog.recorded(record, *self.settled(cfg)).empty]
 
     def train(self, todo):
-        "Train what is to do. A run that fails has left its row, and the next one goes on; a mistake of the user ends the loop."
-        for i, (arm, cfg) in enumerate(todo):
-            left = f'  {statistics.mean(self.seconds) * (len(todo) - i) / 60:.0f} min left' if self.seconds else ''
-            print(f'[{"#" * round(30 * i / len(todo)):30}] {i + 1}/{len(todo)}  {arm} seed {cfg.seed}{left}', flush=True)
-            start = time.perf_counter()
-            try: self.training.run(cfg, self.args.results, self.device, resume=True, checkpoint_every=self.args.checkpoint_every)
+        "Train what is to do. A run that fails has left its row, and the others go on; a mistake of the user ends the loop."
+        start = time.perf_counter()
+        for done, (arm, cfg, error) in enumerate(self.each(todo, self.args.checkpoint_every), 1):
+            if error:
+                self.failed += 1
+                print(f'reproduce.py: {arm} seed {cfg.seed} failed: {error}; going on', file=sys.stderr)
+            left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+            print(f'[{"#" * round(30 * done / len(todo)):30}] {done}/{len(todo)}  {arm} seed {cfg.seed}  {left:.0f} min left', flush=True)
+
+    def here(self, todo, checkpoint_every):
+        "Train `todo` in this process, one after the other; yields (arm, cfg, the error of a run that failed or None) as each ends."
+        for arm, cfg in todo:
+            print(f'{arm} seed {cfg.seed}:', flush=True)
+            error = None
+            try: self.training.run(cfg, self.args.results, self.device, resume=True, checkpoint_every=checkpoint_every)
             except Exception as e:
                 if isinstance(e, UsageError) or is_stop(e): raise
-                self.failed += 1
-                print(f'reproduce.py: {arm} seed {cfg.seed} failed: {e!r}; going on', file=sys.stderr)
-            self.seconds.append(time.perf_counter() - start)
+                error = repr(e)
+            yield arm, cfg, error
 
     def arms(self):
         "The accuracies of each arm on this machine's data and precision, those of the metric that is published."

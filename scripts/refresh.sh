@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# All that is made from the record, made anew: results/tables, results/figures, README.md's table, the outputs of notebooks/results.ipynb.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python}
+if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
+"$python" report.py
+"$python" report.py --readme
+"$python" - notebooks/results.ipynb <<'PY'
+import sys
+
+import nbformat
+from nbclient import NotebookClient
+
+file = sys.argv[1]
+notebook = nbformat.read(file, as_version=4)
+NotebookClient(notebook, record_timing=False, kernel_name='python3', resources={'metadata': {'path': 'notebooks'}}).execute()
+nbformat.write(notebook, file)
+PY

@@ -1,0 +1,137 @@
+"""The runs of an experiment on a real local Ray of two workers."""
+import os
+import re
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+import cluster
+import runlog
+import train_imagenette
+from experiments import Config, Stopped, UsageError
+
+pytest.importorskip('ray', reason='needs ray: pip install -r requirements-cluster.txt')
+TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
+SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint', 'git_commit', 'git_dirty']
+
+
+@pytest.fixture
+def start(tree, tmp_path):
+    "Starts reproduce.py digits on the tree, in a process group of its own as in a terminal, with results in a folder of tmp_path."
+    started = []
+
+    def call(folder, *argv, **env):
+        argv = [sys.executable, REPO / 'scripts' / 'reproduce.py', *TINY, '--data', tree, '--results', tmp_path / folder, *argv]
+        env = os.environ | dict(RAY_DEDUP_LOGS='0') | env
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(list(map(str, argv)), stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True))
+        return started[-1]
+    yield call
+    for process in started:
+        if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+
+
+def rows(folder): return runlog.load(folder / 'runs.csv').sort_values(['attention', 'seed']).reset_index(drop=True)
+
+
+def read_to(process, words):
+    "The first line with `words` that the process prints."
+    for line in process.stdout:
+        if re.search(words, line): return line
+    raise AssertionError(process.stderr.read())
+
+
+def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, tmp_path):
+    plain = start('plain', '--epochs', 8)
+    assert plain.wait(300) == 0
+    process = start('ray', '--epochs', 8, '--ray')
+    line = read_to(process, r'\(train pid=\d+\).* epoch 2 ')
+    os.kill(int(re.search(r'pid=(\d+)', line)[1]), signal.SIGKILL)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and 'goes on after epoch' in out and '4/4 ' in out and out.rindex('none → simple:') > 0, err
+    here, there = rows(tmp_path / 'plain'), rows(tmp_path / 'ray')
+    assert here[SAME].equals(there[SAME]) and set(here.status) == {'ok'} and there.run_id.is_unique
+    assert sorted(there.resumed) == [0, 0, 0, 1] and not list((tmp_path / 'ray' / 'checkpoints').iterdir())
+    for name in ('curves', 'predictions'): assert {f.stem for f in (tmp_path / 'ray' / name).iterdir()} == set(there.run_id)
+    assert not list((tmp_path / 'ray').glob('.ray-*'))
+    assert '0 runs to do, 4 recorded' in start('ray', '--epochs', 8, '--dry-run').communicate()[0]
+
+
+def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(start, tmp_path):
+    process = start('results', '--epochs', 20, '--ray')
+    for arm in ('epoch 2 ', 'epoch 3 '): read_to(process, arm)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    left = rows(tmp_path / 'results')
+    assert process.returncode == 130 and 'Traceback' not in err and 'none → simple: no runs' in out, err
+    assert set(left.status) == {'interrupted'} and left.epochs_done.min() >= 1
+    assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
+    out, err = start('results', '--epochs', 20).communicate(timeout=300)
+    df = rows(tmp_path / 'results')
+    assert out.count('goes on after epoch') == len(left) and set(df.status) == {'ok'}, err
+    assert len(df) == 4 and set(left.run_id) < set(df.run_id)
+
+
+def test_what_cannot_be_is_told_in_one_line(start, tmp_path):
+    (tmp_path / 'ray.py').write_text('raise ImportError')
+    for argv, env, words in [(['--ray'], dict(PYTHONPATH=str(tmp_path)), '--ray: needs ray: pip install -r requirements-cluster.txt'),
+                             (['--ray', '127.0.0.1:1'], {}, '--ray 127.0.0.1:1: no Ray there'),
+                             (['--ray', 'x y'], {}, '--ray x y: no Ray there'),
+                             (['--ray', '--cpus-per-run', '999'], {}, '--cpus-per-run 999: this machine has'),
+                             (['--ray', '--gpus-per-run', '1'], dict(CUDA_VISIBLE_DEVICES=''), '--gpus-per-run 1: this machine has 0')]:
+        process = start('results', *argv, **env)
+        _, err = process.communicate(timeout=200)
+        assert process.returncode == 2 and err.startswith(f'reproduce.py: {words}') and err.count('\n') == 1, err
+    assert not (tmp_path / 'results' / 'runs.csv').exists()
+
+
+# --- the task, in this process ---
+
+@pytest.fixture
+def task(tree, tmp_path):
+    "Runs the task as a node would: an Outcome. `mark`: whether the node shares the results folder."
+    handler = signal.getsignal(signal.SIGINT)
+
+    def call(shared=True):
+        (tmp_path / 'results').mkdir(exist_ok=True)
+        if shared: (tmp_path / 'results' / 'mark').touch()
+        cfg = Config(dataset='digits', data=str(tree), size=32, bs=6, arch='xresnet18', epochs=1, workers=0)
+        return cluster.train(cfg, tmp_path / 'results', 'mark', None)
+    yield call
+    signal.signal(signal.SIGINT, handler)
+    Stopped.by = 0
+
+
+@pytest.mark.parametrize('shared', [True, False])
+def test_a_node_that_does_not_share_the_folder_hands_over_its_files(shared, task, tmp_path):
+    out = task(shared)
+    results, names = tmp_path / 'results', {f'curves/{out.row["run_id"]}.csv', f'predictions/{out.row["run_id"]}.npz'}
+    assert out.row['status'] == 'ok' and not out.error and not out.mistake and not (results / 'runs.csv').exists()
+    assert set(out.files) == (set() if shared else names)
+    runlog.write_files(out.files, results)
+    assert all((results / name).exists() for name in names)
+
+
+def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, monkeypatch):
+    training = train_imagenette.load_training()
+
+    def fails(error):
+        def fit(learn, cfg): raise error
+        monkeypatch.setattr(training, 'fit', fit)
+        return task()
+    out = fails(RuntimeError('broken'))
+    assert out.row['status'] == 'failed' and out.error == "RuntimeError('broken')" and not out.mistake
+    out = fails(UsageError('no such image'))
+    assert out.row['status'] == 'failed' and out.mistake == 'no such image' and not out.error
+    monkeypatch.undo()
+    before_fit = training.Measure.before_fit
+
+    def cancelled(self):
+        before_fit(self)
+        os.kill(os.getpid(), signal.SIGINT)
+    monkeypatch.setattr(training.Measure, 'before_fit', cancelled)
+    out = task()
+    assert out.row['status'] == 'interrupted' and not out.error and not out.mistake
