@@ -230,8 +230,8 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
         device=device_name(device), data_fingerprint=dls.fingerprint, status='failed')
     try:
         fit(learn, cfg)
+        predictions = {} if measure.diverged else measure.predictions()  # they may fail too, as the other processes are asked
         row['status'] = 'diverged' if measure.diverged else 'ok'
-        if row['status'] == 'ok': predictions = measure.predictions()
     except BaseException as e:
         if is_stop(e): row['status'] = 'interrupted'
         raise

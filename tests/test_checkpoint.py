@@ -147,6 +147,18 @@ def test_a_run_stopped_twice_in_an_epoch_has_a_row_for_each_end(tree, command, s
     assert rows.status.tolist() == ['interrupted'] * 3 + ['ok'] and rows.accuracy.notna().tolist() == [False] * 3 + [True]
 
 
+def test_a_run_whose_predictions_cannot_be_had_fails_has_its_row_and_goes_on(tree, command, tmp_path, monkeypatch):
+    def breaks(self): raise RuntimeError('the other process is gone')
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    with monkeypatch.context() as m:
+        m.setattr(training.Measure, 'predictions', breaks)
+        with pytest.raises(RuntimeError, match='is gone'): command(*argv)
+    assert record(tmp_path / 'results').status.tolist() == ['failed']
+    assert command(*argv, '--resume')[0] == 0
+    df = record(tmp_path / 'results')
+    assert (df.status.tolist(), df.resumed.tolist(), df.epochs_done.tolist()) == (['ok'], [1], [2])
+
+
 def test_other_images_are_another_run(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
