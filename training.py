@@ -251,11 +251,10 @@ def begin(cfg, digest, results, resume):
     "The first columns of a run's row, its status still blank; the whole row where `resume` finds it recorded."
     if resume:
         record = runlog.load(Path(results) / 'runs.csv')
-        done = runlog.recorded(record, cfg, digest)
+        done, found = runlog.recorded(record, cfg, digest), checkpoint.find(cfg, digest, results)  # removes those that are done with
         if len(done):
             print(f'{summary(done.iloc[0])}  (recorded already)', flush=True)
             return done.iloc[0].to_dict()
-        found = checkpoint.find(cfg, digest, results)
         print(f'{found[1]["run_id"]}: goes on after epoch {found[1]["epoch"]} of {cfg.epochs}' if found else
               'nothing to go on with: starts anew', flush=True)
         if found:

@@ -159,6 +159,47 @@ def test_a_run_whose_predictions_cannot_be_had_fails_has_its_row_and_goes_on(tre
     assert (df.status.tolist(), df.resumed.tolist(), df.epochs_done.tolist()) == (['ok'], [1], [2])
 
 
+def test_what_a_run_killed_after_its_row_leaves_is_removed(tree, command, tmp_path, monkeypatch):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint.Checkpoint, 'end', lambda self, done: False)
+        assert command(*argv)[0] == 0
+    assert len(list(tmp_path.glob('results/checkpoints/*'))) == 2
+    assert '(recorded already)' in command(*argv, '--resume')[1] and not list(tmp_path.glob('results/checkpoints/*'))
+
+
+def test_a_checkpoint_that_another_process_is_done_with_is_no_damage(tree, command, stopped, tmp_path, monkeypatch):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    load, lock = checkpoint.load, checkpoint.lock
+
+    def gone(file, *args, **options):
+        file.unlink()
+        return load(file, *args, **options)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, 'lock', lambda file: [lock(file), file.unlink()][0])
+        code, _, err = command(*argv, '--resume')
+    assert code == 2 and err.endswith('is gone, another process has just finished this run\n') and err.count('\n') == 1
+    stopped(*argv, epoch=1)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, 'load', gone)
+        code, out, err = command(*argv, '--resume')
+    assert code == 0 and 'starts anew' in out and not err
+
+
+def test_a_checkpoint_of_other_code_is_told(tree, command, stopped, tmp_path):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    file, = tmp_path.glob('results/checkpoints/*.pt')
+    state = checkpoint.load(file)
+    state['model']['renamed'] = state['model'].popitem()[1]
+    torch.save(state, file)
+    code, _, err = command(*argv, '--resume')
+    assert code == 2 and f'{file}: does not fit this code' in err and err.count('\n') == 1 and file.exists()
+    file.unlink()
+    assert command(*argv, '--resume')[0] == 0
+
+
 def test_other_images_are_another_run(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
