@@ -384,7 +384,7 @@ def main(argv=None):
         if not args.names: write(table, runs, args.results, published)
         shown = table if args.names else table[table.verdict != 'no runs']
         print(text(shown) if len(shown) else f'{len(runs)} runs, but no experiment has runs of two arms')
-    except UsageError as e:
+    except (UsageError, OSError) as e:
         print(f'report.py: {e}', file=sys.stderr)
         return 2
 

@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import time
@@ -310,6 +311,10 @@ def test_command(tmp_path, capsys):
     for arm in ('none', 'simple'): runlog.append(make_runs(arm, [0.5]).iloc[0].dropna().to_dict(), tmp_path)
     assert not report.main(['--results', str(tmp_path)]) and 'none → simple: too few runs to say' in capsys.readouterr().out
     assert not report.main(['woof-256-5', '--results', str(tmp_path)]) and 'published +5.7 [3.6, 7.8]' in capsys.readouterr().out
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'tables').write_text('a file where the folder should be')
+    shutil.copy(tmp_path / 'runs.csv', tmp_path / 'full')
+    assert report.main(['--results', str(tmp_path / 'full')]) == 2 and capsys.readouterr().err.count('\n') == 1
     assert report.main(['woof-128', '--results', str(tmp_path)]) == 2 and 'did you mean woof-128-5?' in capsys.readouterr().err
 
 
