@@ -219,7 +219,9 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
     device = device or get_device()
     cfg, dls, model = prepare(cfg, device)
     begun = distributed.agreed(begin(cfg, dls.fingerprint, results, resume) if first else None)
-    if begun['status']: return begun
+    if begun['status']:
+        if save and first: print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
+        return begun
 
     run_id, file = begun['run_id'], checkpoint.path(results, begun['run_id'])
     measure = Measure(partial(write_curve, run_id, results=results) if first else lambda curve: None)

@@ -166,6 +166,8 @@ def test_what_a_run_killed_after_its_row_leaves_is_removed(tree, command, tmp_pa
         assert command(*argv)[0] == 0
     assert len(list(tmp_path.glob('results/checkpoints/*'))) == 2
     assert '(recorded already)' in command(*argv, '--resume')[1] and not list(tmp_path.glob('results/checkpoints/*'))
+    code, _, err = command(*argv, '--resume', '--save', tmp_path / 'm.pt')
+    assert code == 0 and 'm.pt: not written, the model of a recorded run is not kept' in err and not (tmp_path / 'm.pt').exists()
 
 
 def test_a_checkpoint_that_another_process_is_done_with_is_no_damage(tree, command, stopped, tmp_path, monkeypatch):
