@@ -4,7 +4,6 @@ The random numbers of an epoch are a function of (seed, epoch), so weights, opti
 there is to a run: continued, it is the run that was never stopped, to the bit on a CPU.
 """
 import io
-import pickle
 import sys
 from contextlib import suppress
 from dataclasses import asdict
@@ -35,14 +34,19 @@ class Checkpoint(Callback):
     def __init__(self, file, identity, every=None, resume=False, device='cpu'):
         self.file, self.identity, self.every = file, identity, every
         self.held = lock(file) if resume and not rank_distrib() else None
+        if resume and not file.exists(): raise UsageError(f'{file}: is gone, another process has just finished this run')
         self.state = load(file, device) if resume else None
 
     def before_fit(self):
         if not self.state: return
         self.learn.first_epoch = self.state['epoch']
-        self.learn.model.load_state_dict(self.state['model'])
-        load_optimizer_state(self.learn.opt, self.state['optimizer'])
-        if self.state['scaler']: self.learn.scaler.load_state_dict(self.state['scaler'])
+        try:
+            self.learn.model.load_state_dict(self.state['model'])
+            load_optimizer_state(self.learn.opt, self.state['optimizer'])
+            if self.state['scaler']: self.learn.scaler.load_state_dict(self.state['scaler'])
+        except (RuntimeError, ValueError, KeyError) as e:
+            why = ' '.join(str(e).split())[:200]
+            raise UsageError(f'{self.file}: does not fit this code ({why}); without it the run starts anew') from None
         smooth = self.learn.recorder.smooth_loss
         smooth.count, smooth.val = self.state['smooth_loss']
         self.learn.measure.restore(self.state['measured'])
@@ -78,9 +82,9 @@ def path(results, run_id): return Path(results) / 'checkpoints' / f'{run_id}.pt'
 
 
 def remove(file):
-    "Leave nothing of the checkpoint `file`."
-    for f in (file, file.with_suffix('.lock')):
-        with suppress(OSError): f.unlink(missing_ok=True)
+    "A checkpoint and its lock, as far as they can be removed."
+    for each in (file, file.with_suffix('.lock')):
+        with suppress(OSError): each.unlink(missing_ok=True)
 
 
 def lock(file, wait=10):
@@ -98,7 +102,7 @@ def lock(file, wait=10):
 def load(file, device='cpu', **options):
     "The state in a checkpoint; UsageError if it is cut off or no checkpoint at all."
     try: state = torch.load(file, map_location=device, weights_only=True, **options)
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError, pickle.UnpicklingError) as e:
+    except Exception as e:  # what a damaged file makes torch and pickle raise has no end: also AssertionError, TypeError, AttributeError
         raise UsageError(f'{file}: cut off or no checkpoint ({str(e).splitlines()[0] if str(e) else type(e).__name__})') from None
     if not isinstance(state, dict) or state.get('format') != FORMAT: raise UsageError(f'{file}: not a checkpoint of this version')
     return state
@@ -120,7 +124,7 @@ def find(cfg, digest, results):
     for file in files:
         try: state = load(file, mmap=True)
         except UsageError as e:
-            print(f'{e}; left alone', file=sys.stderr)
+            if file.exists(): print(f'{e}; left alone', file=sys.stderr)  # else its run has just been finished by another process
             continue
         if state['run_id'] in set(record.run_id[record.status.isin(runlog.DONE)]): remove(file)
         elif state['data_fingerprint'] == digest and all(state['config'].get(k) == getattr(cfg, k) for k in SAME):

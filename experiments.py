@@ -15,6 +15,7 @@ class UsageError(Exception):
     "A mistake of the user, told in one line that says what to do."
     def __init__(self, message):
         super().__init__(message.rstrip().rsplit('UsageError: ')[-1])  # a loader's worker wraps it in its traceback
+    def __str__(self): return self.args[0].rsplit(':\n\t')[-1]  # fastai puts before it in which callback it came
 
 
 class Stopped(KeyboardInterrupt):

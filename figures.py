@@ -26,29 +26,31 @@ def save(fig, path):
 
 def experiments(table, runs, published, results=runlog.RESULTS):
     "{name: Figure} of the experiments in `table` (report.gaps) that have runs of two arms."
-    names = table.experiment[table.verdict != 'no runs'].unique()
-    return {name: experiment(name, EXPERIMENTS[name], runs, published, results) for name in names}
+    names, recipes = table.experiment[table.verdict != 'no runs'].unique(), report.by_recipe(runs)
+    return {name: experiment(name, EXPERIMENTS[name], runs, published, results, recipes) for name in names}
 
 
-def experiment(name, exp, runs, published, results):
+def experiment(name, exp, runs, published, results, recipes=None):
     "A row for each set of an experiment: its runs, its learning curves, accuracy against time."
-    found = report.sets(exp, runs)
+    found, metric = report.sets(exp, runs, recipes=recipes), report.published_metric(exp, published)
     if not found: raise UsageError(f'{name}: no runs to plot')
     fig = Figure(figsize=(13, 3.6 * len(found)), layout='constrained')
     for axes, (key, arms) in zip(fig.subplots(len(found), 3, squeeze=False), found):
         what = f'{name}, split {key["split"]}, {key["source"]} px archive, {key["precision"]}, {int(key["n_val"]):,} validation images'
-        points(axes[0], exp, arms, published if key['planned'] else published[:0])
+        points(axes[0], exp, arms, published if key['planned'] else published[:0], metric)
         curves(axes[1], arms, results)
-        time(axes[2], arms)
+        time(axes[2], arms, metric)
         axes[0].set_title(what, fontsize=8, loc='left')
     return fig
 
 
-def points(ax, exp, arms, published):
+LABELS = {'last': 'accuracy (%)', 'max': 'accuracy of the best epoch (%)'}
+
+
+def points(ax, exp, arms, published, metric):
     "Every run as a point, its arm's mean with its 95% interval, the published mean as a star."
     for x, (arm, found) in enumerate(arms.items()):
         said = report.published_mean(exp, arm, published)
-        metric = said.metric if said is not None else 'last'
         acc = 100 * report.values(found, metric)[0]
         ax.plot([x - 0.1 + 0.05 * (i % 5 - 2) for i in range(len(acc))], acc, MARKERS[x % 7], mfc='none', color=f'C{x}', ms=5)
         s = stats.summary(acc)
@@ -56,7 +58,7 @@ def points(ax, exp, arms, published):
         ax.errorbar(x + 0.15, s['mean'], half, fmt='_', color='black', capsize=4, label=None if x else 'mean, 95 % interval')
         if said is not None: ax.plot(x + 0.3, 100 * said['mean'], '*', color='black', ms=10, label=None if x else 'published mean')
     ax.set_xticks(range(len(arms)), [f'{arm}\nn = {len(report.ended_ok(found))}' for arm, found in arms.items()], fontsize=8)
-    ax.set_ylabel('accuracy (%)')
+    ax.set(xlim=(-0.5, len(arms) - 0.5), ylabel=LABELS[metric])
     ax.legend(fontsize=7)
 
 
@@ -74,12 +76,12 @@ def curves(ax, arms, results):
     if ax.lines: ax.legend(fontsize=7)
 
 
-def time(ax, arms):
-    "Accuracy after the last epoch against the minutes of a run."
+def time(ax, arms, metric):
+    "Accuracy against the minutes of a run."
     for x, (arm, found) in enumerate(arms.items()):
-        ok = report.ended_ok(found)
-        if len(ok): ax.plot(ok.fit_seconds / 60, 100 * ok.accuracy, MARKERS[x % 7], mfc='none', color=f'C{x}', label=arm)
-    ax.set(xlabel='minutes of a run', ylabel='accuracy (%)')
+        minutes, acc = report.ended_ok(found).fit_seconds / 60, 100 * report.values(found, metric)[0]
+        if len(acc): ax.plot(minutes, acc, MARKERS[x % 7], mfc='none', color=f'C{x}', label=f'{arm} (n = {len(acc)})')
+    ax.set(xlabel='minutes of a run', ylabel=LABELS[metric])
     if ax.lines: ax.legend(fontsize=7)
 
 
@@ -97,14 +99,17 @@ def forest(table):
             ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2)
             for end, arrow in ((low, '<'), (high, '>'), (d, '<' if d < 0 else '>')):
                 if abs(end) > WIDEST: ax.plot(WIDEST * np.sign(end), y + dy, arrow, color='black', ms=6, clip_on=False)
-    n = [f'{report.title(r)}: {r.base} → {r["arm"]}  ({_n(r.published_base_n)}/{_n(r.published_arm_n)}; {r.ours_base_n}/{r.ours_arm_n})'
+    n = [f'{report.title(r)}{f", split {r.split}" if r.planned else ""}: {r.base} → {r["arm"]}  ({_n(r, "published")}; {_n(r, "ours")})'
          for _, r in rows.iterrows()]
     ax.set_yticks(range(len(rows)), n, fontsize=7)
     ax.invert_yaxis()
     ax.axvline(0, color='black', lw=0.8)
     ax.set_xlim(-WIDEST, WIDEST)
-    ax.set_xlabel('difference in accuracy (points), 95 % interval; squares: published, circles: ours; (runs: published; ours)', fontsize=8)
+    ax.set_xlabel('difference in accuracy (points), 95 % interval\nsquares: published, circles: ours; (runs: published; ours)', fontsize=8)
     return fig
 
 
-def _n(n): return '?' if pd.isna(n) else int(n)
+def _n(r, whose):
+    "The runs of both arms, 12/12; ? where their number is not published, – where nothing is."
+    return '/'.join('–' if pd.isna(r[f'{whose}_{side}_mean']) else '?' if pd.isna(n := r[f'{whose}_{side}_n']) else str(int(n))
+                    for side in ('base', 'arm'))

@@ -1,7 +1,8 @@
 """What the record says: each experiment beside its published numbers, with intervals and a verdict; no torch.
 
-    python report.py [EXPERIMENT ...] [--results DIR]    prints the comparisons, writes results/tables and results/figures
-    python report.py --readme                            writes the table between the markers in README.md
+    python report.py [--results DIR]     prints the comparisons, writes results/tables and results/figures
+    python report.py EXPERIMENT ...      prints those of these experiments only
+    python report.py --readme            writes the table between the markers in README.md
 
 Accuracies are fractions in files, percent in tables. A published mean of last epochs stands beside ours of last epochs, one
 of best epochs beside ours of best epochs: the two are never mixed. Runs on other images, splits or archives, or of another
@@ -60,6 +61,11 @@ def published_mean(exp, arm, published):
     here = published[published.table.isin(exp.tables) & (published.variant == variant(cfg))]
     here = here[(here[PUBLISHED] == [getattr(cfg, key) for key in PUBLISHED]).all(axis=1)]
     return here.iloc[0] if len(here) else None
+
+
+def published_metric(exp, published):
+    "'last' or 'max': what the published means of one of EXPERIMENTS are of; last where there are none."
+    return next((p.metric for arm in exp.arms if (p := published_mean(exp, arm, published)) is not None), 'last')
 
 
 def variant(cfg): return cfg.attention + (f'@{cfg.sa_at}' if cfg.attention != 'none' and cfg.sa_at != Config.sa_at else '')
@@ -229,16 +235,27 @@ def narrow_enough(arms, points):
     return all(bool(stats.fixed_width_done(base, other, points / 100)) for other in others)
 
 
+def done(exp, table):
+    "{arm: runs that need no repetition} of the latest planned set in the rows of `gaps` of one experiment."
+    rows, base = table[table.planned].head(len(exp.arms) - 1), next(iter(exp.arms))
+    count = {r['arm']: r.ours_arm_n + r.ours_arm_diverged for _, r in rows.iterrows()}
+    if len(rows): count[base] = rows.ours_base_n.iloc[0] + rows.ours_base_diverged.iloc[0]
+    return {arm: int(count.get(arm, 0)) for arm in exp.arms}
+
+
 def plan(table):
-    "How many runs of each arm the published difference and the one seen so far need, at the spread seen so far (else the published)."
+    """How many runs of each arm the published difference and the one seen so far need, at the spread seen so far (else the published).
+
+    Of the planned sets, or of all where none is: with --split v2, say.
+    """
     if table.empty: return 'one arm: nothing to compare it with'
     lines = []
-    for r in table[table.planned].itertuples():
+    for _, r in (table[table.planned] if table.planned.any() else table).iterrows():
         whose, sd = next(((whose, sd) for whose in ('ours', 'published') if (sd := _pooled(r, whose)) > 0), (None, float('nan')))
         needs = [f'{words} {100 * d:+.1f} needs {stats.runs_needed(d, sd):,.0f}' for words, d in
                  (('published', r.published_difference), ('seen', r.difference)) if abs(d) > 0 and sd > 0]
         words = f'{", ".join(needs)} runs an arm at sd {100 * sd:.1f} ({whose}), 80 % power' if needs else 'no spread or no difference yet'
-        lines.append(f'{r.experiment}  {r.arm} - {r.base}: {words}; have {r.ours_base_n} and {r.ours_arm_n}')
+        lines.append(f'{r.experiment if r.planned else title(r)}  {r["arm"]} - {r.base}: {words}; have {r.ours_base_n} and {r.ours_arm_n}')
     return '\n'.join(lines)
 
 
@@ -297,8 +314,9 @@ def text(table, indent=0):
     if table.empty: return 'one arm: nothing to compare it with'
     lines = []
     for _, r in table.iterrows():
-        name, arms, _, _, theirs, base, arm, ours, verdict = cells(r)
-        lines.append(f'{name}  {arms}: {verdict}; published {theirs or "–"}, ours {ours or "–"}: {base} → {arm}')
+        name, arms, *said, theirs, base, arm, ours, verdict = cells(r)
+        published = f'{theirs or "–"}: {" → ".join(said)}' if set(said) != {'–'} else '–'
+        lines.append(f'{name}  {arms}: {verdict}; published {published}; ours {ours or "–"}: {base} → {arm}')
         if not np.isnan(r.p):
             how = f'paired by seed, better at {r.beats:.0%} of the seeds' if r.paired else f'better in {r.beats:.0%} of the pairs of runs'
             more = [f'{how}, P = {r.p:.2g} (Holm {r.holm_p:.2g})', f'permutation P = {r.permutation_p:.2g}', f'Hedges g = {r.g:.2f}']
@@ -351,7 +369,7 @@ def plain_markdown(frame):
 
 def main(argv=None):
     ap = argparse.ArgumentParser(description='The experiments beside their published numbers.', allow_abbrev=False)
-    ap.add_argument('names', nargs='*', metavar='EXPERIMENT', help='these only (default: all that have runs)')
+    ap.add_argument('names', nargs='*', metavar='EXPERIMENT', help='print these only, and write nothing (default: all that have runs)')
     ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
     ap.add_argument('--readme', action='store_true', help='write the table between the markers of README.md')
     args = ap.parse_args(argv)
@@ -366,7 +384,7 @@ def main(argv=None):
         if not args.names: write(table, runs, args.results, published)
         shown = table if args.names else table[table.verdict != 'no runs']
         print(text(shown) if len(shown) else f'{len(runs)} runs, but no experiment has runs of two arms')
-    except UsageError as e:
+    except (UsageError, OSError) as e:
         print(f'report.py: {e}', file=sys.stderr)
         return 2
 

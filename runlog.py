@@ -154,7 +154,7 @@ def _differ(a, b): return any(str(a[k] or '') != str(b[k] or '') for k in a.keys
 
 
 def _append(rows, results):
-    "Add those `rows` that are not there yet; returns (path, how many were added, an error about those that differ from what is there)."
+    "Add those `rows` that are not there yet; returns (path, how many were added, ids of those that differ from what is there)."
     for row in rows:
         if row.keys() - COLUMNS.keys(): raise ValueError(f'no such columns: {sorted(map(str, row.keys() - COLUMNS.keys()))}')
         if row.get('status') not in STATUSES: raise ValueError(f'no such status: {row.get("status")!r}')
@@ -169,7 +169,11 @@ def _append(rows, results):
             elif _differ(row, there): clash.append(row['run_id'])
         if new: _write_rows(path, COLUMNS, old + new)
     if wrong and new: print(f'{"; ".join(wrong)}: the row is in {path}', file=sys.stderr)
-    return path, len(new), clash and UsageError(f'{path}: has another row of run {", ".join(clash)}, which stays as it is')
+    return path, len(new), clash
+
+
+def _refuse(path, clash):
+    if clash: raise UsageError(f'{path}: has another row of run {", ".join(clash)}, which stays as it is')
 
 
 def check(results=RESULTS):
@@ -187,20 +191,24 @@ def check(results=RESULTS):
 
 def append(row, results=RESULTS):
     "Add the row {column: value} of one run (blank where it has no value) to runs.csv; returns the path written to."
-    path, _, error = _append([row], results)
-    if error: raise error
+    path, _, clash = _append([row], results)
+    _refuse(path, clash)
     return path
 
 
 def merge(other, results=RESULTS):
-    "Add the rows of another runs file, each id once, with their curves and predictions; returns (path, how many were new)."
+    """Add the rows of another runs file, each once, with their curves and predictions; returns (path, how many were new).
+
+    The curve of a run that is here already gives way to one with more epochs, that of a later end of the run.
+    """
     try: rows = _read_rows(other)
     except OSError as e: raise UsageError(f'{other}: cannot be read ({e})') from None
     if rows is None: raise UsageError(f'{other}: not a runs file of this repository (foreign columns, or no run_id)')
-    try: path, new, error = _append(rows, results)
+    try: path, new, clash = _append(rows, results)
     except ValueError as e: raise UsageError(f'{other}: {e}') from None
-    for run_id in {row['run_id'] for row in rows}: write_files(files_of(run_id, Path(other).parent), results)
-    if error: raise error
+    for run_id in dict.fromkeys(row['run_id'] for row in rows if row['run_id'] not in clash):
+        write_files(files_of(run_id, Path(other).parent), results)
+    _refuse(path, clash)
     return path, new
 
 

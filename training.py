@@ -219,7 +219,9 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
     device = device or get_device()
     cfg, dls, model = prepare(cfg, device)
     begun = distributed.agreed(begin(cfg, dls.fingerprint, results, resume) if first else None)
-    if begun['status']: return begun
+    if begun['status']:
+        if save and first: print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
+        return begun
 
     run_id, file = begun['run_id'], checkpoint.path(results, begun['run_id'])
     measure = Measure(partial(write_curve, run_id, results=results) if first else lambda curve: None)
@@ -230,8 +232,8 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
         device=device_name(device), data_fingerprint=dls.fingerprint, status='failed')
     try:
         fit(learn, cfg)
+        predictions = {} if measure.diverged else measure.predictions()  # they may fail too, as the other processes are asked
         row['status'] = 'diverged' if measure.diverged else 'ok'
-        if row['status'] == 'ok': predictions = measure.predictions()
     except BaseException as e:
         if is_stop(e): row['status'] = 'interrupted'
         raise
@@ -241,10 +243,10 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
             whole = row['status'] == 'ok'
             row |= measure.results(whole)
             if first and whole: write_predictions(run_id, results, files=np.array(dls.files), **predictions)
-            if first: (hand_over or partial(record, results=results))(row)
-            kept.release()
-    if save and whole and first:
-        with runlog.replacing(save, 'wb') as f: torch.save(dict(config=asdict(cfg), vocab=dls.vocab, model=model.state_dict()), f)
+            if first and whole and save: write_model(save, cfg, dls.vocab, model)
+            try:
+                if first: (hand_over or partial(record, results=results))(row)
+            finally: kept.release()
     return row
 
 
@@ -252,11 +254,10 @@ def begin(cfg, digest, results, resume):
     "The first columns of a run's row, its status still blank; the whole row where `resume` finds it recorded."
     if resume:
         record = runlog.load(Path(results) / 'runs.csv')
-        done = runlog.recorded(record, cfg, digest)
+        done, found = runlog.recorded(record, cfg, digest), checkpoint.find(cfg, digest, results)  # removes those that are done with
         if len(done):
             print(f'{summary(done.iloc[0])}  (recorded already)', flush=True)
             return done.iloc[0].to_dict()
-        found = checkpoint.find(cfg, digest, results)
         print(f'{found[1]["run_id"]}: goes on after epoch {found[1]["epoch"]} of {cfg.epochs}' if found else
               'nothing to go on with: starts anew', flush=True)
         if found:
@@ -303,6 +304,13 @@ def write_predictions(run_id, results, **arrays):
     "Those of the last epoch. What cannot be written is told: the row is worth more."
     try: runlog.write_predictions(run_id, results, **arrays)
     except OSError as e: print(f'{run_id}: its predictions could not be written ({e})', file=sys.stderr)
+
+
+def write_model(file, cfg, vocab, model):
+    "For load_model. One that cannot be written is told: the row is worth more."
+    try:
+        with runlog.replacing(file, 'wb') as f: torch.save(dict(config=asdict(cfg), vocab=vocab, model=model.state_dict()), f)
+    except (OSError, RuntimeError) as e: print(f'--save {file}: could not be written ({e})', file=sys.stderr)
 
 
 def summary(row):

@@ -150,8 +150,10 @@ def listing(results):
     "Every experiment, and a line or two for each of its gaps."
     table = report.gaps(EXPERIMENTS, runlog.load(results / 'runs.csv'), report.load_published(), results)
     for name, exp in EXPERIMENTS.items():
-        print(f'{name:24}{exp.claim}; {exp.runs} runs an arm: {", ".join(exp.arms)}')
-        print(report.text(table[table.experiment == name], indent=4))
+        rows = table[table.experiment == name]
+        counts = ', '.join(f'{arm} {n}/{exp.runs}' for arm, n in report.done(exp, rows).items())
+        print(f'{name:24}{exp.claim}; runs done / wanted: {counts}')
+        print(report.text(rows, indent=4))
 
 
 def work(argv):

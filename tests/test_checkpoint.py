@@ -147,6 +147,61 @@ def test_a_run_stopped_twice_in_an_epoch_has_a_row_for_each_end(tree, command, s
     assert rows.status.tolist() == ['interrupted'] * 3 + ['ok'] and rows.accuracy.notna().tolist() == [False] * 3 + [True]
 
 
+def test_a_run_whose_predictions_cannot_be_had_fails_has_its_row_and_goes_on(tree, command, tmp_path, monkeypatch):
+    def breaks(self): raise RuntimeError('the other process is gone')
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    with monkeypatch.context() as m:
+        m.setattr(training.Measure, 'predictions', breaks)
+        with pytest.raises(RuntimeError, match='is gone'): command(*argv)
+    assert record(tmp_path / 'results').status.tolist() == ['failed']
+    assert command(*argv, '--resume')[0] == 0
+    df = record(tmp_path / 'results')
+    assert (df.status.tolist(), df.resumed.tolist(), df.epochs_done.tolist()) == (['ok'], [1], [2])
+
+
+def test_what_a_run_killed_after_its_row_leaves_is_removed(tree, command, tmp_path, monkeypatch):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint.Checkpoint, 'end', lambda self, done: False)
+        assert command(*argv)[0] == 0
+    assert len(list(tmp_path.glob('results/checkpoints/*'))) == 2
+    assert '(recorded already)' in command(*argv, '--resume')[1] and not list(tmp_path.glob('results/checkpoints/*'))
+    code, _, err = command(*argv, '--resume', '--save', tmp_path / 'm.pt')
+    assert code == 0 and 'm.pt: not written, the model of a recorded run is not kept' in err and not (tmp_path / 'm.pt').exists()
+
+
+def test_a_checkpoint_that_another_process_is_done_with_is_no_damage(tree, command, stopped, tmp_path, monkeypatch):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    load, lock = checkpoint.load, checkpoint.lock
+
+    def gone(file, *args, **options):
+        file.unlink()
+        return load(file, *args, **options)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, 'lock', lambda file: [lock(file), file.unlink()][0])
+        code, _, err = command(*argv, '--resume')
+    assert code == 2 and err.endswith('is gone, another process has just finished this run\n') and err.count('\n') == 1
+    stopped(*argv, epoch=1)
+    with monkeypatch.context() as m:
+        m.setattr(checkpoint, 'load', gone)
+        code, out, err = command(*argv, '--resume')
+    assert code == 0 and 'starts anew' in out and not err
+
+
+def test_a_checkpoint_of_other_code_is_told(tree, command, stopped, tmp_path):
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    file, = tmp_path.glob('results/checkpoints/*.pt')
+    state = checkpoint.load(file)
+    state['model']['renamed'] = state['model'].popitem()[1]
+    torch.save(state, file)
+    code, _, err = command(*argv, '--resume')
+    assert code == 2 and f'{file}: does not fit this code' in err and err.count('\n') == 1 and file.exists()
+    file.unlink()
+    assert command(*argv, '--resume')[0] == 0
+
+
 def test_other_images_are_another_run(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)

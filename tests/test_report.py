@@ -1,3 +1,4 @@
+import shutil
 import subprocess
 import sys
 import time
@@ -214,6 +215,19 @@ def test_plan_and_narrow_enough():
     assert 'sd 0.9 (published)' in report.plan(gaps('woof-128-50-r18', runs[0][:0]).reset_index())
 
 
+def test_runs_done_are_those_of_the_latest_planned_set():
+    runs = [make_runs('none', [0.6, None, 0.62]), make_runs('simple', [0.65]), make_runs('none', [0.6] * 9, split='v2')]
+    exp, table = EXPERIMENTS['woof-128-5'], gaps('woof-128-5', *runs).reset_index()
+    assert set(table.planned) == {True, False} and report.done(exp, table) == dict(none=3, simple=1, sagan=0, simple_sym=0)
+    assert set(report.done(exp, table[~table.planned]).values()) == {0}
+
+
+def test_a_plan_of_another_split_is_that_of_its_runs():
+    runs = [make_runs(a, values, split='v2') for a, values in (('none', [0.6, 0.62]), ('simple', [0.64, 0.66]))]
+    lines = report.plan(gaps('woof-128-5', *runs, split='v2').reset_index()).splitlines()
+    assert lines[0].startswith('woof-128-5, split v2, archive 160, fp32, data f  simple - none: seen +4.0 needs') and len(lines) == 3
+
+
 # --- files ---
 
 def test_the_same_rows_give_the_same_bytes(tmp_path, published):
@@ -242,6 +256,27 @@ def test_figures_show_every_run_and_every_difference(published, tmp_path):
     marks = [line.get_marker() for line in figures.forest(table).axes[0].lines]
     assert marks.count('s') == 2 and marks.count('o') == 1
     with pytest.raises(UsageError, match='no runs'): figures.experiment('woof-128-5', exp, runs[:0], published, tmp_path)
+
+
+def test_figures_show_the_metric_that_is_published(published, tmp_path):
+    settings, name = dict(arch='xresnet18', lr=8e-3, split='v2'), 'woof-128-50-r18'  # of v2 nothing is published
+    runs = pd.concat([make_runs('none', [0.7, 0.72], [0.8, 0.82], epochs=50, **settings),
+                      make_runs('simple', [0.7], [0.85], epochs=47, **settings)])
+    points, _, time = figures.experiment(name, EXPERIMENTS[name], runs, published, tmp_path).axes
+    for ax in (points, time):
+        assert list(ax.lines[0].get_ydata()) == pytest.approx([80, 82]) and ax.get_ylabel() == 'accuracy of the best epoch (%)'
+
+
+def test_the_forest_is_labelled_with_n_and_split_and_nothing_is_cut_off(published, tmp_path):
+    runs = pd.concat([make_runs('none', [0.60, 0.64]), make_runs('simple', [0.65]), make_runs('none', [0.6], split='v2')])
+    fig = figures.forest(report.gaps(EXPERIMENTS, runs, published))
+    figures.save(fig, tmp_path / 'forest')
+    labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
+    assert 'woof-128-5, fp32, data f, split v1: none → simple  (12/12; 2/1)' in labels and all('split' in s for s in labels)
+    assert 'woof-256-400, split v1: none → simple  (?/1; –/–)' in labels
+    for text in (fig.axes[0].xaxis.label, *fig.axes[0].get_yticklabels()):
+        box = text.get_window_extent()
+        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1, text.get_text()
 
 
 def test_ten_thousand_rows_in_under_3_seconds(published):
@@ -276,6 +311,10 @@ def test_command(tmp_path, capsys):
     for arm in ('none', 'simple'): runlog.append(make_runs(arm, [0.5]).iloc[0].dropna().to_dict(), tmp_path)
     assert not report.main(['--results', str(tmp_path)]) and 'none → simple: too few runs to say' in capsys.readouterr().out
     assert not report.main(['woof-256-5', '--results', str(tmp_path)]) and 'published +5.7 [3.6, 7.8]' in capsys.readouterr().out
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'tables').write_text('a file where the folder should be')
+    shutil.copy(tmp_path / 'runs.csv', tmp_path / 'full')
+    assert report.main(['--results', str(tmp_path / 'full')]) == 2 and capsys.readouterr().err.count('\n') == 1
     assert report.main(['woof-128', '--results', str(tmp_path)]) == 2 and 'did you mean woof-128-5?' in capsys.readouterr().err
 
 

@@ -93,7 +93,8 @@ def test_list_and_plan(tmp_path, capsys):
     assert not reproduce.main(['--list', '--results', str(tmp_path)])
     out = capsys.readouterr().out
     for name, exp in EXPERIMENTS.items(): assert f'\n{name} ' in '\n' + out and exp.claim in out
-    assert 'none → simple: no runs; published +5.7 [3.6, 7.8]' in out
+    assert 'runs done / wanted: none 0/10, simple 0/10, sagan 0/10, simple_sym 0/10\n' in out
+    assert 'none → simple: no runs; published +5.7 [3.6, 7.8]: 61.9 ± 2.6 (10) → 67.6 ± 1.8 (10); ours' in out
     assert not reproduce.main(['digits', '--arms', 'none', '--plan', '--results', str(tmp_path)])
     assert not reproduce.main(['woof-128-100-r18', '--plan', '--results', str(tmp_path)])
     sd = ((0.00817**2 + 0.0074**2) / 2)**0.5

@@ -93,6 +93,23 @@ def test_merge_adds_each_row_once(tmp_path):
     for name in ('curves/b.csv', 'predictions/b.npz'): assert (here / name).read_bytes() == (there / name).read_bytes()
 
 
+def test_merge_takes_the_curve_of_a_later_end_and_none_of_a_run_it_refuses(tmp_path):
+    here, there = tmp_path / 'here', tmp_path / 'there'
+    curve = [dict(epoch=i, accuracy=i / 10) for i in (1, 2, 3)]
+    runlog.append(row(status='interrupted', resumed=0), there)
+    runlog.write_curve('a', curve[:1], there)
+    runlog.merge(there / 'runs.csv', here)
+    runlog.append(row(status='ok', resumed=1), there)  # it went on there
+    runlog.write_curve('a', curve, there)
+    for folder, accuracy in ((here, 0.6), (there, 0.7)):
+        runlog.append(row('b', accuracy=accuracy), folder)
+        runlog.write_curve('b', curve[:2 if folder == here else 3], folder)
+    with pytest.raises(UsageError, match='another row of run b'): runlog.merge(there / 'runs.csv', here)
+    assert (here / 'curves' / 'a.csv').read_bytes() == (there / 'curves' / 'a.csv').read_bytes()
+    assert (here / 'curves' / 'b.csv').read_bytes() != (there / 'curves' / 'b.csv').read_bytes()
+    assert sorted(runlog.load(here / 'runs.csv').status) == ['ok', 'ok']
+
+
 def test_a_file_older_than_a_setting_is_read_at_its_default_and_widened(tmp_path):
     (tmp_path / 'runs.csv').write_text('run_id,status,accuracy,lr\nz,ok,0.25,0.008\n')
     assert runlog.load(tmp_path / 'runs.csv').iloc[0][['bs', 'lr', 'act', 'accuracy']].tolist() == [64, 0.008, 'relu', 0.25]
