@@ -3,9 +3,11 @@
 The random numbers of an epoch are a function of (seed, epoch), so weights, optimizer and what was measured so far are all
 there is to a run: continued, it is the run that was never stopped, to the bit on a CPU.
 """
+import hashlib
 import io
 import sys
-from contextlib import suppress
+import zipfile
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from fastai.torch_core import rank_distrib
 from filelock import FileLock, Timeout
 
 import runlog
-from experiments import SETTINGS, UsageError
+from experiments import SETTINGS, Busy, UsageError
 
 FORMAT = 'checkpoint 1'
 SHORT = 60  # seconds: shorter runs keep no checkpoint unless asked to
@@ -88,29 +90,46 @@ def remove(file):
 
 
 def lock(file, wait=10):
-    """The lock of a checkpoint, taken; the system takes it back from a process that dies. Raises UsageError if it is held.
+    """The lock of a checkpoint, taken; the system takes it back from a process that dies. Raises Busy if it is held.
 
     `wait`: seconds, as the loader processes of a run that was killed hold it for some more.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(file.with_suffix('.lock'), timeout=wait)
     try: held.acquire()
-    except Timeout: raise UsageError(f'{file}: another process is at this run') from None
+    except Timeout: raise Busy(f'{file}: another process is at this run') from None
     return held
 
 
+@contextmanager
+def claim(cfg, digest, results):
+    "Have the run of a settled `cfg` on the data `digest`, whichever its id: of several loops one trains it. Raises Busy."
+    name = hashlib.sha256(repr([digest, *(getattr(cfg, key) for key in SAME)]).encode()).hexdigest()[:12]
+    file = Path(results) / 'checkpoints' / f'{name}.claim'
+    held = lock(file)
+    try: yield
+    finally:
+        remove(file)
+        held.release()
+
+
 def load(file, device='cpu', **options):
-    "The state in a checkpoint; UsageError if it is cut off or no checkpoint at all."
-    try: state = torch.load(file, map_location=device, weights_only=True, **options)
+    """The state in a checkpoint; UsageError if it is cut off, damaged or no checkpoint at all.
+
+    `options`: of torch.load. With mmap the state is read where it is used, and damage in it goes unseen.
+    """
+    try:
+        if 'mmap' not in options and zipfile.ZipFile(file).testzip(): raise zipfile.BadZipFile('its checksum is wrong')
+        state = torch.load(file, map_location=device, weights_only=True, **options)
     except Exception as e:  # what a damaged file makes torch and pickle raise has no end: also AssertionError, TypeError, AttributeError
         raise UsageError(f'{file}: cut off or no checkpoint ({str(e).splitlines()[0] if str(e) else type(e).__name__})') from None
     if not isinstance(state, dict) or state.get('format') != FORMAT: raise UsageError(f'{file}: not a checkpoint of this version')
     return state
 
 
-def identity(cfg, digest, begun):
+def identity(cfg, row):
     "Which run a checkpoint is of: its settings, its data, its id and start."
-    return dict(config=asdict(cfg), data_fingerprint=digest, run_id=begun['run_id'], started=begun['started'])
+    return dict(config=asdict(cfg)) | {key: row[key] for key in ('data_fingerprint', 'run_id', 'started')}
 
 
 def find(cfg, digest, results):

@@ -18,6 +18,10 @@ class UsageError(Exception):
     def __str__(self): return self.args[0].rsplit(':\n\t')[-1]  # fastai puts before it in which callback it came
 
 
+class Busy(UsageError):
+    "Another process is at the run."
+
+
 class Stopped(KeyboardInterrupt):
     "Ctrl-C or SIGTERM. `by`: the signal that came; what is raised from then on follows from it (loader processes end by it too)."
     by = 0
@@ -188,14 +192,16 @@ SETTINGS = [f.name for f in fields(Config) if f.name not in ('seed', *SPEED)]
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms {name: Config} to be compared with the first of them, each run `runs` times, as often as published.
+    """Arms {name: Config} to be compared with the first of them, each run as often as published: `runs` times, or {arm: times}.
 
     `tables`: those of the published means (report.load_published) that it answers to; `claim`: what they say.
     """
     claim: str
     arms: dict
-    runs: int
+    runs: int | dict
     tables: tuple = ()
+
+    def wanted(self, arm): return self.runs[arm] if isinstance(self.runs, dict) else self.runs
 
 
 def attentions(base, *names, **shorter):
@@ -230,8 +236,9 @@ def _experiments():
     yield 'woof-128-100-r18-mixup', Experiment('with mixup too', attentions(mixed, *two, 'sagan', epochs=94), 15, ('~100 epochs mixup',))
     yield 'woof-256-50-r18-mixup', Experiment('no difference at 256 px with mixup', attentions(
         replace(small, size=256, epochs=50, mixup=0.2), *two, epochs=47), 15, ('~50 epochs 256px mixup',))
+    rates = {f'none lr {lr:g}': (lr, n) for lr, n in zip((8e-3, 1e-3, 3e-3, 5e-3, 1e-2, 12e-3, 14e-3), (20, 10, 30, 10, 20, 20, 20))}
     yield 'woof-128-50-r18-lr', Experiment('8e-3 is the best learning rate of the baseline', {
-        f'none lr {lr:g}': replace(small, epochs=50, lr=lr) for lr in (8e-3, 1e-3, 3e-3, 5e-3, 1e-2, 12e-3, 14e-3)}, 20, ('lr search',))
+        arm: replace(small, epochs=50, lr=lr) for arm, (lr, _) in rates.items()}, {arm: n for arm, (_, n) in rates.items()}, ('lr search',))
 
     for short, base, ends in [('woof', woof, [(128, 5), (256, 5), (256, 20), (256, 80), (256, 400)]),
                               ('nette', nette, [(128, 5), (256, 5), (256, 20)])]:
@@ -241,7 +248,8 @@ def _experiments():
                                                                 6 if epochs == 400 else 30, ('fork',))
 
     yield 'woof-64-5-r18', Experiment('nothing is published: does it help where it costs nothing to try?', attentions(
-        Config(dataset='imagewoof', split='v2', size=64, arch='xresnet18'), *two, 'sagan', 'simple_sym'), 10)
+        Config(dataset='imagewoof', split='v2', size=64, arch='xresnet18'), *two, 'sagan', 'simple_sym'),
+                                      dict(none=10, simple=10, sagan=6, simple_sym=6))
     yield 'digits', Experiment('nothing is published: shows that the way from files to verdict works', attentions(
         Config(dataset='digits', size=32, epochs=3, arch='xresnet18'), *two), 2)
 
@@ -249,6 +257,7 @@ def _experiments():
 EXPERIMENTS = dict(_experiments())
 
 
-def schedule(arms, runs, seed0=0):
-    "[(arm, Config)] of `runs` runs of each arm, taking turns, each turn with one seed: what drifts meets all arms alike."
-    return [(name, replace(cfg, seed=seed)) for seed in range(seed0, seed0 + runs) for name, cfg in arms.items()]
+def schedule(exp, seed0=0):
+    "[(arm, Config)] of the runs of an Experiment, its arms taking turns, each turn with one seed: what drifts meets all arms alike."
+    seeds = range(seed0, seed0 + max(map(exp.wanted, exp.arms)))
+    return [(arm, replace(cfg, seed=seed)) for seed in seeds for arm, cfg in exp.arms.items() if seed - seed0 < exp.wanted(arm)]

@@ -8,7 +8,6 @@ Accuracies are fractions in files, percent in tables. A published mean of last e
 of best epochs beside ours of best epochs: the two are never mixed. Runs on other images, splits or archives, or of another
 precision, are a set of their own and never pooled. How a verdict is reached: results/README.md.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -17,14 +16,15 @@ import pandas as pd
 
 import runlog
 import stats
+from command import Parser, exit_code
 from experiments import EXPERIMENTS, IMAGES, SETTINGS, Config, UsageError, nearest, resolve
 
 SET = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']  # runs that differ in one of these are not pooled
 PUBLISHED = ['dataset', 'split', 'size', 'epochs', 'arch', 'mixup', 'lr', 'bs']  # the settings that the published rows differ in
 MARKERS = '<!-- table: written by python report.py --readme -->', '<!-- end of table -->'
 RECIPE = [key for key in SETTINGS if key not in ('data', *SET)]
-SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'n', 'mean', 'sd', 'mean_max', 'sd_max', 'diverged',
-           'other', 'seconds']  # the columns of `summarise` that a reader looks for
+SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'n', 'mean', 'sd', 'low', 'high', 'bca_low', 'bca_high',
+           'median', 'min', 'max', 'mean_max', 'sd_max', 'diverged', 'interrupted', 'failed', 'seconds']  # of `summarise`, for readers
 
 
 # --- the published record ---
@@ -103,13 +103,16 @@ def set_right(folder=runlog.RESULTS / 'published'):
 # --- our runs ---
 
 def summarise(runs):
-    """One row per comparable setting and variant: n, mean and standard deviation (fractions) of the last epoch's accuracy
-    and of the best epoch's (_max) over the runs that ended ok; diverged, other (failed or interrupted); median seconds."""
-    df = runs.assign(ok=runs.status == 'ok', bad=runs.status == 'diverged')
-    df = df.assign(other=~df.ok & ~df.bad, last=df.accuracy.where(df.ok), best=df.max_accuracy.where(df.ok))
-    grouped = df.groupby([*SETTINGS, *(key for key in SET if key not in SETTINGS)], sort=False, dropna=False)
-    return grouped.agg(n=('ok', 'sum'), mean=('last', 'mean'), sd=('last', 'std'), mean_max=('best', 'mean'), sd_max=('best', 'std'),
-                       diverged=('bad', 'sum'), other=('other', 'sum'), seconds=('fit_seconds', 'median')).reset_index()
+    """One row per comparable setting and variant, fractions: the keys of stats.summary (n, mean, sd, intervals, ...) for the last epoch's
+    accuracy of the runs that ended ok, mean_max and sd_max of the best epoch's; how many diverged, failed or were interrupted; median
+    seconds."""
+    rows, keys = [], [*SETTINGS, *(key for key in SET if key not in SETTINGS)]
+    for key, group in runs.groupby(keys, sort=False, dropna=False):
+        ok = group[group.status == 'ok']
+        best = stats.summary(ok.max_accuracy)
+        rows.append(dict(zip(keys, key)) | stats.summary(ok.accuracy) | dict(mean_max=best['mean'], sd_max=best['sd'])
+                    | {status: (group.status == status).sum() for status in runlog.STATUSES[1:]} | dict(seconds=group.fit_seconds.median()))
+    return pd.DataFrame(rows, columns=None if rows else [*keys, *SUMMARY])
 
 
 def by_recipe(runs):
@@ -171,9 +174,9 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
 
     published_<side>_n, _mean, _sd, <side> being base or arm; published_difference, _low, _high, _p; ours_<side>_ and the keys of
     stats.summary, _diverged, _other, _images_share (of the variance, by the validation images); of the difference the keys of
-    stats.compare, those of stats.compare_paired in their place where the arms have the same seeds (paired), welch_low, welch_high,
-    welch_p, images_low, images_high (bootstrap over images and runs, where the predictions are at hand); holm_p over the rows;
-    verdict; seconds of a run. Without runs one row an arm.
+    stats.compare, those of stats.compare_paired in their place where the arms have the same seeds (paired; but beats, which stays beside
+    better_seeds), welch_low, welch_high, welch_p, images_low, images_high (bootstrap over images and runs, where the predictions are
+    at hand); holm_p over the rows; verdict; seconds of a run. Without runs one row an arm.
     """
     rows, recipes = [], by_recipe(runs)
     for name, exp in experiments.items():
@@ -212,8 +215,9 @@ def _gap(key, base, arm, said_base, said_arm):
     row |= {f'published_{k}': published[k] for k in ('difference', 'low', 'high', 'p')}
     welch = stats.compare(base['accuracies'], arm['accuracies'])
     paired = base['seeds'] == arm['seeds'] and len(base['seeds']) > 1
-    row |= welch | (stats.compare_paired(base['accuracies'], arm['accuracies']) if paired else {})
-    row |= {f'welch_{k}': welch[k] for k in ('low', 'high', 'p')} | dict(paired=paired)
+    by_seed = stats.compare_paired(base['accuracies'], arm['accuracies']) if paired else dict(beats=float('nan'))
+    row |= welch | {k: v for k, v in by_seed.items() if k not in ('n', 'beats')} | dict(paired=paired, better_seeds=by_seed['beats'])
+    row |= {f'welch_{k}': welch[k] for k in ('low', 'high', 'p')}
     both = base['correct'] is not None and arm['correct'] is not None
     images = stats.image_bootstrap(base['correct'], arm['correct']) if both else dict.fromkeys(('low', 'high'), float('nan'))
     row |= dict(images_low=images['low'], images_high=images['high'], seconds=pd.concat([base['seconds'], arm['seconds']]).median())
@@ -318,8 +322,9 @@ def text(table, indent=0):
         published = f'{theirs or "–"}: {" → ".join(said)}' if set(said) != {'–'} else '–'
         lines.append(f'{name}  {arms}: {verdict}; published {published}; ours {ours or "–"}: {base} → {arm}')
         if not np.isnan(r.p):
-            how = f'paired by seed, better at {r.beats:.0%} of the seeds' if r.paired else f'better in {r.beats:.0%} of the pairs of runs'
-            more = [f'{how}, P = {r.p:.2g} (Holm {r.holm_p:.2g})', f'permutation P = {r.permutation_p:.2g}', f'Hedges g = {r.g:.2f}']
+            how = f'paired by seed, better at {r.better_seeds:.0%} of the seeds and' if r.paired else 'better'
+            more = [f'{how} in {r.beats:.0%} of the pairs of runs', f'P = {r.p:.2g} (Holm {r.holm_p:.2g})',
+                    f'permutation P = {r.permutation_p:.2g}', f'Hedges g = {r.g:.2f}']
             if r.paired: more.append(f'Welch [{100 * r.welch_low:.1f}, {100 * r.welch_high:.1f}], P = {r.welch_p:.2g}')
             if not np.isnan(r.images_low): more.append(f'over runs and images [{100 * r.images_low:.1f}, {100 * r.images_high:.1f}]')
             shares = [f'{s:.0%}' for s in (r.ours_base_images_share, r.ours_arm_images_share) if not np.isnan(s)]
@@ -367,26 +372,27 @@ def plain_markdown(frame):
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in [frame.columns, ['---'] * frame.shape[1], *frame.to_numpy()])
 
 
-def main(argv=None):
-    ap = argparse.ArgumentParser(description='The experiments beside their published numbers.', allow_abbrev=False)
+def work(argv):
+    ap = Parser(description='The experiments beside their published numbers.', allow_abbrev=False)
     ap.add_argument('names', nargs='*', metavar='EXPERIMENT', help='print these only, and write nothing (default: all that have runs)')
     ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
-    ap.add_argument('--readme', action='store_true', help='write the table between the markers of README.md')
+    ap.add_argument('--readme', action='store_true', help='write the table of our own record between the markers of README.md')
     args = ap.parse_args(argv)
-    try:
-        runs, published = runlog.load(args.results / 'runs.csv'), load_published()
-        if args.readme: return write_readme(readme_table(runs, published))
-        for name in args.names:
-            if name not in EXPERIMENTS: raise UsageError(f'no experiment {name}{nearest(name, EXPERIMENTS)}; see reproduce.py --list')
-        if runs.empty: raise UsageError(f'{args.results / "runs.csv"}: no runs yet; train_imagenette.py and scripts/reproduce.py make them')
-        chosen = {name: exp for name, exp in EXPERIMENTS.items() if name in args.names or not args.names}
-        table = gaps(chosen, runs, published, args.results)
-        if not args.names: write(table, runs, args.results, published)
-        shown = table if args.names else table[table.verdict != 'no runs']
-        print(text(shown) if len(shown) else f'{len(runs)} runs, but no experiment has runs of two arms')
-    except (UsageError, OSError) as e:
-        print(f'report.py: {e}', file=sys.stderr)
-        return 2
+    if args.readme and (args.names or args.results != runlog.RESULTS): raise UsageError('--readme: alone; the table is of all of results/')
+    for name in args.names:
+        if name not in EXPERIMENTS: raise UsageError(f'no experiment {name}{nearest(name, EXPERIMENTS)}; see reproduce.py --list')
+    runs, published = runlog.load(args.results / 'runs.csv'), load_published()
+    if args.readme: return write_readme(readme_table(runs, published))
+    if runs.empty: raise UsageError(f'{args.results / "runs.csv"}: no runs yet; train_imagenette.py and scripts/reproduce.py make them')
+    table = gaps({name: EXPERIMENTS[name] for name in args.names or EXPERIMENTS}, runs, published, args.results)
+    if not args.names:
+        try: write(table, runs, args.results, published)
+        except OSError as e: raise UsageError(f'cannot write the tables and figures ({e})') from None
+    shown = table if args.names else table[table.verdict != 'no runs']
+    print(text(shown) if len(shown) else f'{len(runs)} runs, but no experiment has runs of two arms')
+
+
+def main(argv=None): return exit_code('report.py', lambda: work(argv))
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from command import Parser, exit_code
 from experiments import SETTINGS, Config, UsageError, fields
 
 RESULTS = Path(__file__).parent / 'results'
@@ -271,18 +272,18 @@ def recorded(runs, cfg, digest):
     return runs[(runs.seed == cfg.seed) & ((runs.data_fingerprint == digest) | (digest is None)) & runs.status.isin(DONE)]
 
 
-def main(argv=None):
-    import argparse
-    ap = argparse.ArgumentParser(description='Merge run files.', allow_abbrev=False)
+def work(argv):
+    ap = Parser(description='Merge run files.', allow_abbrev=False)
     sub = ap.add_subparsers(dest='command', required=True)
     m = sub.add_parser('merge', help='add the rows of OTHER.csv to runs.csv, each once')
     m.add_argument('other', type=Path)
     m.add_argument('--results', type=Path, default=RESULTS, help='results directory')
     args = ap.parse_args(argv)
     try: print('{1} rows added to {0}'.format(*merge(args.other, args.results)))
-    except (UsageError, OSError) as e:
-        print(f'runlog.py: {e}', file=sys.stderr)
-        return 2
+    except OSError as e: raise UsageError(f'{args.results}: no row can be written there ({e})') from None
+
+
+def main(argv=None): return exit_code('runlog.py', lambda: work(argv))
 
 
 if __name__ == '__main__': sys.exit(main())

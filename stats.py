@@ -155,7 +155,7 @@ def verdict(low, high, published=NAN, fine=0.01):
         return f'{words} (± {50 * (high - low):.1f} points)'
     if published < 0: low, high, published = -high, -low, -published
     if high < 0: return 'opposite direction'
-    if low <= 0: return 'not seen' if high < published else 'too few runs to say'
+    if low <= 0: return 'not seen' if high < published and high - low < published else 'too few runs to say'
     return 'same direction but smaller' if high < published else 'larger than published' if low > published else 'reproduced'
 
 

@@ -6,19 +6,14 @@
 """
 import argparse
 import os
-import signal
 import sys
 import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import SWITCH, Config, Stopped, UsageError, fields, flag, is_stop, nearest
+from command import Parser, exit_code, is_first, stop_on_signals
+from experiments import SWITCH, Config, UsageError, fields, flag, nearest
 from files import find_images
-
-
-class Parser(argparse.ArgumentParser):
-    "Tells a mistake in one line."
-    def error(self, message): raise UsageError(message)
 
 
 def switch(text):
@@ -30,10 +25,10 @@ def switch(text):
 def attention(text): return {'0': 'none', '1': 'simple'}.get(text, text)
 
 
-def make_parser():
-    "The flags: one per field of Config, the short forms of the source, and what concerns the command, not the run."
-    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+def add_config_flags(ap, leave_out=(), **default):
+    "A flag for each field of Config, with its aliases. `default`: of all flags, in place of the fields' own."
     for f in fields(Config):
+        if f.name in leave_out: continue
         names = [flag(f), *f.metadata['aliases']]
         names += ['--' + n[2:].replace('-', '_') for n in names if '-' in n[2:]]
         text = f.metadata['help'] + (f': {", ".join(map(str, c))}' if (c := f.metadata['choices']) else '')
@@ -41,9 +36,15 @@ def make_parser():
         if f.name == 'attention': options = dict(nargs='?', const='simple', type=attention)
         if c is SWITCH: options |= dict(nargs='?', const=1)
         metavar = 'NAME' if c and f.type is str else f.type.__name__.upper().replace('STR', 'TEXT')
-        default = None if f.name == 'dataset' else f.default  # it depends on --woof and --data
-        ap.add_argument(*names, dest=f.name, default=default, metavar=metavar, **options,
+        options |= dict(default=None if f.name == 'dataset' else f.default) | default  # that of dataset depends on --woof and --data
+        ap.add_argument(*names, dest=f.name, metavar=metavar, **options,
                         help=f'{text} (default {f.default})'.replace('%', '%%') if f.default != '' else text)
+
+
+def make_parser():
+    "The flags: one per field of Config, the short forms of the source, and what concerns the command, not the run."
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    add_config_flags(ap)
     on = dict(nargs='?', const=True, default=False, type=switch, metavar='0|1')
     ap.add_argument('--woof', **on | dict(default=None), help='short for --dataset imagewoof')
     ap.add_argument('--sym', **on, help='with --sa: symmetric W, short for --sa simple_sym')
@@ -96,11 +97,6 @@ def check_run_flags(args):
     if (args.checkpoint_every or 0) < 0: raise UsageError(f'--checkpoint-every {args.checkpoint_every}: must be at least 1 (0: none)')
 
 
-def is_first():
-    "Whether this is the first, or only, process of a run on this machine."
-    return os.environ.get('LOCAL_RANK', '0') == '0'
-
-
 def probe(file):
     "Raise UsageError unless `file` can be written; leaves it as it was."
     new = not os.path.lexists(file)
@@ -108,18 +104,6 @@ def probe(file):
         with open(file, 'ab'): pass
         if new: file.unlink()
     except OSError as e: raise UsageError(f'--save {file}: cannot be written ({e.strerror})') from None
-
-
-def stop_on_signals():
-    "Let Ctrl-C and SIGTERM end this process by Stopped; loader workers, which inherit the handler, just end."
-    main, Stopped.by = os.getpid(), 0
-    def stop(number, _):
-        if os.getpid() != main: os._exit(0)
-        Stopped.by = number
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's would raise for the workers that the signal ends too,
-        sys.unraisablehook = lambda *_: None            # and its half-made iterators complain when they are deleted
-        raise Stopped
-    for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, stop)
 
 
 def load_training():
@@ -143,20 +127,6 @@ def train(cfg, args):
     stop_on_signals()
     for i in range(args.runs):
         training.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume, args.checkpoint_every)
-
-
-def exit_code(program, work):
-    "That of work(). 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe."
-    try: return work()
-    except UsageError as e:
-        if is_first(): print(f'{program}: {e}', file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there when it ends
-        return 128 + signal.SIGPIPE
-    except (KeyboardInterrupt, Exception) as e:
-        if not is_stop(e): raise
-        return 128 + (Stopped.by or (signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM))
 
 
 def main(argv=None): return exit_code('train_imagenette.py', lambda: train(*parse(argv)))

@@ -218,18 +218,25 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
     if first: runlog.check(results)
     device = device or get_device()
     cfg, dls, model = prepare(cfg, device)
-    begun = distributed.agreed(begin(cfg, dls.fingerprint, results, resume) if first else None)
-    if begun['status']:
-        if save and first: print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
-        return begun
+    with checkpoint.claim(cfg, dls.fingerprint, results) if resume and first else contextlib.nullcontext():
+        begun = distributed.agreed(begin(cfg, dls.fingerprint, results, resume) if first else None)
+        if begun['status']:
+            if save and first: print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
+            return begun
+        row = begun | asdict(cfg) | runlog.provenance() | dict(
+            n_train=len(dls.train.dataset.labels), n_val=len(dls.files), n_parameters=n_parameters(model),
+            device=device_name(device), data_fingerprint=dls.fingerprint)
+        return train(cfg, dls, model, row, Path(results), save, checkpoint_every, hand_over or partial(record, results=results))
 
-    run_id, file = begun['run_id'], checkpoint.path(results, begun['run_id'])
+
+def train(cfg, dls, model, row, results, save, checkpoint_every, hand_over):
+    "Fit `model`, and hand over `row` with what came of it, whatever ends it; returns it."
+    run_id, first = row['run_id'], distributed.is_first()
     measure = Measure(partial(write_curve, run_id, results=results) if first else lambda curve: None)
-    kept = checkpoint.Checkpoint(file, checkpoint.identity(cfg, dls.fingerprint, begun), checkpoint_every, begun['resumed'] > 0, device)
+    kept = checkpoint.Checkpoint(checkpoint.path(results, run_id), checkpoint.identity(cfg, row), checkpoint_every, row['resumed'] > 0,
+                                 dls.device)
     learn = get_learner(cfg, dls, model, [measure, Heed(), kept])
-    row = begun | asdict(cfg) | runlog.provenance() | dict(
-        n_train=len(dls.train.dataset.labels), n_val=len(dls.files), n_parameters=n_parameters(model),
-        device=device_name(device), data_fingerprint=dls.fingerprint, status='failed')
+    row['status'] = 'failed'
     try:
         fit(learn, cfg)
         predictions = {} if measure.diverged else measure.predictions()  # they may fail too, as the other processes are asked
@@ -245,7 +252,7 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
             if first and whole: write_predictions(run_id, results, files=np.array(dls.files), **predictions)
             if first and whole and save: write_model(save, cfg, dls.vocab, model)
             try:
-                if first: (hand_over or partial(record, results=results))(row)
+                if first: hand_over(row)
             finally: kept.release()
     return row
 

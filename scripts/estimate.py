@@ -59,13 +59,14 @@ def rates(results=runlog.RESULTS):
     runs = runs[(runs.status == 'ok') & ~runs.device.str.contains('threads')]
     for (device, arch, attention, sa_at, size), rows in runs.groupby(['device', 'arch', 'attention', 'sa_at', 'size']):
         total = rows.epochs * (3 * rows.n_train + rows.n_val) * forward(arch, attention, sa_at, size)
-        out[f'{device}: {len(rows)} runs of {Config(arch=arch, attention=attention).model}, {size} px'] = (total / rows.fit_seconds).median()
+        what = f'{device}: {len(rows)} runs of {Config(arch=arch, attention=attention).model}, {size} px'
+        out[what] = (total / rows.fit_seconds).median()
     return out
 
 
 def published_runs():
     "{(Config with its seed): the first experiment it is of}, of every published row."
-    return {cfg: name for name, exp in reversed(EXPERIMENTS.items()) if exp.tables for _, cfg in schedule(exp.arms, exp.runs)}
+    return {cfg: name for name, exp in reversed(EXPERIMENTS.items()) if exp.tables for _, cfg in schedule(exp)}
 
 
 def makespan(seconds, n):
@@ -87,9 +88,9 @@ def costs(results=runlog.RESULTS):
 
 def markdown(table, hours):
     "Both tables as Markdown; the hours of each experiment are on the first device."
-    first = hours.iloc[0]
+    first, rate = hours.iloc[0], hours.multiply_adds_per_second.iloc[0]
     lines = [f'| experiment | runs | 10^15 multiply-adds | hours on one {first.measured.partition(",")[0]} |', '|---|---:|---:|---:|']
-    lines += [f'| {r.experiment} | {r.runs} | {r.multiply_adds / 1e15:,.0f} | {r.multiply_adds / first.multiply_adds_per_second / 3600:,.1f} |'
+    lines += [f'| {r.experiment} | {r.runs} | {r.multiply_adds / 1e15:,.0f} | {r.multiply_adds / rate / 3600:,.1f} |'
               for r in table.itertuples()]
     lines += [f'| all | {table.runs.sum()} | {table.multiply_adds.sum() / 1e15:,.0f} | {first.hours_on_1:,.0f} |', '']
     lines += ['| what was measured | 10^12 multiply-adds a second | longest run | 1 | 8 | 64 |', '|---|---:|---:|---:|---:|---:|']

@@ -14,6 +14,7 @@ the loop goes on; after failed ones it ends with exit code 1. Ctrl-C and SIGTERM
 goes on.
 """
 import argparse
+import os
 import sys
 import time
 from dataclasses import replace
@@ -21,16 +22,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import numpy as np
+
 import cluster
 import report
 import runlog
 import train_imagenette
-from experiments import EXPERIMENTS, UsageError, fields, is_stop, nearest, schedule
+from command import Parser, exit_code, stop_on_signals
+from experiments import EXPERIMENTS, Busy, Config, UsageError, fields, is_stop, nearest, schedule
+
+ARMS = 'attention', 'sa_at', 'seed'  # what tells the arms and the runs apart
 
 
 def parse(argv):
     "(the flags of this command, the experiment with the overrides of its arms)."
-    ap = train_imagenette.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ap.add_argument('name', nargs='?', help='an experiment, see --list')
     ap.add_argument('--list', action='store_true', help='every experiment with what is published and what is recorded')
     ap.add_argument('--runs', type=int, metavar='N', help='runs of each arm (default: as published)')
@@ -43,7 +49,11 @@ def parse(argv):
     ap.add_argument('--cpus-per-run', type=float, default=1, metavar='N', help='with --ray: cores of a run (default 1)')
     ap.add_argument('--gpus-per-run', type=float, metavar='N', help='with --ray: GPUs of a run, 0.25 say (default 1, without any 0)')
     train_imagenette.add_run_flags(ap)
-    args, flags = ap.parse_known_args(argv)
+    overrides = ap.add_argument_group('in place of what the experiment sets, in all arms')
+    train_imagenette.add_config_flags(overrides, leave_out=ARMS, default=argparse.SUPPRESS)
+    args, unknown = ap.parse_known_args(argv)
+    if unknown: raise UsageError(f'unknown argument {unknown[0]}, or one that the experiment sets; see --help')
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise UsageError('one process starts the runs: several at once by --ray')
     if args.list: return args, None
     if args.name not in EXPERIMENTS:
         raise UsageError(f'no experiment {args.name}{nearest(args.name, EXPERIMENTS)}; see --list' if args.name else 'name one, see --list')
@@ -52,14 +62,16 @@ def parse(argv):
     for arm in chosen:
         if arm not in exp.arms: raise UsageError(f'--arms {arm}: no such arm; there are {", ".join(exp.arms)}')
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
-    if args.until is not None and args.until <= 0: raise UsageError(f'--until {args.until}: must be above 0')
+    if args.until is not None and not args.until > 0: raise UsageError(f'--until {args.until}: must be above 0')
     train_imagenette.check_run_flags(args)
     check_ray_flags(args)
-    given = overrides(flags)
+    given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
     arms = {arm: replace(exp.arms[arm], **given) for arm in chosen}
     if len(set(arms.values())) < len(chosen): raise UsageError('these flags and --arms leave two arms the same: nothing to compare')
     if args.until is not None and len(arms) < 2: raise UsageError('--until: needs two arms')
-    return args, replace(exp, runs=args.runs or exp.runs, arms=arms)
+    exp = replace(exp, runs=args.runs or exp.runs, arms=arms)
+    schedule(exp, args.seed0)  # its seeds are checked now, not as the runs come
+    return args, exp
 
 
 def check_ray_flags(args):
@@ -68,17 +80,6 @@ def check_ray_flags(args):
     if not (cpus >= 1 and cpus == int(cpus)): raise UsageError(f'--cpus-per-run {cpus:g}: must be 1 or more whole cores')
     if gpus is not None and not (gpus in (0, 1) or 0 < gpus < 1): raise UsageError(f'--gpus-per-run {gpus:g}: must be from 0 to 1')
     if args.ray is not None and args.gpu is not None: raise UsageError('--gpu: with --ray each run has the GPU that Ray gives it')
-
-
-def overrides(flags):
-    "{field of Config: value} of the flags of train_imagenette.py that are given; not those that tell the arms or the runs apart."
-    ap = train_imagenette.make_parser()
-    for action in ap._actions: action.default = argparse.SUPPRESS
-    given, unknown = ap.parse_known_args(flags)
-    known = {f.name for f in fields(train_imagenette.Config)} - {'attention', 'sa_at', 'seed'}
-    wrong = [*unknown, *(f'--{name.replace("_", "-")}' for name in vars(given).keys() - known)]
-    if wrong: raise UsageError(f'unknown argument {wrong[0]}, or one that the experiment sets; see --help')
-    return vars(given)
 
 
 class Loop:
@@ -101,10 +102,10 @@ class Loop:
         if key not in self.digests: self.digests[key] = None if self.args.dry_run else self.fingerprint(cfg)
         return cfg, self.digests[key]
 
-    def todo(self, runs, seed0):
-        "What of `runs` runs of each arm from `seed0` on is not recorded yet."
-        record, wanted = self.record(), schedule(self.exp.arms, runs, seed0)
-        return [(arm, cfg) for arm, cfg in wanted if runlog.recorded(record, *self.settled(cfg)).empty]
+    def todo(self, exp, seed0):
+        "What of the runs of `exp` from `seed0` on is not recorded yet."
+        record = self.record()
+        return [(arm, cfg) for arm, cfg in schedule(exp, seed0) if runlog.recorded(record, *self.settled(cfg)).empty]
 
     def train(self, todo):
         "Train what is to do. A run that fails has left its row, and the others go on; a mistake of the user ends the loop."
@@ -122,6 +123,7 @@ class Loop:
             print(f'{arm} seed {cfg.seed}:', flush=True)
             error = None
             try: self.training.run(cfg, self.args.results, self.device, resume=True, checkpoint_every=checkpoint_every)
+            except Busy as e: print(f'{e}: left to it', file=sys.stderr)
             except Exception as e:
                 if isinstance(e, UsageError) or is_stop(e): raise
                 error = repr(e)
@@ -137,10 +139,12 @@ class Loop:
         return out
 
     def until(self, points, seed):
-        "Go on, a run of each arm a turn, until each difference is known to `points`, or a turn has added nothing."
+        "Go on, a run of each arm a turn, until each difference is known to `points`; UsageError where more runs cannot tell it."
+        turn = replace(self.exp, runs=1)
         while not report.narrow_enough(arms := self.arms(), points):
-            self.train(self.todo(1, seed))
-            seed += 1
+            if all(len(a) >= 10 and np.ptp(a) == 0 for a in arms): raise UsageError('--until: all runs of an arm end alike; stopped')
+            while not (todo := self.todo(turn, seed)): seed += 1
+            self.train(todo)
             if sum(map(len, self.arms())) == sum(map(len, arms)): raise UsageError('--until: the last runs did not end ok; stopped')
 
     def so_far(self): return report.gaps({self.args.name: self.exp}, self.record(), report.load_published(), self.args.results)
@@ -151,7 +155,7 @@ def listing(results):
     table = report.gaps(EXPERIMENTS, runlog.load(results / 'runs.csv'), report.load_published(), results)
     for name, exp in EXPERIMENTS.items():
         rows = table[table.experiment == name]
-        counts = ', '.join(f'{arm} {n}/{exp.runs}' for arm, n in report.done(exp, rows).items())
+        counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in report.done(exp, rows).items())
         print(f'{name:24}{exp.claim}; runs done / wanted: {counts}')
         print(report.text(rows, indent=4))
 
@@ -162,21 +166,21 @@ def work(argv):
     record = runlog.load(args.results / 'runs.csv')
     if args.plan: return print(report.plan(report.gaps({args.name: exp}, record, report.load_published(), args.results)))
     loop = Loop(exp, args)
-    todo = loop.todo(exp.runs, args.seed0)
+    todo = loop.todo(exp, args.seed0)
     if args.dry_run:
         for arm, cfg in todo: print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
-        return print(f'{len(todo)} runs to do, {exp.runs * len(exp.arms) - len(todo)} recorded')
+        return print(f'{len(todo)} runs to do, {len(schedule(exp)) - len(todo)} recorded')
     runlog.check(args.results)
-    train_imagenette.stop_on_signals()
+    stop_on_signals()
     try:
         loop.train(todo)
-        if args.until: loop.until(args.until, args.seed0 + exp.runs)
+        if args.until: loop.until(args.until, args.seed0)
     finally: print(report.text(loop.so_far()), flush=True)
     if loop.failed: print(f'reproduce.py: {loop.failed} runs failed', file=sys.stderr)
     return int(loop.failed > 0)
 
 
-def main(argv=None): return train_imagenette.exit_code('reproduce.py', lambda: work(argv))
+def main(argv=None): return exit_code('reproduce.py', lambda: work(argv))
 
 
 if __name__ == '__main__': sys.exit(main())

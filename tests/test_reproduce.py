@@ -4,7 +4,9 @@ import math
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from conftest import REPO
 from statsmodels.stats.power import TTestIndPower
@@ -74,8 +76,40 @@ def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
     monkeypatch.setattr(report, 'narrow_enough', lambda arms, points: points == 5 and list(map(len, arms)) == [3, 3])
     assert loop('--runs', 1, '--until', 5)[0] == 0
     assert list(zip(rows(tmp_path).attention, rows(tmp_path).seed)) == [(a, s) for s in range(3) for a in ('none', 'simple')]
+    monkeypatch.setattr(report, 'narrow_enough', lambda arms, points: list(map(len, arms)) == [4, 4])
+    assert loop('--runs', 1, '--until', 5)[0] == 0 and rows(tmp_path).seed.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # goes on where it was
     code, _, err = loop('--runs', 1, '--until', 5, '--opt', 'sgd', '--lr', 1e30)  # every run diverges
-    assert code == 2 and 'did not end ok; stopped' in err and rows(tmp_path).status.tolist()[6:] == ['diverged'] * 4
+    assert code == 2 and 'did not end ok; stopped' in err and rows(tmp_path).status.tolist()[8:] == ['diverged'] * 4
+
+
+def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
+    monkeypatch.setattr(reproduce.Loop, 'arms', lambda self: [np.full(10, 0.1), np.full(10, 0.1)])
+    code, _, err = loop('--runs', 1, '--until', 5)
+    assert code == 2 and '--until: all runs of an arm end alike; stopped' in err
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(loop, tree, tmp_path, monkeypatch):
+    import checkpoint
+    import training
+    lock = checkpoint.lock
+    monkeypatch.setattr(checkpoint, 'lock', lambda file, wait=0: lock(file, 0))
+    cfg = replace(EXPERIMENTS['digits'].arms['simple'], data=str(tree), epochs=1, bs=6, workers=0)
+    cfg = training.settle(cfg, training.torch.device('cpu'))
+    with checkpoint.claim(cfg, training.get_dls(cfg).fingerprint, tmp_path / 'results'):
+        code, _, err = loop('--runs', 1)
+    assert code == 0 and 'another process is at this run: left to it' in err and rows(tmp_path).attention.tolist() == ['none']
+    assert loop('--runs', 1)[0] == 0 and rows(tmp_path).attention.tolist() == ['none', 'simple']
+    assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
+
+
+def test_of_two_loops_each_run_is_trained_by_one(tree, tmp_path):
+    argv = ['digits', '--data', tree, *TINY, '--epochs', 2, '--runs', 4, '--results', tmp_path / 'results']
+    loops = [subprocess.Popen([sys.executable, REPO / 'scripts' / 'reproduce.py', *map(str, argv)], stderr=subprocess.PIPE, text=True)
+             for _ in range(2)]
+    errors = [process.communicate(timeout=300)[1] for process in loops]
+    assert [process.returncode for process in loops] == [0, 0], errors
+    df = rows(tmp_path)
+    assert sorted(zip(df.seed, df.attention)) == [(s, a) for s in range(4) for a in ('none', 'simple')] and set(df.status) == {'ok'}
 
 
 def test_ctrl_c_leaves_what_is_done(tree, tmp_path):
@@ -93,7 +127,7 @@ def test_list_and_plan(tmp_path, capsys):
     assert not reproduce.main(['--list', '--results', str(tmp_path)])
     out = capsys.readouterr().out
     for name, exp in EXPERIMENTS.items(): assert f'\n{name} ' in '\n' + out and exp.claim in out
-    assert 'runs done / wanted: none 0/10, simple 0/10, sagan 0/10, simple_sym 0/10\n' in out
+    assert 'runs done / wanted: none 0/10, simple 0/10, sagan 0/6, simple_sym 0/6\n' in out
     assert 'none → simple: no runs; published +5.7 [3.6, 7.8]: 61.9 ± 2.6 (10) → 67.6 ± 1.8 (10); ours' in out
     assert not reproduce.main(['digits', '--arms', 'none', '--plan', '--results', str(tmp_path)])
     assert not reproduce.main(['woof-128-100-r18', '--plan', '--results', str(tmp_path)])
@@ -107,12 +141,20 @@ def test_list_and_plan(tmp_path, capsys):
     ('digits --runs 0', 'at least 1'), ('digits --until 0', 'above 0'), ('digits --sa sagan', 'one that the experiment sets'),
     ('woof-128-50-r18-lr --lr 0.003', 'two arms the same'), ('digits --arms none --until 1', 'needs two arms'),
     ('digits --seed 3', 'one that the experiment sets'), ('digits --epcohs 3', 'unknown argument --epcohs'),
+    ('--source 320 woof-128', 'did you mean woof-128-5?'), ('--list --epcohs 3', 'unknown argument --epcohs'),
+    ('digits --cpus-per-run 2', 'with --ray only'), ('digits --ray --cpus-per-run 0.5', 'whole cores'), ('digits --ray --gpu 0', '--gpu: '),
+    ('digits --ray --gpus-per-run 2', 'from 0 to 1'), ('digits --until nan', 'above 0'), ('digits --seed0 2147483646 --runs 9', 'at most'),
     ('digits --size 31', 'at least 32'), ('digits --data /no/such/folder', 'no such folder'), ('digits --gpu 99', '--gpu 99'),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, tmp_path, capfd):
     assert reproduce.main([*argv.split(), '--results', str(tmp_path)]) == 2
     out, err = capfd.readouterr()
     assert words in err and err.count('\n') == 1 and not out
+
+
+def test_one_process_starts_the_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    assert reproduce.main(['digits', '--results', str(tmp_path)]) == 2 and 'one process starts the runs' in capsys.readouterr().err
 
 
 def test_a_stopped_run_goes_on_by_itself_under_its_id(loop, tmp_path, monkeypatch):

@@ -162,8 +162,9 @@ def test_holm():
 
 @pytest.mark.parametrize('low, high, words', [
     (1, 3, 'reproduced'), (2, 3, 'reproduced'), (1, 2, 'reproduced'), (0.5, 1.5, 'same direction but smaller'),
-    (2.5, 3, 'larger than published'), (-2, -1, 'opposite direction'), (-1, 1, 'not seen'), (0, 1, 'not seen'), (-1, 0, 'not seen'),
-    (-1, 2, 'too few runs to say'), (0, 3, 'too few runs to say'), (NAN, NAN, 'too few runs to say'),
+    (2.5, 3, 'larger than published'), (-2, -1, 'opposite direction'), (-0.9, 1, 'not seen'), (0, 1, 'not seen'), (-1, 0, 'not seen'),
+    (-1, 1, 'too few runs to say'), (-9, 0.1, 'too few runs to say'), (-1, 2, 'too few runs to say'), (0, 3, 'too few runs to say'),
+    (NAN, NAN, 'too few runs to say'),
 ])
 def test_verdict_beside_a_claim_of_2(low, high, words):
     assert stats.verdict(low, high, 2) == words and stats.verdict(-high, -low, -2) == words
