@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -47,7 +48,7 @@ def parse(argv):
     for arm in chosen:
         if arm not in exp.arms: raise UsageError(f'--arms {arm}: no such arm; there are {", ".join(exp.arms)}')
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
-    if args.until is not None and args.until <= 0: raise UsageError(f'--until {args.until}: must be above 0')
+    if args.until is not None and not 0 < args.until < inf: raise UsageError(f'--until {args.until}: must be a number above 0')
     train_imagenette.check_run_flags(args)
     given = overrides(flags)
     arms = {arm: replace(exp.arms[arm], **given) for arm in chosen}
@@ -71,8 +72,8 @@ class Loop:
     "The runs of an experiment in this process, with those that the record already holds left out."
     def __init__(self, exp, args):
         self.training, self.exp, self.args = train_imagenette.load_training(), exp, args
-        from data import data_fingerprint
-        self.fingerprint = data_fingerprint
+        from data import find_set
+        self.fingerprint = lambda cfg: find_set(cfg)[2]
         self.device, self.seconds, self.failed, self.digests = self.training.get_device(args.gpu), [], 0, {}
 
     def record(self): return runlog.load(self.args.results / 'runs.csv')

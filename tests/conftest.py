@@ -13,8 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments import Config, resolve
+
 REPO = Path(__file__).parent.parent
 CLASSES = ['n02086240', 'n02087394', 'n02088364']
+TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 'images_per_second', 'peak_memory_mb', 'workers']
 
 
 @pytest.fixture(scope='session', autouse=True)
@@ -40,6 +43,11 @@ def tree(tmp_path):
                 name = f'ILSVRC2012_val_{c}{i:03d}_{folder}.JPEG' if i == 0 else f'{label}_{folder}{i}.JPEG'
                 make_image(100 * c + 10 * i + (folder == 'val')).save(tmp_path / 'set' / folder / label / name)
     return tmp_path / 'set'
+
+
+def config(tree, **kwargs):
+    "The resolved Config of a run on `tree`."
+    return resolve(Config(**dict(dataset='custom', data=str(tree), size=32, bs=6, workers=0, split='v1') | kwargs))
 
 
 @pytest.fixture
