@@ -3,6 +3,7 @@
 A field is defined here once; its flag, its check and its column in results/runs.csv follow. The defaults are the
 recipe of the source, github.com/sdoria/SimpleSelfAttention (2019). Imports neither torch nor fastai.
 """
+import argparse
 import ast
 import math
 from dataclasses import dataclass, field, fields, replace
@@ -14,7 +15,13 @@ from pathlib import Path
 class UsageError(Exception):
     "A mistake of the user, told in one line that says what to do."
     def __init__(self, message):
-        super().__init__(message.rstrip().rsplit('UsageError: ')[-1])  # a loader's worker wraps it in its traceback
+        message = message.rstrip().rsplit('UsageError: ')[-1]  # a loader's worker wraps it in its traceback
+        super().__init__(''.join(c if c.isprintable() else repr(c)[1:-1] for c in message))
+
+
+class Parser(argparse.ArgumentParser):
+    "Tells a mistake in one line."
+    def error(self, message): raise UsageError(message)
 
 
 class Stopped(KeyboardInterrupt):

@@ -7,7 +7,6 @@ Accuracies are fractions in files, percent in tables. A published mean of last e
 of best epochs beside ours of best epochs: the two are never mixed. Runs on other images, splits or archives, or of another
 precision, are a set of their own and never pooled. How a verdict is reached: results/README.md.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,7 +15,7 @@ import pandas as pd
 
 import runlog
 import stats
-from experiments import EXPERIMENTS, IMAGES, SETTINGS, Config, UsageError, nearest, resolve
+from experiments import EXPERIMENTS, IMAGES, SETTINGS, Config, Parser, UsageError, nearest, resolve
 
 SET = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']  # runs that differ in one of these are not pooled
 PUBLISHED = ['dataset', 'split', 'size', 'epochs', 'arch', 'mixup', 'lr', 'bs']  # the settings that the published rows differ in
@@ -350,12 +349,12 @@ def plain_markdown(frame):
 
 
 def main(argv=None):
-    ap = argparse.ArgumentParser(description='The experiments beside their published numbers.', allow_abbrev=False)
+    ap = Parser(description='The experiments beside their published numbers.', allow_abbrev=False)
     ap.add_argument('names', nargs='*', metavar='EXPERIMENT', help='these only (default: all that have runs)')
     ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
     ap.add_argument('--readme', action='store_true', help='write the table between the markers of README.md')
-    args = ap.parse_args(argv)
     try:
+        args = ap.parse_args(argv)
         runs, published = runlog.load(args.results / 'runs.csv'), load_published()
         if args.readme: return write_readme(readme_table(runs, published))
         for name in args.names:
@@ -366,7 +365,7 @@ def main(argv=None):
         if not args.names: write(table, runs, args.results, published)
         shown = table if args.names else table[table.verdict != 'no runs']
         print(text(shown) if len(shown) else f'{len(runs)} runs, but no experiment has runs of two arms')
-    except UsageError as e:
+    except (UsageError, OSError) as e:
         print(f'report.py: {e}', file=sys.stderr)
         return 2
 

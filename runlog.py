@@ -20,7 +20,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from experiments import SETTINGS, Config, UsageError, fields
+from experiments import SETTINGS, Config, Parser, UsageError, fields
 
 RESULTS = Path(__file__).parent / 'results'
 STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
@@ -255,14 +255,14 @@ def recorded(runs, cfg, digest):
 
 
 def main(argv=None):
-    import argparse
-    ap = argparse.ArgumentParser(description='Merge run files.', allow_abbrev=False)
+    ap = Parser(description='Merge run files.', allow_abbrev=False)
     sub = ap.add_subparsers(dest='command', required=True)
     m = sub.add_parser('merge', help='add the rows of OTHER.csv to runs.csv, each once')
     m.add_argument('other', type=Path)
     m.add_argument('--results', type=Path, default=RESULTS, help='results directory')
-    args = ap.parse_args(argv)
-    try: print('{1} rows added to {0}'.format(*merge(args.other, args.results)))
+    try:
+        args = ap.parse_args(argv)
+        print('{1} rows added to {0}'.format(*merge(args.other, args.results)))
     except (UsageError, OSError) as e:
         print(f'runlog.py: {e}', file=sys.stderr)
         return 2

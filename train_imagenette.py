@@ -12,13 +12,8 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from experiments import SWITCH, Config, Stopped, UsageError, fields, flag, is_stop, nearest
+from experiments import SWITCH, Config, Parser, Stopped, UsageError, fields, flag, is_stop, nearest
 from files import find_images
-
-
-class Parser(argparse.ArgumentParser):
-    "Tells a mistake in one line."
-    def error(self, message): raise UsageError(message)
 
 
 def switch(text):
@@ -104,6 +99,7 @@ def is_first():
 def probe(file):
     "Raise UsageError unless `file` can be written; leaves it as it was."
     new = not os.path.lexists(file)
+    if not new and not file.is_file() and not file.is_dir(): raise UsageError(f'--save {file}: cannot be written (not a regular file)')
     try:
         with open(file, 'ab'): pass
         if new: file.unlink()
@@ -146,7 +142,10 @@ def train(cfg, args):
 
 
 def exit_code(program, work):
-    "That of work(). 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe."
+    """That of work(). 0: done; 1: a fault; 2: a mistake of the user; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe.
+
+    A mistake is told in one line, and so is the death of a loader process; another fault by its traceback.
+    """
     try: return work()
     except UsageError as e:
         if is_first(): print(f'{program}: {e}', file=sys.stderr)
@@ -155,8 +154,10 @@ def exit_code(program, work):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there when it ends
         return 128 + signal.SIGPIPE
     except (KeyboardInterrupt, Exception) as e:
-        if not is_stop(e): raise
-        return 128 + (Stopped.by or (signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM))
+        if is_stop(e): return 128 + (Stopped.by or (signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM))
+        if not str(e).startswith('DataLoader worker'): raise
+        print(f'{program}: {str(e).strip()} (out of memory? fewer --workers need less)', file=sys.stderr)
+        return 1
 
 
 def main(argv=None): return exit_code('train_imagenette.py', lambda: train(*parse(argv)))
