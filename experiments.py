@@ -6,6 +6,7 @@ recipe of the source, github.com/sdoria/SimpleSelfAttention (2019). Imports neit
 import argparse
 import ast
 import math
+import sys
 from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from operator import ge, gt, le, lt
@@ -22,6 +23,11 @@ class UsageError(Exception):
 class Parser(argparse.ArgumentParser):
     "Tells a mistake in one line."
     def error(self, message): raise UsageError(message)
+
+    def parse_known_args(self, args=None, namespace=None):
+        for arg in (args := sys.argv[1:] if args is None else args):  # Python 3.11 makes an empty list of --flag=--
+            if arg.startswith('--') and arg.endswith('=--'): raise UsageError(f'{arg}: expected an argument')
+        return super().parse_known_args(args, namespace)
 
 
 class Stopped(KeyboardInterrupt):
@@ -88,7 +94,7 @@ class Config:
     # training
     epochs: int = knob(5, 'epochs', '--epoch', least=1, most=10_000)
     bs: int = knob(64, 'batch size', least=2, most=65_536)
-    lr: float = knob(3e-3, 'peak learning rate', above=0)
+    lr: float = knob(3e-3, 'peak learning rate', above=0, most=1e30)
     schedule: str = knob('one_cycle', 'learning rate schedule', choices=['one_cycle', 'flat_cos'])
     opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
     mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 (or (1+mom)/2, if less) to mom-0.05 (or 0) and back',

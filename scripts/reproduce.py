@@ -54,7 +54,9 @@ def parse(argv):
     arms = {arm: replace(exp.arms[arm], **given) for arm in chosen}
     if len(set(arms.values())) < len(chosen): raise UsageError('these flags and --arms leave two arms the same: nothing to compare')
     if args.until is not None and len(arms) < 2: raise UsageError('--until: needs two arms')
-    return args, replace(exp, runs=args.runs or exp.runs, arms=arms)
+    exp = replace(exp, runs=args.runs or exp.runs, arms=arms)
+    replace(arms[chosen[0]], seed=args.seed0 + exp.runs - 1)  # the last seed is checked now
+    return args, exp
 
 
 def overrides(flags):

@@ -5,6 +5,7 @@ import tempfile
 os.environ['FASTAI_HOME'] = tempfile.mkdtemp(prefix='fastai-home-')  # before fastai is imported; nothing is downloaded
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the models here are too small for more, the machine of the tests may be busy
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -24,6 +25,14 @@ TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 
 def fastai_home():
     yield Path(os.environ['FASTAI_HOME'])
     shutil.rmtree(os.environ['FASTAI_HOME'], ignore_errors=True)
+
+
+def script(name):
+    "The module of scripts/<name>.py."
+    spec = importlib.util.spec_from_file_location(name, REPO / 'scripts' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_image(seed, size=(60, 48)):

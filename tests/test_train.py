@@ -90,7 +90,8 @@ def test_every_field_is_a_flag_with_help(capsys):
     ('--save /no/such/folder/m.pt', 'cannot be written (No such file'), ('--seed 2147483647 --runs 2', '--seed 2147483648'),
     ('--precision fp16 --dataset digits --size 32', 'needs a CUDA device'), ('--mixup 1e-300', '--mixup 1e-300'),
     ('--dataset custom', 'name its folder'), ('--data /', 'no folder train'), ('--mom 1', '--mom 1.0: must be below 1'),
-    ('--save /tmp', 'cannot be written (Is a directory)'), ('--meta \udcff', 'cannot be printed'),
+    ('--save /tmp', 'cannot be written (Is a directory)'), ('--save /dev/null', 'not a regular file'), ('--runs=--', 'expected an'),
+    ('--lr 1e308', 'at most 1e+30'), ('--\x1b', r'unknown argument --\x1b'), ('--meta \udcff', 'cannot be printed'),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, command):
     if 'fp16' in argv and torch.cuda.is_available(): pytest.skip('fp16 works on CUDA')
