@@ -11,6 +11,11 @@ class Parser(argparse.ArgumentParser):
     "Tells a mistake in one line."
     def error(self, message): raise UsageError(message)
 
+    def parse_known_args(self, args=None, namespace=None):
+        for arg in (args := sys.argv[1:] if args is None else args):  # Python 3.11 makes an empty list of --flag=--
+            if arg.startswith('--') and arg.endswith('=--'): raise UsageError(f'{arg}: expected an argument')
+        return super().parse_known_args(args, namespace)
+
 
 def stop_on_signals():
     "Let Ctrl-C and SIGTERM end this process by Stopped; loader workers, which inherit the handler, just end."
@@ -30,7 +35,10 @@ def is_first():
 
 
 def exit_code(program, work):
-    "That of work(). 0: done; 1: a fault; 2: a mistake of the user, told in one line; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe."
+    """That of work(). 0: done; 1: a fault; 2: a mistake of the user; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe.
+
+    A mistake is told in one line, and so is the death of a loader process; another fault by its traceback.
+    """
     try: return work()
     except UsageError as e:
         if is_first(): print(f'{program}: {e}', file=sys.stderr)
@@ -39,5 +47,7 @@ def exit_code(program, work):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there when it ends
         return 128 + signal.SIGPIPE
     except (KeyboardInterrupt, Exception) as e:
-        if not is_stop(e): raise
-        return 128 + (Stopped.by or (signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM))
+        if is_stop(e): return 128 + (Stopped.by or (signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM))
+        if not str(e).startswith('DataLoader worker'): raise
+        print(f'{program}: {str(e).strip()} (out of memory? fewer --workers need less)', file=sys.stderr)
+        return 1

@@ -6,9 +6,13 @@ the decoded images on the device and crops there. Both normalise with ImageNet's
 All that is random in an epoch (order, crops, flips) is drawn at once from (seed, epoch), so it depends neither on
 the loader, nor on the number of its processes, nor on the epochs before it.
 """
+import gzip
 import os
 import shutil
+import tarfile
 import tempfile
+import zlib
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
@@ -39,16 +43,46 @@ def find_data(cfg):
     if cfg.data: return Path(cfg.data)
     if cfg.dataset == 'digits': return digits()
     url = ARCHIVES[cfg.dataset, cfg.source]
-    try: return untar_data(url)
-    except Exception as e:  # urllib, ssl, tarfile, a full disk: all mean that there is no archive
-        archive = fastai_path('archive') / Path(url).name
-        hint = f'put the archive at {archive}, or name an extracted folder with --data'
-        raise UsageError(f'cannot get {url} ({" ".join(str(e).split())}): {hint}') from None
+    archive, folder = fastai_path('archive') / Path(url).name, fastai_path('data') / Path(url).stem
+    if folder.exists(): return folder
+    try:
+        with whole(folder) as part:
+            untar_data(url, base=part.parent, archive=archive.parent, data=part.parent)
+            n, expected = len(find_images(part)), sum(IMAGES[cfg.dataset, cfg.split])
+            if n != expected: raise tarfile.ReadError(f'{n:,} of {expected:,} images')  # at a damaged header tarfile ends in silence
+    except (EOFError, UsageError, gzip.BadGzipFile, shutil.ReadError, tarfile.TarError, zlib.error) as e:
+        raise UsageError(f'{archive}: damaged ({_brief(e)}); remove it, and it is downloaded anew') from None
+    except Exception as e:  # urllib, ssl, a full disk: all mean that there is no archive
+        hint = f'try again, put the archive at {archive}, or name an extracted folder with --data'
+        raise UsageError(f'cannot get {url} ({_brief(e)}): {hint}') from None
+    return folder
 
 
-def data_fingerprint(cfg):
-    "That of the images `cfg` trains and validates on, downloaded first where need be."
-    return fingerprint(find_images(find_data(cfg)))
+def _brief(e):
+    "What went wrong, in a line: without the body of an HTTP error, or all the files that could not be copied."
+    if isinstance(e, shutil.Error): return e.args[0][0][-1]  # of [(from, to, reason)]
+    if 'ContentTooShortError' in str(e): return 'the download broke off'  # a NameError, where fastcore forgets to import it
+    return next(iter(str(e).splitlines()), type(e).__name__)[:200]
+
+
+@contextmanager
+def whole(folder):
+    "A path for the block to fill, which then takes the place of `folder`, if that is not there by now: never half of it."
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'{folder.name}.', dir=folder.parent) as beside:
+        yield (part := Path(beside) / folder.name)
+        try: part.rename(folder)
+        except OSError:  # another process was first
+            if not folder.exists(): raise
+
+
+def find_set(cfg):
+    "(folder, {path: bytes}, fingerprint) of the images `cfg` trains and validates on, downloaded first where need be."
+    try:
+        path = find_data(cfg)
+        files = find_images(path)
+        return path, files, fingerprint(files)
+    except (OSError, UnicodeError) as e: raise UsageError(f'cannot read the data: {e}') from None
 
 
 def digits():
@@ -57,17 +91,12 @@ def digits():
     if path.exists(): return path
     from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix='digits.', dir=path.parent))
-    for i, (image, label) in enumerate(zip(images, labels)):
-        file = part / ('train' if i % 5 else 'val') / str(label) / f'{i:04d}.png'
-        file.parent.mkdir(parents=True, exist_ok=True)
-        image = np.pad(image.reshape(8, 8) * (255 / 16), 2)  # the margin is what the centre crop takes off again
-        Image.fromarray(image.round().astype(np.uint8)).save(file)
-    try: part.rename(path)
-    except OSError:  # another process was first
-        shutil.rmtree(part)
-        if not path.exists(): raise
+    with whole(path) as part:
+        for i, (image, label) in enumerate(zip(images, labels)):
+            file = part / ('train' if i % 5 else 'val') / str(label) / f'{i:04d}.png'
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image = np.pad(image.reshape(8, 8) * (255 / 16), 2)  # the margin is what the centre crop takes off again
+            Image.fromarray(image.round().astype(np.uint8)).save(file)
     return path
 
 
@@ -200,11 +229,7 @@ def loaders(cfg, path, train, valid, digest, device):
 def get_dls(cfg, device='cpu'):
     "DataLoaders of a resolved `cfg`, with `vocab` (class names), `files` (of validation), `fingerprint` and `loader` (its kind)."
     device = torch.device(device)
-    try:
-        path = find_data(cfg)
-        sizes = find_images(path)
-        digest = fingerprint(sizes)
-    except (OSError, UnicodeError) as e: raise UsageError(f'cannot read the data: {e}') from None
+    path, sizes, digest = find_set(cfg)
     train, valid = split_files(list(sizes), cfg.split)
     expected = IMAGES.get((cfg.dataset, cfg.split)) if not cfg.data else None
     if expected and len(sizes) != sum(expected):
@@ -221,11 +246,13 @@ def get_dls(cfg, device='cpu'):
     vocab = sorted({label[f] for f in train})
     unknown = sorted({label[f] for f in valid} - set(vocab))
     if unknown: raise UsageError(f'{path}: class {", ".join(unknown)} of the validation images is not in training')
+    missing = sorted(set(vocab) - {label[f] for f in valid})
+    if missing: raise UsageError(f'{path}: class {", ".join(missing)} of the training images has none in validation')
     if len(vocab) < 2: raise UsageError(f'{path}: one class only, {vocab[0]}; there is nothing to tell apart')
     if cfg.pct_noise:
         noisy = noisy_labels(path, cfg.pct_noise)
-        missing = [f for f in train if f.startswith('train/') and noisy.get(f) not in vocab]
-        if missing: raise UsageError(f'{path}: its noisy_*.csv has no label of ours for {missing[0]}')
+        unlabelled = [f for f in train if f.startswith('train/') and noisy.get(f) not in vocab]
+        if unlabelled: raise UsageError(f'{path}: its noisy_*.csv has no label of ours for {unlabelled[0]}')
         label |= {f: noisy.get(f, label[f]) for f in train}
     index = {name: i for i, name in enumerate(vocab)}
     pairs = [[(f, index[label[f]]) for f in files] for files in (train, valid)]

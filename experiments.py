@@ -14,7 +14,8 @@ from pathlib import Path
 class UsageError(Exception):
     "A mistake of the user, told in one line that says what to do."
     def __init__(self, message):
-        super().__init__(message.rstrip().rsplit('UsageError: ')[-1])  # a loader's worker wraps it in its traceback
+        message = message.rstrip().rsplit('UsageError: ')[-1]  # a loader's worker wraps it in its traceback
+        super().__init__(''.join(c if c.isprintable() else repr(c)[1:-1] for c in message))
     def __str__(self): return self.args[0].rsplit(':\n\t')[-1]  # fastai puts before it in which callback it came
 
 
@@ -86,7 +87,7 @@ class Config:
     # training
     epochs: int = knob(5, 'epochs', '--epoch', least=1, most=10_000)
     bs: int = knob(64, 'batch size', least=2, most=65_536)
-    lr: float = knob(3e-3, 'peak learning rate', above=0)
+    lr: float = knob(3e-3, 'peak learning rate', above=0, most=1e30)
     schedule: str = knob('one_cycle', 'learning rate schedule', choices=['one_cycle', 'flat_cos'])
     opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
     mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 (or (1+mom)/2, if less) to mom-0.05 (or 0) and back',

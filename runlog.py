@@ -246,7 +246,8 @@ def write_files(files, results=RESULTS):
 def load(path=RESULTS / 'runs.csv'):
     "runs.csv as a DataFrame with typed columns, a row per run: its last; an empty one if there is no file."
     import pandas as pd
-    rows = _read_rows(path) if Path(path).exists() else []
+    try: rows = _read_rows(path) if Path(path).exists() else []
+    except OSError as e: raise UsageError(f'{path}: cannot be read ({e})') from None
     if rows is None: raise UsageError(f'{path}: not a runs file of this repository (foreign columns, or no run_id)')
     df = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
     for name, kind in COLUMNS.items():

@@ -100,6 +100,7 @@ def check_run_flags(args):
 def probe(file):
     "Raise UsageError unless `file` can be written; leaves it as it was."
     new = not os.path.lexists(file)
+    if not new and not file.is_file() and not file.is_dir(): raise UsageError(f'--save {file}: cannot be written (not a regular file)')
     try:
         with open(file, 'ab'): pass
         if new: file.unlink()

@@ -18,6 +18,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -62,7 +63,7 @@ def parse(argv):
     for arm in chosen:
         if arm not in exp.arms: raise UsageError(f'--arms {arm}: no such arm; there are {", ".join(exp.arms)}')
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
-    if args.until is not None and not args.until > 0: raise UsageError(f'--until {args.until}: must be above 0')
+    if args.until is not None and not 0 < args.until < inf: raise UsageError(f'--until {args.until}: must be a number above 0')
     train_imagenette.check_run_flags(args)
     check_ray_flags(args)
     given = {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
@@ -70,7 +71,7 @@ def parse(argv):
     if len(set(arms.values())) < len(chosen): raise UsageError('these flags and --arms leave two arms the same: nothing to compare')
     if args.until is not None and len(arms) < 2: raise UsageError('--until: needs two arms')
     exp = replace(exp, runs=args.runs or exp.runs, arms=arms)
-    schedule(exp, args.seed0)  # its seeds are checked now, not as the runs come
+    replace(arms[chosen[0]], seed=args.seed0 + max(map(exp.wanted, exp.arms)) - 1)  # the last seed is checked now
     return args, exp
 
 
@@ -86,8 +87,8 @@ class Loop:
     "The runs of an experiment, in this process or on Ray, with those that the record already holds left out."
     def __init__(self, exp, args):
         self.training, self.exp, self.args, self.failed, self.digests = train_imagenette.load_training(), exp, args, 0, {}
-        from data import data_fingerprint
-        self.fingerprint = data_fingerprint
+        from data import find_set
+        self.fingerprint = lambda cfg: find_set(cfg)[2]
         if args.ray is None: self.each, self.device = self.here, self.training.get_device(args.gpu)
         else:
             self.cluster = cluster.Cluster(args.ray, args.results, args.cpus_per_run, args.gpus_per_run)

@@ -5,6 +5,7 @@ import tempfile
 os.environ['FASTAI_HOME'] = tempfile.mkdtemp(prefix='fastai-home-')  # before fastai is imported; nothing is downloaded
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the models here are too small for more, the machine of the tests may be busy
 
+import importlib.util
 import shutil
 from pathlib import Path
 
@@ -13,14 +14,25 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments import Config, resolve
+
 REPO = Path(__file__).parent.parent
 CLASSES = ['n02086240', 'n02087394', 'n02088364']
+TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 'images_per_second', 'peak_memory_mb', 'workers']
 
 
 @pytest.fixture(scope='session', autouse=True)
 def fastai_home():
     yield Path(os.environ['FASTAI_HOME'])
     shutil.rmtree(os.environ['FASTAI_HOME'], ignore_errors=True)
+
+
+def script(name):
+    "The module of scripts/<name>.py."
+    spec = importlib.util.spec_from_file_location(name, REPO / 'scripts' / f'{name}.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def make_image(seed, size=(60, 48)):
@@ -40,6 +52,11 @@ def tree(tmp_path):
                 name = f'ILSVRC2012_val_{c}{i:03d}_{folder}.JPEG' if i == 0 else f'{label}_{folder}{i}.JPEG'
                 make_image(100 * c + 10 * i + (folder == 'val')).save(tmp_path / 'set' / folder / label / name)
     return tmp_path / 'set'
+
+
+def config(tree, **kwargs):
+    "The resolved Config of a run on `tree`."
+    return resolve(Config(**dict(dataset='custom', data=str(tree), size=32, bs=6, workers=0, split='v1') | kwargs))
 
 
 @pytest.fixture

@@ -1,11 +1,10 @@
 """The benchmarks measure what they say; the figures themselves are the machine's."""
-import importlib.util
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, script
 from fastai.optimizer import OptimWrapper
 from test_report import unchanged
 
@@ -13,9 +12,7 @@ import layer_cost
 from experiments import Config
 from layers import ATTENTION, multiply_adds
 
-spec = importlib.util.spec_from_file_location('benchmark', REPO / 'scripts' / 'benchmark.py')
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
+benchmark = script('benchmark')
 CPU = torch.device('cpu')
 
 

@@ -1,26 +1,21 @@
 """Runs that are stopped and continued: to the bit the run that was never stopped."""
-import multiprocessing as mp
 import os
-import random
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, TIMES
 
 import checkpoint
 import runlog
-import train_imagenette
 import training
 from experiments import UsageError
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--sa')
-TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 'images_per_second', 'peak_memory_mb', 'workers']
 
 
 def record(results): return runlog.load(results / 'runs.csv')
@@ -77,42 +72,6 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, comm
     assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
     rows = list(pd.read_csv(tmp_path / 'results' / 'runs.csv').status)
     assert rows == ['interrupted', 'ok']  # both ends stay
-
-
-def _main(argv):
-    os.environ['FASTAI_HOME'], sys.stdout = argv.pop(), open(os.devnull, 'w')
-    train_imagenette.main(argv)
-
-
-def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tree, tmp_path):
-    context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['training'])
-    argv = list(map(str, ['--data', tree, *TINY, '--epochs', 4, '--runs', 5, '--checkpoint-every', 1, '--resume']))
-    def start(results):
-        process = context.Process(target=_main, args=([*argv, '--results', str(results), os.environ['FASTAI_HOME']],))
-        process.start()
-        return process
-    start(tmp_path / 'first').join()  # the server has imported torch by now
-    begun = time.perf_counter()
-    start(tmp_path / 'whole').join()
-    epoch = (time.perf_counter() - begun) / 20
-    rng, results, killed = random.Random(0), tmp_path / 'results', 0
-    while killed < 20:
-        process = start(results)
-        process.join(rng.uniform(0, 3 * epoch))
-        killed += process.is_alive()
-        process.kill()
-        process.join()
-        if (results / 'runs.csv').exists(): assert set(record(results).status) <= {'ok'}
-    start(results).join()
-    whole, parts = (record(r).sort_values('seed').reset_index(drop=True) for r in (tmp_path / 'whole', results))
-    assert parts.seed.tolist() == list(range(5)) and parts.drop(columns=TIMES).equals(whole.drop(columns=TIMES))
-    assert (parts.resumed > 0).any()
-    for a, b in zip(whole.run_id, parts.run_id):
-        curves = [pd.read_csv(r / 'curves' / f'{i}.csv').drop(columns='seconds') for r, i in ((tmp_path / 'whole', a), (results, b))]
-        assert curves[0].equals(curves[1])
-        with np.load(results / 'predictions' / f'{b}.npz') as saved: assert len(saved['logits']) == 6
-    assert not list((results / 'checkpoints').glob('*.pt'))
 
 
 def test_short_runs_keep_no_checkpoint_unless_asked(tree, command, stopped, tmp_path, monkeypatch):

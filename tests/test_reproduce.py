@@ -1,5 +1,4 @@
 """The loop over the runs of an experiment, on a tree of a few images."""
-import importlib.util
 import math
 import signal
 import subprocess
@@ -8,15 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, script
 from statsmodels.stats.power import TTestIndPower
 
 import runlog
 from experiments import EXPERIMENTS
 
-spec = importlib.util.spec_from_file_location('reproduce', REPO / 'scripts' / 'reproduce.py')
-reproduce = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(reproduce)
+reproduce = script('reproduce')
 
 TINY = ['--epochs', '1', '--bs', '6', '--workers', '0']
 
@@ -137,14 +134,16 @@ def test_list_and_plan(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('argv, words', [
-    ('woof-128', 'did you mean woof-128-5?'), ('', 'name one, see --list'), ('digits --arms none,x', 'no such arm; there are none, simple'),
-    ('digits --runs 0', 'at least 1'), ('digits --until 0', 'above 0'), ('digits --sa sagan', 'one that the experiment sets'),
+    ('woof-128', 'did you mean woof-128-5?'), ('', 'name one, see --list'),
+    ('digits --arms none,x', 'no such arm; there are none, simple'), ('digits --runs 0', 'at least 1'), ('digits --until 0', 'above 0'),
+    ('digits --until nan', 'above 0'), ('digits --sa sagan', 'one that the experiment sets'),
     ('woof-128-50-r18-lr --lr 0.003', 'two arms the same'), ('digits --arms none --until 1', 'needs two arms'),
     ('digits --seed 3', 'one that the experiment sets'), ('digits --epcohs 3', 'unknown argument --epcohs'),
     ('--source 320 woof-128', 'did you mean woof-128-5?'), ('--list --epcohs 3', 'unknown argument --epcohs'),
     ('digits --cpus-per-run 2', 'with --ray only'), ('digits --ray --cpus-per-run 0.5', 'whole cores'), ('digits --ray --gpu 0', '--gpu: '),
-    ('digits --ray --gpus-per-run 2', 'from 0 to 1'), ('digits --until nan', 'above 0'), ('digits --seed0 2147483646 --runs 9', 'at most'),
-    ('digits --size 31', 'at least 32'), ('digits --data /no/such/folder', 'no such folder'), ('digits --gpu 99', '--gpu 99'),
+    ('digits --ray --gpus-per-run 2', 'from 0 to 1'), ('digits --seed0 2147483646 --runs 9', 'at most'),
+    ('digits --runs 9999999999', '--seed 9999999998'), ('digits --size 31', 'at least 32'),
+    ('digits --data /no/such/folder', 'no such folder'), ('digits --gpu 99', '--gpu 99'),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, tmp_path, capfd):
     assert reproduce.main([*argv.split(), '--results', str(tmp_path)]) == 2

@@ -1,9 +1,15 @@
 """What can happen to the record: damaged files, full and read-only disks, many writers. Nothing in it is lost or altered."""
+import multiprocessing as mp
 import os
+import random
 import shutil
+import signal
 import subprocess
+import sys
+import time
 
 import pytest
+from conftest import REPO
 
 import runlog
 import training
@@ -136,6 +142,41 @@ def test_a_read_only_results_folder_is_told_before_the_run(tree, command, tmp_pa
 
 
 # --- runs beside each other, and the clock ---
+
+def _append_many(args):
+    results, process, n = args
+    for i in range(n): runlog.append(row(f'{process}-{i}', meta='x,"y"\n' * (i % 3)), results)
+
+
+def test_eight_processes_lose_no_row(tmp_path):
+    with mp.get_context('fork').Pool(8) as pool: pool.map(_append_many, [(tmp_path, p, 100) for p in range(8)])
+    df = runlog.load(tmp_path / 'runs.csv')
+    assert set(df.run_id) == {f'{p}-{i}' for p in range(8) for i in range(100)} and len(df) == 800
+    assert set(df.meta) == {'', 'x,"y"\n', 'x,"y"\nx,"y"\n'}
+
+
+def test_kill_9_leaves_a_whole_file(tmp_path):
+    code = f'''
+import sys; sys.path.insert(0, {str(REPO)!r})
+import runlog
+for i in range(100000):
+    runlog.append(dict(run_id=f"{{sys.argv[1]}}-{{i}}", status="ok", meta="m" * 2000), {str(tmp_path)!r})
+    print(i, flush=True)
+'''
+    seen = 0
+    rng = random.Random(0)
+    for attempt in range(8):
+        process = subprocess.Popen([sys.executable, '-c', code, str(attempt)], stdout=subprocess.PIPE, text=True)
+        process.stdout.readline()  # it is under way
+        time.sleep(0.05 * rng.random())
+        process.send_signal(signal.SIGKILL)
+        done = process.stdout.read().count('\n') + 1
+        df = runlog.load(tmp_path / 'runs.csv')
+        assert df.run_id.is_unique and (df.status == 'ok').all() and (df.meta.str.len() == 2000).all()
+        assert seen + done <= len(df) <= seen + done + 1  # every row that was reported, and at most the one in flight
+        seen = len(df)
+    assert {p.name for p in tmp_path.iterdir()} <= {'.runs.lock', '.runs.csv.part', 'runs.csv'}
+
 
 def test_two_runs_with_one_id_keep_their_curves_and_rows_apart(tree, command, tmp_path, monkeypatch):
     tokens = iter(['same', 'same', 'next', *map(str, range(9))])

@@ -1,0 +1,156 @@
+"""What can happen to a run: a loss that is no number, signals, processes that are killed. Each has its row, or goes on to it."""
+import csv
+import math
+import multiprocessing as mp
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import REPO, TIMES
+
+import runlog
+import train_imagenette
+import training
+
+TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
+
+
+def load(results): return runlog.load(results / 'runs.csv')
+
+
+def record(tmp_path): return load(tmp_path / 'results')
+
+
+# --- a loss that is no number ---
+
+def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tree, command, tmp_path):
+    code, out, _ = command('--data', tree, *TINY[:-1], 3, '--opt', 'sgd', '--lr', 1e30)
+    row = record(tmp_path).iloc[0]
+    assert code == 0 and row.status == 'diverged' and row.epochs_done < 3 and 'diverged after' in out
+    with open(tmp_path / 'results' / 'runs.csv', newline='') as f: raw = next(csv.DictReader(f))
+    assert raw['accuracy'] == raw['max_accuracy'] == raw['valid_loss'] == ''  # blank, not 0
+
+
+def test_a_validation_loss_that_is_not_finite_is_diverged_too(tree, command, tmp_path, monkeypatch):
+    monkeypatch.setattr(training.FiniteLoss, '__call__', lambda self, loss: True)  # as on CUDA, where the last losses are on their way
+    monkeypatch.setattr(training.Measure, 'before_validate', lambda self: [
+        setattr(self, 'logits', []), setattr(self, 'targets', []), self.model.head.bias.data.fill_(float('nan'))])
+    assert command('--data', tree, *TINY)[0] == 0 and record(tmp_path).status.tolist() == ['diverged']
+
+
+# --- signals ---
+
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_an_interrupted_row(number, code, tree, tmp_path):
+    argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 1]
+    process = subprocess.Popen([sys.executable, REPO / 'train_imagenette.py', *map(str, argv)], text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(2): assert process.stdout.readline().startswith('epoch ')
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    row = record(tmp_path).iloc[0]
+    assert process.returncode == code and row.status == 'interrupted' and 1 <= row.epochs_done < 1000 and math.isnan(row.accuracy)
+    assert 'interrupted after' in out and 'Traceback' not in err
+
+
+def test_sigterm_to_the_loader_processes_too_leaves_the_same(tree, tmp_path):
+    argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 2]
+    processes = [subprocess.Popen([sys.executable, REPO / 'train_imagenette.py', *map(str, argv)], text=True, start_new_session=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(5)]
+    for process in processes:
+        assert process.stdout.readline().startswith('epoch ')
+        os.killpg(process.pid, signal.SIGTERM)
+    for process in processes:
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == 143 and 'interrupted after' in out and not err
+    assert record(tmp_path).status.tolist() == ['interrupted'] * 5
+
+
+def test_a_signal_whose_exception_is_lost_ends_the_run_too(tree, command, tmp_path, monkeypatch):
+    class Lost:
+        def __del__(self): os.kill(os.getpid(), signal.SIGTERM)
+    def reset(device): Lost()
+    hook, handlers = sys.unraisablehook, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    monkeypatch.setattr(training, 'reset_peak_memory', reset)
+    code, _, err = command('--data', tree, *TINY)
+    sys.unraisablehook, training.Stopped.by = hook, 0
+    for n, handler in handlers.items(): signal.signal(n, handler)
+    assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and not err
+
+
+def test_a_loader_process_ended_by_sigterm_first_leaves_the_same(tree, command, tmp_path, monkeypatch):
+    def fit(*args): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
+    monkeypatch.setattr(training, 'fit', fit)
+    code, out, err = command('--data', tree, *TINY)
+    assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and 'interrupted after' in out and not err
+
+
+# --- kill -9 ---
+
+def kill_children(process):
+    "Kill each child of a process, by kill -9, until it ends."
+    while process.poll() is None:
+        with suppress(FileNotFoundError, ProcessLookupError):
+            for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split(): os.kill(int(pid), signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc for the loader processes')
+def test_a_loader_process_that_dies_leaves_a_failed_row_and_the_run_goes_on_from_its_checkpoint(tree, command, tmp_path):
+    argv = ['--data', tree, *TINY[:-1], 8, '--workers', 1, '--checkpoint-every', 1]
+    process = subprocess.Popen([sys.executable, REPO / 'train_imagenette.py', *map(str, argv), '--results', tmp_path / 'results'],
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    for _ in range(2): assert process.stdout.readline().startswith('epoch ')
+    kill_children(process)
+    out, err = process.communicate()
+    assert process.returncode == 1 and err.startswith('train_imagenette.py: DataLoader worker (pid') and err.count('\n') == 1, err
+    assert 'failed after' in out and 'its checkpoint is kept: --resume goes on with it' in out
+    row = record(tmp_path).iloc[0]
+    assert row.status == 'failed' and 2 <= row.epochs_done < 8 and math.isnan(row.accuracy)
+    code, out, err = command(*argv, '--workers', 0, '--resume')
+    assert code == 0 and f'{row.run_id}: goes on after epoch {row.epochs_done} of 8' in out and not err
+    assert record(tmp_path)[['run_id', 'status', 'epochs_done', 'resumed']].values.tolist() == [[row.run_id, 'ok', 8, 1]]
+    assert pd.read_csv(tmp_path / 'results' / 'runs.csv').status.tolist() == ['failed', 'ok'] and not list(tmp_path.rglob('*.pt'))
+
+
+def _main(argv):
+    os.environ['FASTAI_HOME'], sys.stdout = argv.pop(), open(os.devnull, 'w')
+    train_imagenette.main(argv)
+
+
+def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tree, tmp_path):
+    context = mp.get_context('forkserver')
+    context.set_forkserver_preload(['training'])
+    argv = list(map(str, ['--data', tree, *TINY, '--sa', '--epochs', 4, '--runs', 5, '--checkpoint-every', 1, '--resume']))
+    def start(results):
+        process = context.Process(target=_main, args=([*argv, '--results', str(results), os.environ['FASTAI_HOME']],))
+        process.start()
+        return process
+    start(tmp_path / 'first').join()  # the server has imported torch by now
+    begun = time.perf_counter()
+    start(tmp_path / 'whole').join()
+    epoch = (time.perf_counter() - begun) / 20
+    rng, results, killed = random.Random(0), tmp_path / 'results', 0
+    while killed < 20:
+        process = start(results)
+        process.join(rng.uniform(0, 3 * epoch))
+        killed += process.is_alive()
+        process.kill()
+        process.join()
+        if (results / 'runs.csv').exists(): assert set(load(results).status) <= {'ok'}
+    start(results).join()
+    whole, parts = (load(r).sort_values('seed').reset_index(drop=True) for r in (tmp_path / 'whole', results))
+    assert parts.seed.tolist() == list(range(5)) and parts.drop(columns=TIMES).equals(whole.drop(columns=TIMES))
+    assert (parts.resumed > 0).any()
+    for a, b in zip(whole.run_id, parts.run_id):
+        curves = [pd.read_csv(r / 'curves' / f'{i}.csv').drop(columns='seconds') for r, i in ((tmp_path / 'whole', a), (results, b))]
+        assert curves[0].equals(curves[1])
+        with np.load(results / 'predictions' / f'{b}.npz') as saved: assert len(saved['logits']) == 6
+    assert not list((results / 'checkpoints').glob('*.pt'))
