@@ -6,6 +6,7 @@ python=${PYTHON:-python}
 if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
 "$python" report.py
 "$python" report.py --readme
+"$python" scripts/estimate.py
 "$python" - notebooks/results.ipynb <<'PY'
 import sys
 
