@@ -20,7 +20,7 @@ def test_multiply_adds_of_a_run():
     stem = 32 * 32 * 9 * (3 * 32 + 32 * 64 + 64 * 64)  # three convolutions at 32x32 positions, for an image of 64x64
     rest = estimate.forward('xresnet18', 'none', '1', 64) - stem
     conv = 16 * 16 * 9 * 64 * 64  # of 64 channels at 16x16, or of twice the channels at half the side
-    assert rest == conv * (4 + 3 * 3.5) + 3 * conv / 18 + 512 * 10  # four in stage 1; one of half the input, three and a shortcut in the others
+    assert rest == conv * (4 + 3 * 3.5) + 3 * conv / 18 + 512 * 10  # 4 in stage 1; in others a half, 3, a shortcut
     simple = estimate.forward('xresnet18', 'simple', '1', 64) - stem - rest
     assert simple == 64 * 64 * 256 * 2 + 64**3  # C = 64 channels at N = 256 positions: ((x xT) W) x
     cfg = Config(dataset='imagewoof', split='v1', size=64, arch='xresnet18', epochs=7)
