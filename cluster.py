@@ -15,7 +15,7 @@ from pathlib import Path
 
 import runlog
 import train_imagenette
-from experiments import Stopped, UsageError, is_stop
+from experiments import Busy, Stopped, UsageError, is_stop
 
 TRIES = 4  # of a run whose workers die
 PATIENCE = 120  # seconds for the runs under way to hand over their rows at the end by a signal
@@ -67,12 +67,13 @@ class Cluster:
         as each ends. Left early, it stops the runs under way and takes their rows."""
         task = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=TRIES - 1, max_calls=1)(train)
         with self.mark() as mark:
-            pending = {task.remote(self.fit(cfg), self.results, mark, checkpoint_every): (arm, cfg) for arm, cfg in todo}
+            pending = {task.remote(self.for_node(cfg), self.results, mark, checkpoint_every): (arm, cfg) for arm, cfg in todo}
             try:
                 while pending:
                     (ref,), _ = self.ray.wait(list(pending))
-                    arm, cfg = pending.pop(ref)
-                    yield arm, cfg, self.receive(ref)
+                    arm, cfg, error = *pending[ref], self.receive(ref)
+                    del pending[ref]
+                    yield arm, cfg, error
             finally: self.stop(list(pending))
 
     def stop(self, refs):
@@ -80,11 +81,12 @@ class Cluster:
         import training
         with training.undisturbed():
             for ref in refs: self.ray.cancel(ref)
-            for ref in self.ray.wait(refs, num_returns=len(refs), timeout=PATIENCE)[0] if refs else ():
+            ended = self.ray.wait(refs, num_returns=len(refs), timeout=PATIENCE)[0] if refs else []
+            for ref in ended:
                 try: self.receive(ref)
                 except UsageError as e: print(e, file=sys.stderr)
 
-    def fit(self, cfg):
+    def for_node(self, cfg):
         "`cfg` for a node: an absolute folder, as many loader processes as cores."
         workers = cfg.workers if cfg.workers >= 0 else max(1, int(self.cpus))
         return replace(cfg, workers=workers, data=str(Path(cfg.data).resolve()) if cfg.data else '')
@@ -101,8 +103,9 @@ class Cluster:
         try: out = self.ray.get(ref)
         except self.ray.exceptions.TaskCancelledError: return None  # had not begun
         except self.ray.exceptions.RayError as e: return f'{type(e).__name__}: {str(e).splitlines()[0]}'
-        runlog.write_files(out.files, self.results)
-        if out.row: training.record(out.row | self.provenance, self.results)
+        with training.undisturbed():
+            runlog.write_files(out.files, self.results)
+            if out.row: training.record(out.row | self.provenance, self.results)
         if out.mistake: raise UsageError(out.mistake)
         return out.error
 
@@ -123,6 +126,7 @@ def train(cfg, results, mark, checkpoint_every):
             out.row = row
             if not shared: out.files = runlog.files_of(row['run_id'], folder)
         try: training.run(cfg, folder, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
+        except Busy as e: print(f'{e}: left to it', file=sys.stderr)
         except UsageError as e: out.mistake = str(e)
         except BaseException as e:
             if not is_stop(e): out.error = repr(e)
