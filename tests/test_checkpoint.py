@@ -52,6 +52,7 @@ def stopped(command, monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='to the bit on a CPU')
 @pytest.mark.parametrize('options', [
     '', '--mixup 0.4 --loader device', '--opt ranger --schedule flat_cos', '--opt sgd --sh 0.3', '--opt rms', '--fused 0',
     '--precision bf16', '--sa sagan --sa-at 1,2.0 --channels-last 0', '--sa simple_sym',
@@ -72,6 +73,19 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, comm
     assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
     rows = list(pd.read_csv(tmp_path / 'results' / 'runs.csv').status)
     assert rows == ['interrupted', 'ok']  # both ends stay
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize('options', ['', '--fused 0', '--loader workers'])
+def test_cuda_a_stopped_run_goes_on_as_a_repeated_run_would(options, command, stopped, tmp_path):
+    argv = ['--dataset', 'digits', '--size', 32, '--arch', 'xresnet18', '--sa', '--epochs', 4, *options.split(), '--checkpoint-every', 1]
+    for _ in range(2): assert command(*argv)[0] == 0
+    (tmp_path / 'results').rename(tmp_path / 'whole')
+    stopped(*argv, epoch=2)
+    assert command(*argv, '--resume')[0] == 0
+    whole, row = record(tmp_path / 'whole'), record(tmp_path / 'results').iloc[0]
+    spread = np.ptp(whole.valid_loss)
+    assert row.resumed == 1 and abs(row.valid_loss - whole.valid_loss.mean()) < 0.05 + 3 * spread
 
 
 def test_short_runs_keep_no_checkpoint_unless_asked(tree, command, stopped, tmp_path, monkeypatch):
