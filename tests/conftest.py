@@ -7,6 +7,8 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # the models here are too small f
 
 import importlib.util
 import shutil
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import Config, resolve
+from experiments import Config, Stopped, resolve
 
 REPO = Path(__file__).parent.parent
 CLASSES = ['n02086240', 'n02087394', 'n02088364']
@@ -72,3 +74,12 @@ def command(capfd, tmp_path):
 
 @pytest.fixture(autouse=True)
 def fixed_seed(): torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    "Undoes what a command run in this process sets: with its handler of SIGTERM, the end of a Pool can wait for ever."
+    hook, handlers = sys.unraisablehook, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
+    yield
+    sys.unraisablehook, Stopped.by = hook, 0
+    for n, handler in handlers.items(): signal.signal(n, handler)

@@ -11,7 +11,7 @@ from conftest import REPO
 import cluster
 import runlog
 import train_imagenette
-from experiments import Config, Stopped, UsageError
+from experiments import Config, UsageError
 
 pytest.importorskip('ray', reason='needs ray: pip install -r requirements-cluster.txt')
 TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
@@ -93,16 +93,12 @@ def test_what_cannot_be_is_told_in_one_line(start, tmp_path):
 @pytest.fixture
 def task(tree, tmp_path):
     "Runs the task as a node would: an Outcome. `mark`: whether the node shares the results folder."
-    handler = signal.getsignal(signal.SIGINT)
-
     def call(shared=True):
         (tmp_path / 'results').mkdir(exist_ok=True)
         if shared: (tmp_path / 'results' / 'mark').touch()
         cfg = Config(dataset='digits', data=str(tree), size=32, bs=6, arch='xresnet18', epochs=1, workers=0)
         return cluster.train(cfg, tmp_path / 'results', 'mark', None)
-    yield call
-    signal.signal(signal.SIGINT, handler)
-    Stopped.by = 0
+    return call
 
 
 @pytest.mark.parametrize('shared', [True, False])
