@@ -193,7 +193,7 @@ SETTINGS = [f.name for f in fields(Config) if f.name not in ('seed', *SPEED)]
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms {name: Config} to be compared with the first of them, each run as often as published: `runs` times, or {arm: times}.
+    """Arms {name: Config} to be compared (`pairs`), each run as often as published: `runs` times, or {arm: times}.
 
     `tables`: those of the published means (report.load_published) that it answers to; `claim`: what they say.
     """
@@ -203,6 +203,11 @@ class Experiment:
     tables: tuple = ()
 
     def wanted(self, arm): return self.runs[arm] if isinstance(self.runs, dict) else self.runs
+
+    def pairs(self):
+        "What is compared, [(arm, arm)]: the first arm with each other one, and sagan with simple, which is said to beat it."
+        first, *others = self.arms
+        return [(first, arm) for arm in others] + [('sagan', 'simple')] * ({'sagan', 'simple'} <= set(others))
 
 
 def attentions(base, *names, **shorter):

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 import report
 import runlog
 import stats
-from experiments import EXPERIMENTS, UsageError
+from experiments import EXPERIMENTS, SPEED, UsageError
 
 MARKERS = 'os^Dv<>'  # an arm each: readable without colour
 STYLES = ['-', '--', ':', '-.']
@@ -57,7 +57,8 @@ def points(ax, exp, arms, published, metric):
         half = 0 if np.isnan(s['low']) else s['mean'] - s['low']
         ax.errorbar(x + 0.15, s['mean'], half, fmt='_', color='black', capsize=4, label=None if x else 'mean, 95 % interval')
         if said is not None: ax.plot(x + 0.3, 100 * said['mean'], '*', color='black', ms=10, label=None if x else 'published mean')
-    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {len(report.ended_ok(found))}' for arm, found in arms.items()], fontsize=8)
+    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {len(report.ended_ok(found))}' for arm, found in arms.items()], fontsize=8,
+                  rotation=90 if len(arms) > 5 else 0)
     ax.set(xlim=(-0.5, len(arms) - 0.5), ylabel=LABELS[metric])
     ax.legend(fontsize=7)
 
@@ -77,11 +78,13 @@ def curves(ax, arms, results):
 
 
 def time(ax, arms, metric):
-    "Accuracy against the minutes of a run."
+    "Accuracy against the minutes of a run, which are comparable where all runs were of one device and the same speed-ups."
     for x, (arm, found) in enumerate(arms.items()):
         minutes, acc = report.ended_ok(found).fit_seconds / 60, 100 * report.values(found, metric)[0]
         if len(acc): ax.plot(minutes, acc, MARKERS[x % 7], mfc='none', color=f'C{x}', label=f'{arm} (n = {len(acc)})')
-    ax.set(xlabel='minutes of a run', ylabel=LABELS[metric])
+    ways = pd.concat([report.ended_ok(found) for found in arms.values()])[['device', *SPEED]].drop(columns='meta').drop_duplicates()
+    note = ' (different devices or speed-ups: not comparable)' if len(ways) > 1 else ''
+    ax.set(xlabel=f'minutes of a run{note}', ylabel=LABELS[metric])
     if ax.lines: ax.legend(fontsize=7)
 
 

@@ -68,6 +68,14 @@ def published_metric(exp, published):
     return next((p.metric for arm in exp.arms if (p := published_mean(exp, arm, published)) is not None), 'last')
 
 
+def single_runs_sd(cfg, runs):
+    "The sd within the sources of the single published `runs` (load_published_runs) of the settings of an arm; nan if there are none."
+    settings = [key for key in PUBLISHED if key != 'mixup']  # the single runs are without
+    here = (runs[settings] == [getattr(cfg, key) for key in settings]).all(axis=1) & (runs.opt == cfg.opt) & (runs.variant == variant(cfg))
+    groups = runs[here & (cfg.mixup == 0)].groupby('source').accuracy
+    return float(np.sqrt(((groups.count() - 1) * groups.var()).sum() / n)) if (n := (groups.count() - 1).sum()) else float('nan')
+
+
 def variant(cfg): return cfg.attention + (f'@{cfg.sa_at}' if cfg.attention != 'none' and cfg.sa_at != Config.sa_at else '')
 
 
@@ -85,16 +93,16 @@ def set_right(folder=runlog.RESULTS / 'published'):
     small, full = (pick(s, size=128, **woof) for s in ('sdoria-resize:Imagewoof_128.ipynb', 'sdoria-resize:Imagewoof_128.ipynb ['))
     small = small[:len(small) - len(full)]  # the shorter name begins the longer one's
     batches = pick(bs64, size=128, **woof)
-    long = pick(fork, epochs=400)
+    long, other = pick(fork, epochs=400), pick(fork, size=128, **woof)
     chance = runs[runs.accuracy_pct == 10].groupby(['size', 'epochs', 'lr']).size()
     return pd.DataFrame([
         ('sym=1: a small improvement', f'the option has no effect in that code; 256 px, 5 epochs, sym=1 ({len(sym)} runs) against plain '
          f'({len(plain)}): {gap(plain, sym)}'),
-        ('400 epochs, one layer (fork): mean 69.88', f'30 of its values are of another experiment; mean of the {len(long)} runs '
-         f'{long.mean():.2f}'),
+        ('400 epochs, one layer (fork): mean 69.88', f'the {len(long)} runs have {long.mean():.2f}; with the {len(other)} of 128 px, '
+         f'5 epochs, among them it is {np.concatenate([long, other]).mean():.2f}'),
         ('128 px is 128 px', f'from full-size images ({len(full)} runs) against the 160 px archive ({len(small)}): {gap(small, full)}'),
-        ('the same command gives the same mean', f'two batches, {len(batches)} and {len(small)} runs: {batches.mean():.2f} and '
-         f'{small.mean():.2f}, {gap(batches, small)}'),
+        ('the same settings give the same mean', f'{len(batches)} runs in one repository, {len(small)} in another: '
+         f'{batches.mean():.2f} and {small.mean():.2f}, {gap(batches, small)}'),
         ('every run is a run', f'{chance.sum()} of {len(runs):,} published runs ended at 10.0 % (chance): '
          + ', '.join(f'{n} at {size} px, {epochs} epochs, lr {lr:g}' for (size, epochs, lr), n in chance.items())),
     ], columns=['said', 'found'])
@@ -104,11 +112,11 @@ def set_right(folder=runlog.RESULTS / 'published'):
 
 def summarise(runs):
     """One row per comparable setting and variant, fractions: the keys of stats.summary (n, mean, sd, intervals, ...) for the last epoch's
-    accuracy of the runs that ended ok, mean_max and sd_max of the best epoch's; how many diverged, failed or were interrupted; median
-    seconds."""
+    accuracy of the runs that ended ok (of several with one seed the first), mean_max and sd_max of the best epoch's; how many diverged,
+    failed or were interrupted; median seconds."""
     rows, keys = [], [*SETTINGS, *(key for key in SET if key not in SETTINGS)]
     for key, group in runs.groupby(keys, sort=False, dropna=False):
-        ok = group[group.status == 'ok']
+        ok = ended_ok(group)
         best = stats.summary(ok.max_accuracy)
         rows.append(dict(zip(keys, key)) | stats.summary(ok.accuracy) | dict(mean_max=best['mean'], sd_max=best['sd'])
                     | {status: (group.status == status).sum() for status in runlog.STATUSES[1:]} | dict(seconds=group.fit_seconds.median()))
@@ -170,26 +178,28 @@ def correct(runs, results):
 # --- the comparisons ---
 
 def gaps(experiments, runs, published, results=runlog.RESULTS):
-    """One row per experiment, set and arm after the first: that arm minus the first, ours and published; fractions.
+    """One row per experiment, set and pair of arms (Experiment.pairs): `arm` minus `base`, ours and published; fractions.
 
     published_<side>_n, _mean, _sd, <side> being base or arm; published_difference, _low, _high, _p; ours_<side>_ and the keys of
     stats.summary, _diverged, _other, _images_share (of the variance, by the validation images); of the difference the keys of
     stats.compare, those of stats.compare_paired in their place where the arms have the same seeds (paired; but beats, which stays beside
     better_seeds), welch_low, welch_high, welch_p, images_low, images_high (bootstrap over images and runs, where the predictions are
-    at hand); holm_p over the rows; verdict; seconds of a run. Without runs one row an arm.
+    at hand); holm_p over the rows; verdict; seconds of a run. Without runs one row a pair.
     """
     rows, recipes = [], by_recipe(runs)
     for name, exp in experiments.items():
-        base, *others = exp.arms
-        own, cfg = EXPERIMENTS.get(name, exp), resolve(exp.arms[base])
+        own, cfg = EXPERIMENTS.get(name, exp), resolve(next(iter(exp.arms.values())))
         none = dict.fromkeys(SET) | dict(split=cfg.split, source=cfg.source, planned=True), {arm: runs[:0] for arm in exp.arms}
         said = {arm: published_mean(own, arm, published) if recipe(exp.arms[arm]) == recipe(own.arms[arm]) else None for arm in exp.arms}
         metric = next((p.metric for p in said.values() if p is not None), 'last')
         for key, arms in sets(exp, runs, own, recipes) or [none]:
             theirs = said if key['split'] == 'v1' and _whole(cfg.dataset, key) else dict.fromkeys(said)
             sides = {arm: _side(found, metric, results) for arm, found in arms.items()}
-            rows += [dict(experiment=name, **key, base=base, arm=arm, metric=metric)
-                     | _gap(key, sides[base], sides[arm], theirs[base], theirs[arm]) for arm in others]
+            for base, arm in exp.pairs():
+                row = _gap(key, sides[base], sides[arm], theirs[base], theirs[arm])
+                so_far = _so_far(row, exp.wanted(base), exp.wanted(arm))
+                verdict = f'{row["verdict"]}{so_far}'.replace(') (', ', ')
+                rows.append(dict(experiment=name, **key, base=base, arm=arm, metric=metric) | row | dict(verdict=verdict))
     if not rows: return pd.DataFrame()  # of one arm
     table = pd.DataFrame(rows)
     return table.assign(holm_p=stats.holm(table.p))
@@ -224,7 +234,15 @@ def _gap(key, base, arm, said_base, said_arm):
     if not base['seeds'] or not arm['seeds']: return row | dict(verdict='no runs')
     if not key['planned'] and published['difference'] == published['difference']:
         return row | dict(verdict=f'no verdict: {key["source"]} px archive')
-    return row | dict(verdict=stats.verdict(row['low'], row['high'], published['difference']))
+    claim = float('nan') if published['low'] <= 0 <= published['high'] else published['difference']
+    return row | dict(verdict=stats.verdict(row['low'], row['high'], claim))
+
+
+def _so_far(row, *wanted):
+    "' (4 of 6 runs)' of the arm of a row of `gaps` with the fewest runs for those wanted, where a verdict on fewer than these is given."
+    n, want = min(((row[f'ours_{side}_n'] + row[f'ours_{side}_diverged'], w) for side, w in zip(('base', 'arm'), wanted)),
+                  key=lambda pair: pair[0] / pair[1])
+    return f' ({n} of {want} runs)' if 0 < n < want and not row['verdict'].startswith('no verdict') else ''
 
 
 def _whole(dataset, key):
@@ -241,39 +259,44 @@ def narrow_enough(arms, points):
 
 def done(exp, table):
     "{arm: runs that need no repetition} of the latest planned set in the rows of `gaps` of one experiment."
-    rows, base = table[table.planned].head(len(exp.arms) - 1), next(iter(exp.arms))
-    count = {r['arm']: r.ours_arm_n + r.ours_arm_diverged for _, r in rows.iterrows()}
-    if len(rows): count[base] = rows.ours_base_n.iloc[0] + rows.ours_base_diverged.iloc[0]
+    rows = table[table.planned].head(len(exp.pairs()))
+    count = {r[side]: r[f'ours_{side}_n'] + r[f'ours_{side}_diverged'] for _, r in rows.iterrows() for side in ('base', 'arm')}
     return {arm: int(count.get(arm, 0)) for arm in exp.arms}
 
 
 def plan(table):
-    """How many runs of each arm the published difference and the one seen so far need, at the spread seen so far (else the published).
+    """How many runs of each arm the published difference and the one seen so far need, at the spread seen so far, else the published
+    one, else that of single runs published with the same settings.
 
     Of the planned sets, or of all where none is: with --split v2, say.
     """
     if table.empty: return 'one arm: nothing to compare it with'
-    lines = []
+    lines, singles = [], load_published_runs()
     for _, r in (table[table.planned] if table.planned.any() else table).iterrows():
-        whose, sd = next(((whose, sd) for whose in ('ours', 'published') if (sd := _pooled(r, whose)) > 0), (None, float('nan')))
+        arms, said = EXPERIMENTS[r.experiment].arms, not np.isnan(r.published_difference)
+        spreads = {whose: [r[f'{whose}_{side}_sd'] for side in ('base', 'arm')] for whose in ('ours', 'published')}
+        spreads['single runs published'] = [single_runs_sd(arms[r[side]], singles) for side in ('base', 'arm') if said]
+        whose, sd = next(((whose, sd) for whose, sds in spreads.items() if (sd := _pooled(sds)) > 0), (None, float('nan')))
         needs = [f'{words} {100 * d:+.1f} needs {stats.runs_needed(d, sd):,.0f}' for words, d in
                  (('published', r.published_difference), ('seen', r.difference)) if abs(d) > 0 and sd > 0]
-        words = f'{", ".join(needs)} runs an arm at sd {100 * sd:.1f} ({whose}), 80 % power' if needs else 'no spread or no difference yet'
+        words = f'{", ".join(needs)} runs an arm, unpaired, at sd {100 * sd:.1f} ({whose}), 80 % power' if needs else \
+            'no spread or no difference yet'
         lines.append(f'{r.experiment if r.planned else title(r)}  {r["arm"]} - {r.base}: {words}; have {r.ours_base_n} and {r.ours_arm_n}')
     return '\n'.join(lines)
 
 
-def _pooled(r, whose):
-    "The root mean square of the standard deviations of both arms that are known; nan if none is."
-    sds = np.array([getattr(r, f'{whose}_{side}_sd') for side in ('base', 'arm')], float)
-    return float(np.sqrt(np.mean(sds[~np.isnan(sds)]**2))) if not np.isnan(sds).all() else float('nan')
+def _pooled(sds):
+    "The root mean square of the standard deviations that are known; nan if none is."
+    known = [sd for sd in sds if not np.isnan(sd)]
+    return float(np.sqrt(np.mean(np.square(known)))) if known else float('nan')
 
 
 # --- text ---
 
 def title(r):
-    "The experiment of a row of `gaps`, its set where that is not the planned one, and what its runs were made with and on."
-    words = [r.experiment, *([] if r.planned else [f'split {r.split}', f'archive {r.source}'])]
+    "The experiment of a row of `gaps`, its metric and set where these are not the usual ones, and what its runs were made with and on."
+    words = [r.experiment + (' (best epoch)' if r.metric == 'max' else '')]
+    if not r.planned: words += [f'split {r.split}', f'archive {r.source}']
     if not pd.isna(r.precision): words.append(f'{r.precision}, data {r.data_fingerprint}')
     if not _whole(next(iter(EXPERIMENTS[r.experiment].arms.values())).dataset, r) and r.split == r.split:
         words.append(f'{int(r.n_train):,} + {int(r.n_val):,} images')
@@ -294,22 +317,21 @@ def change(difference, low, high):
     return f'{100 * difference:+.1f}' + ('' if pd.isna(low) else f' [{100 * low:.1f}, {100 * high:.1f}]')
 
 
-HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'verdict']
+HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'P (Holm)', 'verdict']
 
 
 def cells(r):
     "A row of `gaps` as the texts under HEAD."
     def side(whose, arm, *more): return percent(*(r[f'{whose}_{arm}_{k}'] for k in ('mean', 'sd', 'n', *more)))
-    name = title(r) + (' (best epoch)' if r.metric == 'max' else '')
     theirs = change(*(r[f'published_{k}'] for k in ('difference', 'low', 'high')))
     ours = [side('ours', arm, 'diverged', 'other') for arm in ('base', 'arm')]
-    return [name, f'{r.base} → {r["arm"]}', side('published', 'base'), side('published', 'arm'), theirs, *ours,
-            change(r.difference, r.low, r.high), r.verdict]
+    return [title(r), f'{r.base} → {r["arm"]}', side('published', 'base'), side('published', 'arm'), theirs, *ours,
+            change(r.difference, r.low, r.high), '' if np.isnan(r.p) else f'{r.p:.2g} ({r.holm_p:.2g})', r.verdict]
 
 
 def markdown(table):
     "`gaps` as a Markdown table, in percent: mean ± standard deviation (runs), change with its 95 % interval."
-    lines = [HEAD, ['---', '---'] + ['---:'] * 6 + ['---'], *(cells(r) for _, r in table.iterrows())]
+    lines = [HEAD, ['---', '---'] + ['---:'] * 7 + ['---'], *(cells(r) for _, r in table.iterrows())]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
 
@@ -318,7 +340,7 @@ def text(table, indent=0):
     if table.empty: return 'one arm: nothing to compare it with'
     lines = []
     for _, r in table.iterrows():
-        name, arms, *said, theirs, base, arm, ours, verdict = cells(r)
+        name, arms, *said, theirs, base, arm, ours, _, verdict = cells(r)
         published = f'{theirs or "–"}: {" → ".join(said)}' if set(said) != {'–'} else '–'
         lines.append(f'{name}  {arms}: {verdict}; published {published}; ours {ours or "–"}: {base} → {arm}')
         if not np.isnan(r.p):

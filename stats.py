@@ -146,12 +146,12 @@ def holm(ps):
 def verdict(low, high, published=NAN, fine=0.01):
     """The words for our interval of a difference beside the `published` difference (nan or 0: no claim), all fractions.
 
-    The rule is the table in results/README.md, "How a verdict is reached". `fine`: the half-width up to which an interval
-    that holds 0 says more than that the runs were few; used where there is no claim.
+    The rule is the table in results/README.md, "How a verdict is reached". `fine`: where there is no claim, differences up to it
+    are none worth telling: an interval that holds 0 and stays within them says more than that the runs were few.
     """
     if np.isnan(low) or np.isnan(high): return 'too few runs to say'
     if np.isnan(published) or published == 0:
-        words = 'difference' if low > 0 or high < 0 else 'no difference seen' if (high - low) / 2 <= fine else 'too few runs to say'
+        words = 'difference' if low > 0 or high < 0 else 'no difference seen' if max(-low, high) <= fine else 'too few runs to say'
         return f'{words} (± {50 * (high - low):.1f} points)'
     if published < 0: low, high, published = -high, -low, -published
     if high < 0: return 'opposite direction'

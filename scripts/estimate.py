@@ -66,7 +66,9 @@ def rates(results=runlog.RESULTS):
 
 def published_runs():
     "{(Config with its seed): the first experiment it is of}, of every published row."
-    return {cfg: name for name, exp in reversed(EXPERIMENTS.items()) if exp.tables for _, cfg in schedule(exp)}
+    published = report.load_published()
+    return {cfg: name for name, exp in reversed(EXPERIMENTS.items()) for arm, cfg in schedule(exp)
+            if report.published_mean(exp, arm, published) is not None}
 
 
 def makespan(seconds, n):

@@ -35,7 +35,8 @@ def make_runs(attention, accuracies, max_accuracies=None, seed0=0, n=None, **con
 def gaps(name, *runs, published=None, **overrides):
     exp = EXPERIMENTS[name]
     exp = replace(exp, arms={arm: replace(cfg, **overrides) for arm, cfg in exp.arms.items()})
-    return report.gaps({name: exp}, pd.concat(runs), report.load_published() if published is None else published).set_index('arm')
+    table = report.gaps({name: exp}, pd.concat(runs), report.load_published() if published is None else published)
+    return table[table.base == next(iter(exp.arms))].set_index('arm')
 
 
 # --- experiments ---
@@ -85,8 +86,9 @@ def test_the_published_t_tests_are_met(published):
 
 def test_what_is_wrong_in_the_published_record_is_recomputed():
     found = report.set_right().found.tolist()
-    for words, text in zip(('-0.17 [', 'the 6 runs 89.10', '+2.64 [', '62.51 and 61.25', '2 of 1,256'), found, strict=True):
-        assert words in text
+    words = ('-0.17 [', 'the 6 runs have 89.10; with the 30 of 128 px, 5 epochs, among them it is 69.88', '+2.64 [', '62.51 and 61.25',
+             '2 of 1,256')
+    for part, text in zip(words, found, strict=True): assert part in text
 
 
 # --- comparisons ---
@@ -98,7 +100,7 @@ def test_a_gap_is_that_of_stats_beside_the_published_one():
     assert {k: r[f'ours_arm_{k}'] for k in stats.summary(b)} == stats.summary(b)
     assert r.paired and (r.welch_low, r.welch_p) == (stats.compare(a, b)['low'], stats.compare(a, b)['p'])
     assert (r.published_base_mean, r.published_arm_mean, r.published_difference) == pytest.approx((0.623, 0.652, 0.029))
-    assert r.verdict == stats.verdict(r.low, r.high, r.published_difference) and r.seconds == 60
+    assert r.verdict == f'{stats.verdict(r.low, r.high, r.published_difference)} (3 of 12 runs)' and r.seconds == 60
 
 
 def test_pairs_need_the_same_seeds():
@@ -110,6 +112,31 @@ def test_of_one_seed_the_first_run_counts():
     first, again = make_runs('simple', [0.6, 0.7]), make_runs('simple', [0.9]).assign(run_id='z', fused=0)
     r = gaps('woof-128-5', make_runs('none', [0.6, 0.65]), again, first).loc['simple']
     assert (r.ours_arm_n, r.paired) == (2, True) and r.ours_arm_mean == pytest.approx(0.65)
+
+
+def test_sagan_is_compared_with_simple_too():
+    runs = [make_runs('none', [0.6, 0.62]), make_runs('sagan', [0.61, 0.63, None]), make_runs('simple', [0.66, 0.67])]
+    table = report.gaps({'woof-128-5': EXPERIMENTS['woof-128-5']}, pd.concat(runs), report.load_published())
+    assert list(zip(table.base, table['arm'])) == [('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')]
+    assert (table.difference[3], table.published_difference[3]) == pytest.approx((0.045, 0.652 - 0.640))
+    assert (table.ours_base_n[3], table.ours_arm_n[3], table.ours_base_diverged[3]) == (2, 2, 1)
+    two = replace(EXPERIMENTS['woof-128-5'], arms={a: EXPERIMENTS['woof-128-5'].arms[a] for a in ('sagan', 'simple')})
+    assert two.pairs() == [('sagan', 'simple')]
+
+
+def test_a_published_difference_whose_interval_holds_0_is_no_claim():
+    settings = dict(arch='xresnet18', lr=8e-3, size=256, mixup=0.2)
+    a, b = [0.90, 0.902] * 8, [0.901, 0.903] * 8
+    runs = make_runs('none', a, epochs=50, **settings), make_runs('simple', b, epochs=47, **settings)
+    r = gaps('woof-256-50-r18-mixup', *runs).loc['simple']
+    assert r.published_low < 0 < r.published_high and r.published_difference < 0 and r.verdict == stats.verdict(r.low, r.high)
+
+
+def test_a_verdict_on_fewer_runs_than_wanted_says_so():
+    runs = [make_runs('none', [0.6, 0.61] * 6), make_runs('simple', [0.65, 0.655] * 5 + [None])]
+    assert gaps('woof-128-5', *runs).loc['simple'].verdict == 'larger than published (11 of 12 runs)'
+    assert gaps('woof-128-5', *runs, make_runs('simple', [0.65], seed0=11)).loc['simple'].verdict == 'larger than published'
+    assert gaps('woof-128-5', runs[0]).loc['simple'].verdict == 'no runs'
 
 
 def test_what_did_not_end_ok_is_counted():
@@ -177,9 +204,10 @@ def test_without_runs_the_published_numbers_are_shown(published):
 
 def test_holm_is_over_the_rows_shown():
     runs = [make_runs('none', [0.6, 0.62, 0.64]), make_runs('simple', [0.66, 0.67, 0.69]), make_runs('sagan', [0.61, 0.66, 0.65])]
-    table = gaps('woof-128-5', *runs)
+    table = report.gaps({'woof-128-5': EXPERIMENTS['woof-128-5']}, pd.concat(runs), report.load_published())
     assert table.holm_p.tolist() == pytest.approx(stats.holm(table.p).tolist(), nan_ok=True)
-    assert table.holm_p['simple'] == 2 * table.p['simple']
+    assert table.holm_p[0] == 3 * table.p[0]
+    assert f'{table.p[0]:.2g} ({table.holm_p[0]:.2g})' in report.markdown(table)
 
 
 def test_predictions_give_the_share_of_the_images(tmp_path):
@@ -210,12 +238,16 @@ def test_plan_and_narrow_enough():
     runs = [make_runs(a, list(m + 0.01 * rng.standard_normal(40))) for a, m in (('none', 0.6), ('simple', 0.62))]
     exp = replace(EXPERIMENTS['woof-128-5'], arms={a: EXPERIMENTS['woof-128-5'].arms[a] for a in ('none', 'simple')})
     table = report.gaps({'woof-128-5': exp}, pd.concat(runs), report.load_published())
-    needed = stats.runs_needed(table.published_difference[0], report._pooled(table.iloc[0], 'ours'))
+    needed = stats.runs_needed(table.published_difference[0], report._pooled(table[['ours_base_sd', 'ours_arm_sd']].iloc[0]))
     assert f'published +2.9 needs {needed}, ' in report.plan(table) and needed > 1
     arms = [report.values(r, 'last')[0] for r in runs]
     assert report.narrow_enough(arms, 1.) and not report.narrow_enough(arms, 0.3)
     assert not report.narrow_enough([a[:5] for a in arms], 5.)  # too few to stop, however close
     assert 'sd 0.9 (published)' in report.plan(gaps('woof-128-50-r18', runs[0][:0]).reset_index())
+    sd = report.single_runs_sd(exp.arms['simple'], report.load_published_runs())
+    assert sd == pytest.approx(0.014156, abs=1e-6)  # the fork's 30; of none two notebooks' 20, and 20 from full-size images
+    plan = report.plan(gaps('woof-128-5', runs[0][:0]).reset_index())
+    assert f'sd {100 * report._pooled([0.01790, sd]):.1f} (single runs published)' in plan
 
 
 def test_runs_done_are_those_of_the_latest_planned_set():
@@ -257,7 +289,7 @@ def test_figures_show_every_run_and_every_difference(published, tmp_path):
     assert sum(len(line.get_xdata()) for line in axes[2].lines) == 3
     table = report.gaps({'woof-128-5': exp}, runs, published)
     marks = [line.get_marker() for line in figures.forest(table).axes[0].lines]
-    assert marks.count('s') == 2 and marks.count('o') == 1
+    assert marks.count('s') == 3 and marks.count('o') == 1
     with pytest.raises(UsageError, match='no runs'): figures.experiment('woof-128-5', exp, runs[:0], published, tmp_path)
 
 
@@ -336,4 +368,6 @@ def test_summary_is_that_of_numpy_and_counts_what_did_not_end_ok():
     values = [0.60, 0.64, 0.62]
     s = report.summarise(pd.concat([make_runs('none', [*values, None]), make_runs('simple', [0.7])])).set_index('attention')
     assert s.n.to_dict() == {'none': 3, 'simple': 1} and s.diverged.to_dict() == {'none': 1, 'simple': 0}
+    again = make_runs('none', [0.9]).assign(run_id='z', fused=0)  # of one seed the first run counts
+    assert report.summarise(pd.concat([make_runs('none', values), again]))['mean'][0] == pytest.approx(np.mean(values))
     assert s['mean']['none'] == pytest.approx(np.mean(values)) and s.sd['none'] == pytest.approx(np.std(values, ddof=1))

@@ -130,7 +130,7 @@ def test_list_and_plan(tmp_path, capsys):
     assert not reproduce.main(['woof-128-100-r18', '--plan', '--results', str(tmp_path)])
     sd = ((0.00817**2 + 0.0074**2) / 2)**0.5
     n = math.ceil(TTestIndPower().solve_power((0.8634 - 0.8576) / sd, power=0.8, alpha=0.05))
-    assert f'published +0.6 needs {n} runs an arm at sd 0.8 (published), 80 % power; have 0 and 0' in capsys.readouterr().out
+    assert f'published +0.6 needs {n} runs an arm, unpaired, at sd 0.8 (published), 80 % power; have 0 and 0' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('argv, words', [
