@@ -18,9 +18,10 @@ from fastai.torch_core import rank_distrib
 from filelock import FileLock, Timeout
 
 import runlog
-from experiments import SETTINGS, Busy, UsageError
+from experiments import SETTINGS, SPEED, Busy, UsageError
 
 FORMAT = 'checkpoint 1'
+MADE_WITH = 'device', 'torch', 'git_commit'
 SHORT = 60  # seconds: shorter runs keep no checkpoint unless asked to
 SAME = *(key for key in SETTINGS if key != 'data'), 'fused', 'seed'  # what a run keeps for life; its data go by their fingerprint
 
@@ -29,7 +30,8 @@ class Checkpoint(Callback):
     """Keeps the state of the fit in `file` after every `every` epochs but the last; `resume`: starts from what is there.
 
     `every`: None is each epoch of a run of more than a minute in all; 0 is never. `identity`: what the file says of the run
-    beside the state. A state that cannot be written is told, and the one before it stays. Of several processes the first writes.
+    beside the state; what of it was another when the file was written is told. A state that cannot be written is told, and the one
+    before it stays. Of several processes the first writes.
     Raises UsageError if another run of this machine or file system is at the file, or if it cannot be read.
     """
     order = ProgressCallback.order + 20  # after what it keeps the state of
@@ -38,6 +40,8 @@ class Checkpoint(Callback):
         self.held = lock(file) if resume and not rank_distrib() else None
         if resume and not file.exists(): raise UsageError(f'{file}: is gone, another process has just finished this run')
         self.state = load(file, device) if resume else None
+        if resume and not rank_distrib() and (changed := differences(self.state, identity)):
+            print(f'{file}: its epochs so far had {changed}; the row will have what it goes on with', file=sys.stderr)
 
     def before_fit(self):
         if not self.state: return
@@ -113,14 +117,14 @@ def claim(cfg, digest, results):
         held.release()
 
 
-def load(file, device='cpu', **options):
+def load(file, device='cpu', check=True):
     """The state in a checkpoint; UsageError if it is cut off, damaged or no checkpoint at all.
 
-    `options`: of torch.load. With mmap the state is read where it is used, and damage in it goes unseen.
+    `check`: read all of it now; else it is read where it is used, and damage in it goes unseen.
     """
     try:
-        if 'mmap' not in options and zipfile.ZipFile(file).testzip(): raise zipfile.BadZipFile('its checksum is wrong')
-        state = torch.load(file, map_location=device, weights_only=True, **options)
+        if check and zipfile.ZipFile(file).testzip(): raise zipfile.BadZipFile('its checksum is wrong')
+        state = torch.load(file, map_location=device, weights_only=True, mmap=not check)
     except Exception as e:  # what a damaged file makes torch and pickle raise has no end: also AssertionError, TypeError, AttributeError
         raise UsageError(f'{file}: cut off or no checkpoint ({str(e).splitlines()[0] if str(e) else type(e).__name__})') from None
     if not isinstance(state, dict) or state.get('format') != FORMAT: raise UsageError(f'{file}: not a checkpoint of this version')
@@ -128,8 +132,15 @@ def load(file, device='cpu', **options):
 
 
 def identity(cfg, row):
-    "Which run a checkpoint is of: its settings, its data, its id and start."
-    return dict(config=asdict(cfg)) | {key: row[key] for key in ('data_fingerprint', 'run_id', 'started')}
+    "Which run a checkpoint is of and what it was made with: settings, data, id and start, the code and the machine."
+    return dict(config=asdict(cfg)) | {key: row[key] for key in ('data_fingerprint', 'run_id', 'started', 'resumed', *MADE_WITH)}
+
+
+def differences(old, new):
+    "What of an `identity` a run may change on its way, and did: 'loader workers, torch 2.13.0', the `old` ones."
+    pairs = [(key, old['config'].get(key), new['config'][key]) for key in SPEED if key not in ('workers', 'meta')]
+    pairs += [(key, old.get(key), new[key]) for key in MADE_WITH]
+    return ', '.join(f'{key} {a}' for key, a, b in pairs if a is not None and a != b)
 
 
 def find(cfg, digest, results):
@@ -141,14 +152,18 @@ def find(cfg, digest, results):
     files = sorted(folder.glob('*.pt')) if folder.exists() else []
     record = runlog.load(Path(results) / 'runs.csv') if files else None
     for file in files:
-        try: state = load(file, mmap=True)
+        try: state = load(file, check=False)
         except UsageError as e:
             if file.exists(): print(f'{e}; left alone', file=sys.stderr)  # else its run has just been finished by another process
             continue
         if state['run_id'] in set(record.run_id[record.status.isin(runlog.DONE)]): remove(file)
         elif state['data_fingerprint'] == digest and all(state['config'].get(k) == getattr(cfg, k) for k in SAME):
             fits.append((file, state))
-    return max(fits, key=lambda fit: fit[1]['epoch'], default=None)
+    for file, state in sorted(fits, key=lambda fit: -fit[1]['epoch']):
+        try: load(file)
+        except UsageError as e: print(f'{e}; left alone', file=sys.stderr)
+        else: return file, state
+    return None
 
 
 # --- the optimizer ---

@@ -2,7 +2,8 @@
 
 A task trains as training.run does, with its curve, predictions and checkpoint in the results folder where its node shares
 that, and hands its row to the process that asked for it, which alone writes runs.csv. Ray tries a run again whose worker
-or node has died: from its last checkpoint where the folder is shared, else anew.
+or node has died: from its last checkpoint where the folder is shared, else anew. A run has as many threads as cores of its
+own: on a CPU its numbers are those of a plain run with as many, to the bit.
 """
 import os
 import signal
@@ -48,7 +49,8 @@ class Cluster:
         try:
             if address: reach(address)
             ray.init(address=address or 'local', runtime_env=code, log_to_driver=True, logging_level='error', **own)
-        except (OSError, ValueError) as e: raise UsageError(f'--ray {address}: no Ray there ({" ".join(str(e).split())})') from None
+        except Exception as e:  # ray raises that too, where it gives up
+            raise UsageError(f'--ray {address}: no Ray there ({" ".join(str(e).split())})') from None
         resources = ray.cluster_resources()
         self.gpus = gpus if gpus is not None else min(1, resources.get('GPU', 0))
         for what, wanted in (('CPU', cpus), ('GPU', self.gpus)):
@@ -65,14 +67,16 @@ class Cluster:
     def each(self, todo, checkpoint_every=None):
         """Train `todo`, [(arm, Config)], as many at once as there is room for; yields (arm, cfg, the error of a run that failed or None)
         as each ends. Left early, it stops the runs under way and takes their rows."""
+        import training
         task = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=TRIES - 1, max_calls=1)(train)
         with self.mark() as mark:
             pending = {task.remote(self.for_node(cfg), self.results, mark, checkpoint_every): (arm, cfg) for arm, cfg in todo}
             try:
                 while pending:
                     (ref,), _ = self.ray.wait(list(pending))
-                    arm, cfg, error = *pending[ref], self.receive(ref)
-                    del pending[ref]
+                    with training.undisturbed():
+                        arm, cfg = pending.pop(ref)
+                        error = self.receive(ref)
                     yield arm, cfg, error
             finally: self.stop(list(pending))
 
@@ -81,10 +85,11 @@ class Cluster:
         import training
         with training.undisturbed():
             for ref in refs: self.ray.cancel(ref)
-            ended = self.ray.wait(refs, num_returns=len(refs), timeout=PATIENCE)[0] if refs else []
+            ended, silent = self.ray.wait(refs, num_returns=len(refs), timeout=PATIENCE) if refs else ([], [])
             for ref in ended:
                 try: self.receive(ref)
                 except UsageError as e: print(e, file=sys.stderr)
+            if silent: print(f'{len(silent)} runs did not end in {PATIENCE} s: they have no row', file=sys.stderr)
 
     def for_node(self, cfg):
         "`cfg` for a node: an absolute folder, as many loader processes as cores."
@@ -98,14 +103,14 @@ class Cluster:
         with tempfile.NamedTemporaryFile(dir=self.results, prefix='.ray-') as f: yield Path(f.name).name
 
     def receive(self, ref):
-        "Record what a task hands over; returns the error of a run that failed, or None."
+        "Record what a task hands over, the row first; returns the error of a run that failed, or None."
         import training
         try: out = self.ray.get(ref)
         except self.ray.exceptions.TaskCancelledError: return None  # had not begun
         except self.ray.exceptions.RayError as e: return f'{type(e).__name__}: {str(e).splitlines()[0]}'
-        with training.undisturbed():
-            runlog.write_files(out.files, self.results)
-            if out.row: training.record(out.row | self.provenance, self.results)
+        if out.row: training.record(out.row | self.provenance, self.results)
+        try: runlog.write_files(out.files, self.results)
+        except OSError as e: print(f'{out.row["run_id"]}: its curve or predictions could not be written ({e})', file=sys.stderr)
         if out.mistake: raise UsageError(out.mistake)
         return out.error
 

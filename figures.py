@@ -83,7 +83,7 @@ def time(ax, arms, metric):
         minutes, acc = report.ended_ok(found).fit_seconds / 60, 100 * report.values(found, metric)[0]
         if len(acc): ax.plot(minutes, acc, MARKERS[x % 7], mfc='none', color=f'C{x}', label=f'{arm} (n = {len(acc)})')
     ways = pd.concat([report.ended_ok(found) for found in arms.values()])[['device', *SPEED]].drop(columns='meta').drop_duplicates()
-    note = ' (different devices or speed-ups: not comparable)' if len(ways) > 1 else ''
+    note = '\n(different devices or speed-ups: not comparable)' if len(ways) > 1 else ''
     ax.set(xlabel=f'minutes of a run{note}', ylabel=LABELS[metric])
     if ax.lines: ax.legend(fontsize=7)
 
@@ -105,7 +105,7 @@ def forest(table):
     n = [f'{report.title(r)}{f", split {r.split}" if r.planned else ""}: {r.base} → {r["arm"]}  ({_n(r, "published")}; {_n(r, "ours")})'
          for _, r in rows.iterrows()]
     ax.set_yticks(range(len(rows)), n, fontsize=7)
-    ax.invert_yaxis()
+    ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.axvline(0, color='black', lw=0.8)
     ax.set_xlim(-WIDEST, WIDEST)
     ax.set_xlabel('difference in accuracy (points), 95 % interval\nsquares: published, circles: ours; (runs: published; ours)', fontsize=8)

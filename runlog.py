@@ -120,10 +120,21 @@ def _read_rows(path):
                 if values[0].startswith(('<<<<<<<', '=======', '>>>>>>>')): raise damage(f'line {reader.line_num}: a merge conflict')
                 if len(values) != len(columns): raise damage(f'line {reader.line_num} has {len(values)} of {len(columns)} columns')
                 rows.append(missing | dict(zip(columns, values)))
+                if wrong := _no_number(rows[-1]): raise damage(f'line {reader.line_num}: {wrong}')
         except UnicodeError as e: raise damage(f'not UTF-8 ({e})') from None
         except csv.Error as e: raise damage(f'line {reader.line_num}: {e}') from None
     if not _ends_its_line(path): raise damage('its last line has no end, it may be cut off')
     return rows
+
+
+def _no_number(row):
+    "The first value of a row {column: text} that is not of its column's type, in words; None if there is none."
+    for name, text in row.items():
+        if text and (kind := COLUMNS[name]) is not str:
+            try: whole = float(text).is_integer()
+            except ValueError: return f'{name} {text!r} is not a number'
+            if kind is int and not whole: return f'{name} {text!r} is not an integer'
+    return None
 
 
 def _ends_its_line(path):
@@ -151,7 +162,10 @@ def _writable(results):
 def _key(row): return row['run_id'], str(row.get('resumed') or 0)
 
 
-def _differ(a, b): return any(str(a[k] or '') != str(b[k] or '') for k in a.keys() & b.keys() if k != 'resumed')
+def _differ(a, b): return any(_text(a[k]) != _text(b[k]) for k in a.keys() & b.keys() if k != 'resumed')
+
+
+def _text(value): return '' if value is None else str(value)
 
 
 def _append(rows, results):
@@ -161,7 +175,7 @@ def _append(rows, results):
         if row.get('status') not in STATUSES: raise ValueError(f'no such status: {row.get("status")!r}')
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
-    with FileLock(results / '.runs.lock'):
+    with FileLock(results / '.runs.lock', timeout=60):  # of a process that hangs: the row is told instead
         path, old, wrong = _writable(results)
         known, new, clash = {_key(row): row for row in old}, [], []
         for row in rows:

@@ -270,7 +270,7 @@ def begin(cfg, digest, results, resume):
         if found:
             begun = {key: found[1][key] for key in ('run_id', 'started')}
             parts = record.resumed[record.run_id == begun['run_id']]
-            return begun | dict(status='', resumed=1 + int(max(parts, default=0)))
+            return begun | dict(status='', resumed=1 + int(max([*parts, found[1].get('resumed', 0)])))
     return dict(zip(('run_id', 'started'), runlog.new_run(results)), status='', resumed=0)
 
 
@@ -286,12 +286,14 @@ def record(row, results):
 
 @contextlib.contextmanager
 def undisturbed():
-    "A second Ctrl-C or SIGTERM waits for nothing and stops nothing within the block."
+    "Ctrl-C and SIGTERM wait for the end of the block: what comes after it is stopped."
     if threading.current_thread() is not threading.main_thread(): return (yield)
-    handlers = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, signal.SIGTERM)}
+    came = []
+    handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     try: yield
     finally:
         for number, handler in handlers.items(): signal.signal(number, handler)
+    if came: signal.raise_signal(came[0])
 
 
 def write(row, results):

@@ -86,7 +86,8 @@ def check_ray_flags(args):
 class Loop:
     "The runs of an experiment, in this process or on Ray, with those that the record already holds left out."
     def __init__(self, exp, args):
-        self.training, self.exp, self.args, self.failed, self.digests = train_imagenette.load_training(), exp, args, 0, {}
+        self.training, self.exp, self.args, self.digests = train_imagenette.load_training(), exp, args, {}
+        self.failed = self.left = 0  # runs; left: to another process
         from data import find_set
         self.fingerprint = lambda cfg: find_set(cfg)[2]
         if args.ray is None: self.each, self.device = self.here, self.training.get_device(args.gpu)
@@ -109,22 +110,26 @@ class Loop:
         return [(arm, cfg) for arm, cfg in schedule(exp, seed0) if runlog.recorded(record, *self.settled(cfg)).empty]
 
     def train(self, todo):
-        "Train what is to do. A run that fails has left its row, and the others go on; a mistake of the user ends the loop."
+        "Train what is to do, but for the runs that another process is at. One that fails has left its row, and the others go on."
         start = time.perf_counter()
         for done, (arm, cfg, error) in enumerate(self.each(todo, self.args.checkpoint_every), 1):
-            if error:
+            if isinstance(error, Busy):
+                self.left += 1
+                print(f'{error}: left to it', file=sys.stderr)
+            elif error:
                 self.failed += 1
                 print(f'reproduce.py: {arm} seed {cfg.seed} failed: {error}; going on', file=sys.stderr)
             left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
             print(f'[{"#" * round(30 * done / len(todo)):30}] {done}/{len(todo)}  {arm} seed {cfg.seed}  {left:.0f} min left', flush=True)
 
     def here(self, todo, checkpoint_every):
-        "Train `todo` in this process, one after the other; yields (arm, cfg, the error of a run that failed or None) as each ends."
+        """Train `todo` in this process, one after the other; yields (arm, cfg, the error of a run that failed or was not begun, or None)
+        as each ends. A mistake of the user ends it."""
         for arm, cfg in todo:
             print(f'{arm} seed {cfg.seed}:', flush=True)
             error = None
             try: self.training.run(cfg, self.args.results, self.device, resume=True, checkpoint_every=checkpoint_every)
-            except Busy as e: print(f'{e}: left to it', file=sys.stderr)
+            except Busy as e: error = e
             except Exception as e:
                 if isinstance(e, UsageError) or is_stop(e): raise
                 error = repr(e)
@@ -145,8 +150,10 @@ class Loop:
         while not report.narrow_enough(arms := self.arms(), points):
             if all(len(a) >= 10 and np.ptp(a) == 0 for a in arms): raise UsageError('--until: all runs of an arm end alike; stopped')
             while not (todo := self.todo(turn, seed)): seed += 1
+            left = self.left
             self.train(todo)
-            if sum(map(len, self.arms())) == sum(map(len, arms)): raise UsageError('--until: the last runs did not end ok; stopped')
+            if self.left > left: seed += 1
+            elif sum(map(len, self.arms())) == sum(map(len, arms)): raise UsageError('--until: the last runs did not end ok; stopped')
 
     def so_far(self): return report.gaps({self.args.name: self.exp}, self.record(), report.load_published(), self.args.results)
 

@@ -8,7 +8,9 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')  # the models here are too small f
 import importlib.util
 import shutil
 import signal
+import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -81,5 +83,21 @@ def signals():
     "Undoes what a command run in this process sets: with its handler of SIGTERM, the end of a Pool can wait for ever."
     hook, handlers = sys.unraisablehook, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
     yield
+    if not Stopped.by: del handlers[signal.SIGCHLD]  # no signal came: it is torch's, set once for good
     sys.unraisablehook, Stopped.by = hook, 0
     for n, handler in handlers.items(): signal.signal(n, handler)
+
+
+@pytest.fixture
+def spawn():
+    "Starts python with these arguments as a process with pipes, in a group of its own, as in a terminal; none outlives the test."
+    started = []
+
+    def call(*argv, **options):
+        options = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) | options
+        started.append(subprocess.Popen([sys.executable, *map(str, argv)], **options))
+        return started[-1]
+    yield call
+    for process in started:
+        with suppress(ProcessLookupError): os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

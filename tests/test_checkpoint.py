@@ -1,8 +1,6 @@
 """Runs that are stopped and continued: to the bit the run that was never stopped."""
 import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pandas as pd
@@ -120,6 +118,22 @@ def test_a_run_stopped_twice_in_an_epoch_has_a_row_for_each_end(tree, command, s
     assert rows.status.tolist() == ['interrupted'] * 3 + ['ok'] and rows.accuracy.notna().tolist() == [False] * 3 + [True]
 
 
+def test_a_run_that_was_killed_twice_was_continued_twice(tree, command, stopped, tmp_path):
+    argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
+    for epoch in (1, 2):
+        stopped(*argv, '--resume', epoch=epoch)
+        (tmp_path / 'results' / 'runs.csv').unlink()  # kill -9 leaves no row
+    assert command(*argv, '--resume')[0] == 0 and record(tmp_path / 'results').resumed.tolist() == [2]
+
+
+def test_what_a_run_goes_on_without_is_told(tree, command, stopped, tmp_path):
+    argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    code, out, err = command(*argv, '--resume', '--channels-last', 0, '--loader', 'device')
+    assert code == 0 and 'goes on after epoch 1' in out and 'its epochs so far had loader workers, channels_last 1; the row' in err
+    assert record(tmp_path / 'results').channels_last.tolist() == [0]
+
+
 def test_a_run_whose_predictions_cannot_be_had_fails_has_its_row_and_goes_on(tree, command, tmp_path, monkeypatch):
     def breaks(self): raise RuntimeError('the other process is gone')
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
@@ -183,12 +197,19 @@ def test_other_images_are_another_run(tree, command, stopped, tmp_path):
     assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == 1  # left for the images it is of
 
 
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
 @pytest.mark.parametrize('spoil, words', [
     (lambda f: os.truncate(f, f.stat().st_size // 2), 'cut off or no checkpoint'),
     (lambda f: f.write_bytes(b''), 'cut off or no checkpoint'),
     (lambda f: f.write_text('not a checkpoint'), 'cut off or no checkpoint'),
     (lambda f: torch.save(dict(config={}, model={}), f), 'not a checkpoint of this version'),
     (lambda f: torch.save(os.system, f), 'cut off or no checkpoint'),  # never run what a foreign file says
+    (flip_a_bit, 'its checksum is wrong'),  # in a tensor: the file can be read all the same
 ])
 def test_a_checkpoint_that_cannot_be_read_is_told_and_the_run_starts_anew(spoil, words, tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
@@ -202,7 +223,7 @@ def test_a_checkpoint_that_cannot_be_read_is_told_and_the_run_starts_anew(spoil,
     assert file.read_bytes() == spoiled and sorted(record(tmp_path / 'results').status) == ['interrupted', 'ok']
 
 
-def test_two_processes_are_not_at_one_run(tree, command, stopped, tmp_path, monkeypatch):
+def test_two_processes_are_not_at_one_run(tree, command, stopped, spawn, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
     file, = tmp_path.glob('results/checkpoints/*.pt')
@@ -215,7 +236,7 @@ held = checkpoint.lock(Path({str(file)!r}))
 print(flush=True)
 time.sleep(60)
 '''
-    other = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+    other = spawn('-c', code)
     other.stdout.readline()
     lock = checkpoint.lock
     monkeypatch.setattr(checkpoint, 'lock', lambda file, wait=0: lock(file, 0))

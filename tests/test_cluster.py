@@ -2,8 +2,7 @@
 import os
 import re
 import signal
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import REPO
@@ -13,25 +12,18 @@ import runlog
 import train_imagenette
 from experiments import Config, UsageError
 
-pytest.importorskip('ray', reason='needs ray: pip install -r requirements-cluster.txt')
+ray = pytest.importorskip('ray', reason='needs ray: pip install -r requirements-cluster.txt')
 TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
 SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint', 'git_commit', 'git_dirty']
 
 
 @pytest.fixture
-def start(tree, tmp_path):
-    "Starts reproduce.py digits on the tree, in a process group of its own as in a terminal, with results in a folder of tmp_path."
-    started = []
-
+def start(spawn, tree, tmp_path):
+    "Starts reproduce.py digits on the tree, with results in a folder of tmp_path."
     def call(folder, *argv, **env):
-        argv = [sys.executable, REPO / 'scripts' / 'reproduce.py', *TINY, '--data', tree, '--results', tmp_path / folder, *argv]
-        env = os.environ | dict(RAY_DEDUP_LOGS='0') | env
-        pipe = subprocess.PIPE
-        started.append(subprocess.Popen(list(map(str, argv)), stdout=pipe, stderr=pipe, text=True, env=env, start_new_session=True))
-        return started[-1]
-    yield call
-    for process in started:
-        if process.poll() is None: os.killpg(process.pid, signal.SIGKILL)
+        argv = [REPO / 'scripts' / 'reproduce.py', *TINY, '--data', tree, '--results', tmp_path / folder, *argv]
+        return spawn(*argv, env=os.environ | dict(RAY_DEDUP_LOGS='0') | env)
+    return call
 
 
 def rows(folder): return runlog.load(folder / 'runs.csv').sort_values(['attention', 'seed']).reset_index(drop=True)
@@ -61,15 +53,16 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
 
 
 def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(start, tmp_path):
-    process = start('results', '--epochs', 20, '--ray')
-    for arm in ('epoch 2 ', 'epoch 3 '): read_to(process, arm)
+    process = start('results', '--epochs', 40, '--ray')
+    begun = set()
+    while len(begun) < 2: begun.add(re.search(r'pid=(\d+)', read_to(process, 'epoch 2 '))[1])  # both workers have a checkpoint
     os.killpg(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     left = rows(tmp_path / 'results')
     assert process.returncode == 130 and 'Traceback' not in err and 'none → simple: no runs' in out, err
     assert set(left.status) == {'interrupted'} and left.epochs_done.min() >= 1
     assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
-    out, err = start('results', '--epochs', 20).communicate(timeout=300)
+    out, err = start('results', '--epochs', 40).communicate(timeout=300)
     df = rows(tmp_path / 'results')
     assert out.count('goes on after epoch') == len(left) and set(df.status) == {'ok'}, err
     assert len(df) == 4 and set(left.run_id) < set(df.run_id)
@@ -131,3 +124,16 @@ def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, mo
     monkeypatch.setattr(training.Measure, 'before_fit', cancelled)
     out = task()
     assert out.row['status'] == 'interrupted' and not out.error and not out.mistake
+
+
+def test_a_full_disk_for_the_files_of_a_run_loses_no_row(task, tmp_path, monkeypatch, capsys):
+    def full(*args): raise OSError(28, 'No space left on device')
+    out, driver = task(shared=False), cluster.Cluster.__new__(cluster.Cluster)
+    driver.ray, driver.results, driver.provenance = SimpleNamespace(get=lambda ref: ref, exceptions=ray.exceptions), tmp_path / 'driver', {}
+    with monkeypatch.context() as m:
+        m.setattr(runlog, 'write_files', full)
+        assert driver.receive(out) is None
+    assert 'its curve or predictions could not be written' in capsys.readouterr().err
+    assert rows(tmp_path / 'driver').status.tolist() == ['ok']
+    assert driver.receive(out) is None and len(rows(tmp_path / 'driver')) == 1  # handed over twice, it is one row
+    assert {f'{f.parent.name}/{f.name}' for f in tmp_path.glob('driver/*/*')} == set(out.files)

@@ -302,6 +302,12 @@ def test_figures_show_the_metric_that_is_published(published, tmp_path):
         assert list(ax.lines[0].get_ydata()) == pytest.approx([80, 82]) and ax.get_ylabel() == 'accuracy of the best epoch (%)'
 
 
+def assert_within(fig, texts):
+    for text in texts:
+        box = text.get_window_extent()
+        assert fig.bbox.x0 - 1 <= box.x0 and box.x1 <= fig.bbox.x1 + 1, text.get_text()
+
+
 def test_the_forest_is_labelled_with_n_and_split_and_nothing_is_cut_off(published, tmp_path):
     runs = pd.concat([make_runs('none', [0.60, 0.64]), make_runs('simple', [0.65]), make_runs('none', [0.6], split='v2')])
     fig = figures.forest(report.gaps(EXPERIMENTS, runs, published))
@@ -309,9 +315,16 @@ def test_the_forest_is_labelled_with_n_and_split_and_nothing_is_cut_off(publishe
     labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
     assert 'woof-128-5, fp32, data f, split v1: none → simple  (12/12; 2/1)' in labels and all('split' in s for s in labels)
     assert 'woof-256-400, split v1: none → simple  (?/1; –/–)' in labels
-    for text in (fig.axes[0].xaxis.label, *fig.axes[0].get_yticklabels()):
-        box = text.get_window_extent()
-        assert fig.bbox.x0 <= box.x0 and box.x1 <= fig.bbox.x1, text.get_text()
+    assert_within(fig, [fig.axes[0].xaxis.label, *fig.axes[0].get_yticklabels()])
+
+
+def test_the_times_of_different_devices_are_called_not_comparable_and_nothing_is_cut_off(published, tmp_path):
+    for device, words in (['a'] * 3, 'minutes of a run'), (['a', 'a', 'b'], 'minutes of a run\n(different devices'):
+        runs = pd.concat([make_runs('none', [0.60, 0.64]), make_runs('simple', [0.65])]).assign(device=device)
+        fig = figures.experiment('woof-128-5', EXPERIMENTS['woof-128-5'], runs, published, tmp_path)
+        figures.save(fig, tmp_path / 'woof')
+        assert fig.axes[2].get_xlabel().startswith(words) and ('not comparable' in fig.axes[2].get_xlabel()) == ('b' in device)
+        assert_within(fig, [t for ax in fig.axes for t in (ax.xaxis.label, ax.yaxis.label, ax.title)])
 
 
 def test_ten_thousand_rows_in_under_3_seconds(published):

@@ -85,34 +85,47 @@ def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
     assert code == 2 and '--until: all runs of an arm end alike; stopped' in err
 
 
-def test_a_run_that_another_process_is_at_is_left_to_it(loop, tree, tmp_path, monkeypatch):
+@pytest.fixture
+def claimed(tree, tmp_path, monkeypatch):
+    "Has the run of an arm of digits with seed 0, as another process would."
     import checkpoint
     import training
     lock = checkpoint.lock
     monkeypatch.setattr(checkpoint, 'lock', lambda file, wait=0: lock(file, 0))
-    cfg = replace(EXPERIMENTS['digits'].arms['simple'], data=str(tree), epochs=1, bs=6, workers=0)
-    cfg = training.settle(cfg, training.torch.device('cpu'))
-    with checkpoint.claim(cfg, training.get_dls(cfg).fingerprint, tmp_path / 'results'):
-        code, _, err = loop('--runs', 1)
+
+    def claim(arm):
+        cfg = replace(EXPERIMENTS['digits'].arms[arm], data=str(tree), epochs=1, bs=6, workers=0)
+        cfg = training.settle(cfg, training.torch.device('cpu'))
+        return checkpoint.claim(cfg, training.get_dls(cfg).fingerprint, tmp_path / 'results')
+    return claim
+
+
+def test_until_takes_other_seeds_than_another_loop(loop, claimed, tmp_path, monkeypatch):
+    import report
+    monkeypatch.setattr(report, 'narrow_enough', lambda arms, points: list(map(len, arms)) == [1, 1])
+    with claimed('none'), claimed('simple'): code, _, err = loop('--runs', 1, '--until', 5)
+    assert code == 0 and err.count('left to it') == 4 and rows(tmp_path).seed.tolist() == [1, 1]
+
+
+def test_a_run_that_another_process_is_at_is_left_to_it(loop, claimed, tmp_path):
+    with claimed('simple'): code, _, err = loop('--runs', 1)
     assert code == 0 and 'another process is at this run: left to it' in err and rows(tmp_path).attention.tolist() == ['none']
     assert loop('--runs', 1)[0] == 0 and rows(tmp_path).attention.tolist() == ['none', 'simple']
     assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
 
 
-def test_of_two_loops_each_run_is_trained_by_one(tree, tmp_path):
+def test_of_two_loops_each_run_is_trained_by_one(tree, spawn, tmp_path):
     argv = ['digits', '--data', tree, *TINY, '--epochs', 2, '--runs', 4, '--results', tmp_path / 'results']
-    loops = [subprocess.Popen([sys.executable, REPO / 'scripts' / 'reproduce.py', *map(str, argv)], stderr=subprocess.PIPE, text=True)
-             for _ in range(2)]
+    loops = [spawn(REPO / 'scripts' / 'reproduce.py', *argv) for _ in range(2)]
     errors = [process.communicate(timeout=300)[1] for process in loops]
     assert [process.returncode for process in loops] == [0, 0], errors
     df = rows(tmp_path)
     assert sorted(zip(df.seed, df.attention)) == [(s, a) for s in range(4) for a in ('none', 'simple')] and set(df.status) == {'ok'}
 
 
-def test_ctrl_c_leaves_what_is_done(tree, tmp_path):
+def test_ctrl_c_leaves_what_is_done(tree, spawn, tmp_path):
     argv = ['digits', '--data', tree, *TINY, '--epochs', 300, '--runs', 5, '--results', tmp_path / 'results']
-    process = subprocess.Popen([sys.executable, REPO / 'scripts' / 'reproduce.py', *map(str, argv)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = spawn(REPO / 'scripts' / 'reproduce.py', *argv)
     while not process.stdout.readline().startswith('epoch 2'): assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)

@@ -7,7 +7,7 @@ import runlog
 from experiments import Config, UsageError, fields
 
 
-def row(run_id='a', **values): return dict(run_id=run_id, status='ok', dataset='imagewoof', accuracy=0.5) | values
+def row(run_id='a', **values): return dict(run_id=run_id, status='ok', dataset='imagewoof', mixup=0., accuracy=0.5) | values
 
 
 def test_a_row_has_every_field_of_config_and_is_typed(tmp_path):

@@ -224,7 +224,7 @@ def test_an_extraction_ended_by_kill_9_leaves_no_folder_that_passes_for_the_whol
     def child():
         from_file(pytest.MonkeyPatch(), 5, lambda: os.kill(os.getpid(), signal.SIGKILL))
         data.find_data(resolve(Config(dataset='imagewoof', split='v2')))
-    process = mp.get_context('fork').Process(target=child)
+    process = mp.get_context('fork').Process(target=child, daemon=True)
     process.start()
     process.join()
     left = list(archive.folder.parent.glob('woof-*'))

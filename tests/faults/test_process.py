@@ -5,7 +5,6 @@ import multiprocessing as mp
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from contextlib import suppress
@@ -49,10 +48,9 @@ def test_a_validation_loss_that_is_not_finite_is_diverged_too(tree, command, tmp
 # --- signals ---
 
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_leaves_an_interrupted_row(number, code, tree, tmp_path):
+def test_a_signal_leaves_an_interrupted_row(number, code, tree, spawn, tmp_path):
     argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 1]
-    process = subprocess.Popen([sys.executable, REPO / 'train_imagenette.py', *map(str, argv)], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = spawn(REPO / 'train_imagenette.py', *argv)
     for _ in range(2): assert process.stdout.readline().startswith('epoch ')
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
@@ -61,10 +59,9 @@ def test_a_signal_leaves_an_interrupted_row(number, code, tree, tmp_path):
     assert 'interrupted after' in out and 'Traceback' not in err
 
 
-def test_sigterm_to_the_loader_processes_too_leaves_the_same(tree, tmp_path):
+def test_sigterm_to_the_loader_processes_too_leaves_the_same(tree, spawn, tmp_path):
     argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 2]
-    processes = [subprocess.Popen([sys.executable, REPO / 'train_imagenette.py', *map(str, argv)], text=True, start_new_session=True,
-                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(5)]
+    processes = [spawn(REPO / 'train_imagenette.py', *argv) for _ in range(5)]
     for process in processes:
         assert process.stdout.readline().startswith('epoch ')
         os.killpg(process.pid, signal.SIGTERM)
@@ -81,6 +78,17 @@ def test_a_signal_whose_exception_is_lost_ends_the_run_too(tree, command, tmp_pa
     monkeypatch.setattr(training, 'reset_peak_memory', reset)
     code, _, err = command('--data', tree, *TINY)
     assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and not err
+
+
+def test_a_signal_while_a_row_is_written_waits_for_it_and_starts_no_other_run(tree, command, tmp_path, monkeypatch):
+    append = runlog.append
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return append(*args)
+    monkeypatch.setattr(runlog, 'append', interrupted)
+    code, _, err = command('--data', tree, *TINY, '--runs', 3)
+    assert code == 143 and record(tmp_path).status.tolist() == ['ok'] and 'Traceback' not in err
 
 
 def test_a_loader_process_ended_by_sigterm_first_leaves_the_same(tree, command, tmp_path, monkeypatch):
@@ -100,10 +108,9 @@ def kill_children(process):
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc for the loader processes')
-def test_a_loader_process_that_dies_leaves_a_failed_row_and_the_run_goes_on_from_its_checkpoint(tree, command, tmp_path):
+def test_a_loader_process_that_dies_leaves_a_failed_row_and_the_run_goes_on_from_its_checkpoint(tree, command, spawn, tmp_path):
     argv = ['--data', tree, *TINY[:-1], 8, '--workers', 1, '--checkpoint-every', 1]
-    process = subprocess.Popen([sys.executable, REPO / 'train_imagenette.py', *map(str, argv), '--results', tmp_path / 'results'],
-                               text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = spawn(REPO / 'train_imagenette.py', *argv, '--results', tmp_path / 'results')
     for _ in range(2): assert process.stdout.readline().startswith('epoch ')
     kill_children(process)
     out, err = process.communicate()
@@ -127,7 +134,7 @@ def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tre
     context.set_forkserver_preload(['training'])
     argv = list(map(str, ['--data', tree, *TINY, '--sa', '--epochs', 4, '--runs', 5, '--checkpoint-every', 1, '--resume']))
     def start(results):
-        process = context.Process(target=_main, args=([*argv, '--results', str(results), os.environ['FASTAI_HOME']],))
+        process = context.Process(target=_main, args=([*argv, '--results', str(results), os.environ['FASTAI_HOME']],), daemon=True)
         process.start()
         return process
     start(tmp_path / 'first').join()  # the server has imported torch by now

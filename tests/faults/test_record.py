@@ -27,6 +27,7 @@ def row(run_id='a', **values): return dict(run_id=run_id, status='ok', accuracy=
     (lambda b: b[:b.index(b'\na,') + 30] + b'\n', 'line 2 has'),
     (lambda b: b.replace(b'\nb,', b'\n<<<<<<< HEAD\nb,'), 'line 3: a merge conflict'),
     (lambda b: b + b'=======\n', 'line 4: a merge conflict'),
+    (lambda b: b.replace(b'0.5', b'O.5', 1), "line 2: accuracy 'O.5' is not a number"),
     (lambda b: b + b'c,ok,' + b',' * 100 + b'\n', 'line 4 has 103 of'),
     (lambda b: b + b'\xe9\n', 'not UTF-8'),
     (lambda b: b + b'"' + b'x' * 200_000, 'line 4: field larger than field limit'),
