@@ -140,7 +140,7 @@ def differences(old, new):
     "What of an `identity` a run may change on its way, and did: 'loader workers, torch 2.13.0', the `old` ones."
     pairs = [(key, old['config'].get(key), new['config'][key]) for key in SPEED if key not in ('workers', 'meta')]
     pairs += [(key, old.get(key), new[key]) for key in MADE_WITH]
-    return ', '.join(f'{key} {a}' for key, a, b in pairs if a is not None and a != b)
+    return ', '.join(f'{key} {a}' for key, a, b in pairs if a != b and None not in (a, b) and '' not in (a, b))  # blank: not known
 
 
 def find(cfg, digest, results):

@@ -3,7 +3,7 @@
 A task trains as training.run does, with its curve, predictions and checkpoint in the results folder where its node shares
 that, and hands its row to the process that asked for it, which alone writes runs.csv. Ray tries a run again whose worker
 or node has died: from its last checkpoint where the folder is shared, else anew. A run has as many threads as cores of its
-own: on a CPU its numbers are those of a plain run with as many, to the bit.
+own, or OMP_NUM_THREADS: on a CPU its numbers are those of a plain run with as many, to the bit.
 """
 import os
 import signal
@@ -29,6 +29,7 @@ class Outcome:
     files: dict = field(default_factory=dict)
     error: str = None    # why the run failed
     mistake: str = None  # of the user: no other run would do better
+    busy: str = None     # another process is at the run
 
 
 class Cluster:
@@ -50,7 +51,8 @@ class Cluster:
             if address: reach(address)
             ray.init(address=address or 'local', runtime_env=code, log_to_driver=True, logging_level='error', **own)
         except Exception as e:  # ray raises that too, where it gives up
-            raise UsageError(f'--ray {address}: no Ray there ({" ".join(str(e).split())})') from None
+            where = f'{address}: no Ray there' if address else 'Ray does not start here'
+            raise UsageError(f'--ray {where} ({" ".join(str(e).split())})') from None
         resources = ray.cluster_resources()
         self.gpus = gpus if gpus is not None else min(1, resources.get('GPU', 0))
         for what, wanted in (('CPU', cpus), ('GPU', self.gpus)):
@@ -65,8 +67,8 @@ class Cluster:
         return torch.device('cuda' if self.gpus else 'cpu')
 
     def each(self, todo, checkpoint_every=None):
-        """Train `todo`, [(arm, Config)], as many at once as there is room for; yields (arm, cfg, the error of a run that failed or None)
-        as each ends. Left early, it stops the runs under way and takes their rows."""
+        """Train `todo`, [(arm, Config)], as many at once as there is room for; yields (arm, cfg, the error of a run that failed or was
+        not begun, or None) as each ends. Left early, it stops the runs under way and takes their rows."""
         import training
         task = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=TRIES - 1, max_calls=1)(train)
         with self.mark() as mark:
@@ -103,7 +105,7 @@ class Cluster:
         with tempfile.NamedTemporaryFile(dir=self.results, prefix='.ray-') as f: yield Path(f.name).name
 
     def receive(self, ref):
-        "Record what a task hands over, the row first; returns the error of a run that failed, or None."
+        "Record what a task hands over, the row first; returns the error of a run that failed or was not begun, or None."
         import training
         try: out = self.ray.get(ref)
         except self.ray.exceptions.TaskCancelledError: return None  # had not begun
@@ -112,7 +114,7 @@ class Cluster:
         try: runlog.write_files(out.files, self.results)
         except OSError as e: print(f'{out.row["run_id"]}: its curve or predictions could not be written ({e})', file=sys.stderr)
         if out.mistake: raise UsageError(out.mistake)
-        return out.error
+        return Busy(out.busy) if out.busy else out.error
 
 
 def reach(address, wait=10):
@@ -131,7 +133,7 @@ def train(cfg, results, mark, checkpoint_every):
             out.row = row
             if not shared: out.files = runlog.files_of(row['run_id'], folder)
         try: training.run(cfg, folder, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
-        except Busy as e: print(f'{e}: left to it', file=sys.stderr)
+        except Busy as e: out.busy = str(e)
         except UsageError as e: out.mistake = str(e)
         except BaseException as e:
             if not is_stop(e): out.error = repr(e)

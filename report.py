@@ -242,7 +242,7 @@ def _so_far(row, *wanted):
     "' (4 of 6 runs)' of the arm of a row of `gaps` with the fewest runs for those wanted, where a verdict on fewer than these is given."
     n, want = min(((row[f'ours_{side}_n'] + row[f'ours_{side}_diverged'], w) for side, w in zip(('base', 'arm'), wanted)),
                   key=lambda pair: pair[0] / pair[1])
-    return f' ({n} of {want} runs)' if 0 < n < want and not row['verdict'].startswith('no verdict') else ''
+    return f' ({n} of {want} runs)' if 0 < n < want and not row['verdict'].startswith(('no verdict', 'no runs')) else ''
 
 
 def _whole(dataset, key):
@@ -251,10 +251,9 @@ def _whole(dataset, key):
     return full is None or pd.isna(key['n_train']) or full == (key['n_train'], key['n_val'])
 
 
-def narrow_enough(arms, points):
-    "Whether the interval of each difference to the first of `arms` (accuracies each) has that half-width, looking after every pair."
-    base, *others = arms
-    return all(bool(stats.fixed_width_done(base, other, points / 100)) for other in others)
+def narrow_enough(pairs, points):
+    "Whether the interval of the difference of each of `pairs` of arms (accuracies) has that half-width, looking after every turn."
+    return all(bool(stats.fixed_width_done(base, arm, points / 100)) for base, arm in pairs)
 
 
 def done(exp, table):

@@ -7,6 +7,7 @@ disk, runs.csv under a lock: readers and interrupted writers always leave a comp
 stays as it is. A run that was interrupted and continued has a row for each of its ends, and its last one counts.
 """
 import csv
+import math
 import os
 import platform
 import secrets
@@ -131,9 +132,10 @@ def _no_number(row):
     "The first value of a row {column: text} that is not of its column's type, in words; None if there is none."
     for name, text in row.items():
         if text and (kind := COLUMNS[name]) is not str:
-            try: whole = float(text).is_integer()
-            except ValueError: return f'{name} {text!r} is not a number'
-            if kind is int and not whole: return f'{name} {text!r} is not an integer'
+            try: value = float(text if '_' not in text else 'none')  # Python alone reads 1_0
+            except ValueError: value = math.nan
+            if not math.isfinite(value): return f'{name} {text!r} is not a number'
+            if kind is int and not (value.is_integer() and abs(value) < 2**53): return f'{name} {text!r} is not an integer'
     return None
 
 

@@ -291,6 +291,9 @@ def undisturbed():
     came = []
     handlers = {number: signal.signal(number, lambda number, _: came.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     try: yield
+    except BaseException:  # may hold a row: it goes on, and is the last
+        if came: Stopped.by = came[0]
+        raise
     finally:
         for number, handler in handlers.items(): signal.signal(number, handler)
     if came: signal.raise_signal(came[0])

@@ -136,24 +136,27 @@ class Loop:
             yield arm, cfg, error
 
     def arms(self):
-        "The accuracies of each arm on this machine's data and precision, those of the metric that is published."
-        record, metric, out = self.record(), self.so_far().metric.iloc[0], []
-        for cfg in self.exp.arms.values():
+        "{arm: its accuracies on this machine's data and precision}, those of the metric that is published."
+        record, metric, out = self.record(), self.so_far().metric.iloc[0], {}
+        for arm, cfg in self.exp.arms.items():
             cfg, digest = self.settled(cfg)
             runs = runlog.of_config(record, cfg)
-            out.append(report.values(runs[runs.data_fingerprint == digest], metric)[0])
+            out[arm] = report.values(runs[runs.data_fingerprint == digest], metric)[0]
         return out
 
     def until(self, points, seed):
         "Go on, a run of each arm a turn, until each difference is known to `points`; UsageError where more runs cannot tell it."
         turn = replace(self.exp, runs=1)
-        while not report.narrow_enough(arms := self.arms(), points):
-            if all(len(a) >= 10 and np.ptp(a) == 0 for a in arms): raise UsageError('--until: all runs of an arm end alike; stopped')
+        while True:
+            arms, left = self.arms(), self.left
+            if report.narrow_enough([(arms[a], arms[b]) for a, b in self.exp.pairs()], points): return
+            if all(len(a) >= 10 and np.ptp(a) == 0 for a in arms.values()):
+                raise UsageError('--until: all runs of an arm end alike; stopped')
             while not (todo := self.todo(turn, seed)): seed += 1
-            left = self.left
             self.train(todo)
             if self.left > left: seed += 1
-            elif sum(map(len, self.arms())) == sum(map(len, arms)): raise UsageError('--until: the last runs did not end ok; stopped')
+            elif all(len(a) == len(arms[arm]) for arm, a in self.arms().items()):
+                raise UsageError('--until: the last runs did not end ok; stopped')
 
     def so_far(self): return report.gaps({self.args.name: self.exp}, self.record(), report.load_published(), self.args.results)
 

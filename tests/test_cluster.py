@@ -10,7 +10,7 @@ from conftest import REPO
 import cluster
 import runlog
 import train_imagenette
-from experiments import Config, UsageError
+from experiments import Busy, Config, UsageError
 
 ray = pytest.importorskip('ray', reason='needs ray: pip install -r requirements-cluster.txt')
 TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
@@ -64,7 +64,7 @@ def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(st
     assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
     out, err = start('results', '--epochs', 40).communicate(timeout=300)
     df = rows(tmp_path / 'results')
-    assert out.count('goes on after epoch') == len(left) and set(df.status) == {'ok'}, err
+    assert out.count('goes on after epoch') == len(left) and set(df.status) == {'ok'} and 'epochs so far had git_commit' not in err, err
     assert len(df) == 4 and set(left.run_id) < set(df.run_id)
 
 
@@ -115,6 +115,7 @@ def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, mo
     assert out.row['status'] == 'failed' and out.error == "RuntimeError('broken')" and not out.mistake
     out = fails(UsageError('no such image'))
     assert out.row['status'] == 'failed' and out.mistake == 'no such image' and not out.error
+    assert fails(Busy('another process is at this run')).busy == 'another process is at this run'
     monkeypatch.undo()
     before_fit = training.Measure.before_fit
 
@@ -136,4 +137,5 @@ def test_a_full_disk_for_the_files_of_a_run_loses_no_row(task, tmp_path, monkeyp
     assert 'its curve or predictions could not be written' in capsys.readouterr().err
     assert rows(tmp_path / 'driver').status.tolist() == ['ok']
     assert driver.receive(out) is None and len(rows(tmp_path / 'driver')) == 1  # handed over twice, it is one row
+    assert isinstance(driver.receive(cluster.Outcome(busy='another process is at this run')), Busy)
     assert {f'{f.parent.name}/{f.name}' for f in tmp_path.glob('driver/*/*')} == set(out.files)

@@ -137,6 +137,7 @@ def test_a_verdict_on_fewer_runs_than_wanted_says_so():
     assert gaps('woof-128-5', *runs).loc['simple'].verdict == 'larger than published (11 of 12 runs)'
     assert gaps('woof-128-5', *runs, make_runs('simple', [0.65], seed0=11)).loc['simple'].verdict == 'larger than published'
     assert gaps('woof-128-5', runs[0]).loc['simple'].verdict == 'no runs'
+    assert gaps('woof-128-5', runs[0], make_runs('simple', [None])).loc['simple'].verdict == 'no runs'
 
 
 def test_what_did_not_end_ok_is_counted():
@@ -241,8 +242,9 @@ def test_plan_and_narrow_enough():
     needed = stats.runs_needed(table.published_difference[0], report._pooled(table[['ours_base_sd', 'ours_arm_sd']].iloc[0]))
     assert f'published +2.9 needs {needed}, ' in report.plan(table) and needed > 1
     arms = [report.values(r, 'last')[0] for r in runs]
-    assert report.narrow_enough(arms, 1.) and not report.narrow_enough(arms, 0.3)
-    assert not report.narrow_enough([a[:5] for a in arms], 5.)  # too few to stop, however close
+    assert report.narrow_enough([arms], 1.) and not report.narrow_enough([arms], 0.3)
+    assert not report.narrow_enough([arms, [arms[0], arms[1] * 3]], 1.)  # each pair
+    assert not report.narrow_enough([[a[:5] for a in arms]], 5.)  # too few to stop, however close
     assert 'sd 0.9 (published)' in report.plan(gaps('woof-128-50-r18', runs[0][:0]).reset_index())
     sd = report.single_runs_sd(exp.arms['simple'], report.load_published_runs())
     assert sd == pytest.approx(0.014156, abs=1e-6)  # the fork's 30; of none two notebooks' 20, and 20 from full-size images

@@ -70,17 +70,17 @@ def test_a_failed_run_is_recorded_and_the_loop_goes_on(loop, tmp_path, monkeypat
 
 def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
     import report
-    monkeypatch.setattr(report, 'narrow_enough', lambda arms, points: points == 5 and list(map(len, arms)) == [3, 3])
+    monkeypatch.setattr(report, 'narrow_enough', lambda pairs, points: points == 5 and list(map(len, pairs[0])) == [3, 3])
     assert loop('--runs', 1, '--until', 5)[0] == 0
     assert list(zip(rows(tmp_path).attention, rows(tmp_path).seed)) == [(a, s) for s in range(3) for a in ('none', 'simple')]
-    monkeypatch.setattr(report, 'narrow_enough', lambda arms, points: list(map(len, arms)) == [4, 4])
+    monkeypatch.setattr(report, 'narrow_enough', lambda pairs, points: list(map(len, pairs[0])) == [4, 4])
     assert loop('--runs', 1, '--until', 5)[0] == 0 and rows(tmp_path).seed.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # goes on where it was
     code, _, err = loop('--runs', 1, '--until', 5, '--opt', 'sgd', '--lr', 1e30)  # every run diverges
     assert code == 2 and 'did not end ok; stopped' in err and rows(tmp_path).status.tolist()[8:] == ['diverged'] * 4
 
 
 def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
-    monkeypatch.setattr(reproduce.Loop, 'arms', lambda self: [np.full(10, 0.1), np.full(10, 0.1)])
+    monkeypatch.setattr(reproduce.Loop, 'arms', lambda self: dict(none=np.full(10, 0.1), simple=np.full(10, 0.1)))
     code, _, err = loop('--runs', 1, '--until', 5)
     assert code == 2 and '--until: all runs of an arm end alike; stopped' in err
 
@@ -102,7 +102,7 @@ def claimed(tree, tmp_path, monkeypatch):
 
 def test_until_takes_other_seeds_than_another_loop(loop, claimed, tmp_path, monkeypatch):
     import report
-    monkeypatch.setattr(report, 'narrow_enough', lambda arms, points: list(map(len, arms)) == [1, 1])
+    monkeypatch.setattr(report, 'narrow_enough', lambda pairs, points: list(map(len, pairs[0])) == [1, 1])
     with claimed('none'), claimed('simple'): code, _, err = loop('--runs', 1, '--until', 5)
     assert code == 0 and err.count('left to it') == 4 and rows(tmp_path).seed.tolist() == [1, 1]
 

@@ -91,6 +91,13 @@ def test_a_signal_while_a_row_is_written_waits_for_it_and_starts_no_other_run(tr
     assert code == 143 and record(tmp_path).status.tolist() == ['ok'] and 'Traceback' not in err
 
 
+def test_a_signal_while_the_end_of_a_run_breaks_is_not_lost(monkeypatch):
+    with pytest.raises(ValueError, match='broken'), training.undisturbed():
+        os.kill(os.getpid(), signal.SIGINT)
+        raise ValueError('broken')
+    assert training.Stopped.by == signal.SIGINT  # no other run is begun
+
+
 def test_a_loader_process_ended_by_sigterm_first_leaves_the_same(tree, command, tmp_path, monkeypatch):
     def fit(*args): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
     monkeypatch.setattr(training, 'fit', fit)

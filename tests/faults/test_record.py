@@ -18,7 +18,7 @@ from experiments import UsageError
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 2, '--checkpoint-every', 1)
 
 
-def row(run_id='a', **values): return dict(run_id=run_id, status='ok', accuracy=0.5) | values
+def row(run_id='a', **values): return dict(run_id=run_id, status='ok', bs=64, accuracy=0.5) | values
 
 
 @pytest.mark.parametrize('damage, words', [
@@ -28,6 +28,9 @@ def row(run_id='a', **values): return dict(run_id=run_id, status='ok', accuracy=
     (lambda b: b.replace(b'\nb,', b'\n<<<<<<< HEAD\nb,'), 'line 3: a merge conflict'),
     (lambda b: b + b'=======\n', 'line 4: a merge conflict'),
     (lambda b: b.replace(b'0.5', b'O.5', 1), "line 2: accuracy 'O.5' is not a number"),
+    (lambda b: b.replace(b'0.5', b'1e400', 1), "line 2: accuracy '1e400' is not a number"),
+    (lambda b: b.replace(b'64', b'6_4', 1), "line 2: bs '6_4' is not a number"),
+    (lambda b: b.replace(b'64', b'64.5', 1), "line 2: bs '64.5' is not an integer"),
     (lambda b: b + b'c,ok,' + b',' * 100 + b'\n', 'line 4 has 103 of'),
     (lambda b: b + b'\xe9\n', 'not UTF-8'),
     (lambda b: b + b'"' + b'x' * 200_000, 'line 4: field larger than field limit'),
