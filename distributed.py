@@ -4,7 +4,9 @@ Each process has its share of the images and batches of its own: `bs` images a p
 step, batch norm is over the batch of the process. Every validation image counts once: the shares are not padded, as
 fastai's are. The first process alone writes.
 """
+import atexit
 import os
+import time
 from contextlib import contextmanager
 
 import torch
@@ -21,11 +23,12 @@ def is_first(): return rank_distrib() == 0
 
 def join(device):
     "Meet the other processes, once in the life of this one; alone, nothing happens."
-    if n_processes() == 1: return
+    if n_processes() == 1 or dist.is_initialized(): return
     try:
         from accelerate import PartialState
     except ImportError: raise UsageError('several processes: needs accelerate: pip install -r requirements-cluster.txt') from None
     PartialState(cpu=device.type == 'cpu')
+    atexit.register(time.sleep, 0.5)  # for gloo's threads to drop their last tensors: once Python ends, that would abort the process
 
 
 def local_device():
