@@ -89,6 +89,7 @@ class Config:
     bs: int = knob(64, 'batch size', least=2, most=65_536)
     lr: float = knob(3e-3, 'peak learning rate', above=0, most=1e30)
     schedule: str = knob('one_cycle', 'learning rate schedule', choices=['one_cycle', 'flat_cos'])
+    ann_start: float = knob(0.75, 'flat_cos: the part of training after which the learning rate falls, by a cosine, to almost 0', least=0, below=1)
     opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
     mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 (or (1+mom)/2, if less) to mom-0.05 (or 0) and back',
                        least=0, below=1)
@@ -256,6 +257,11 @@ def _experiments():
     yield 'woof-64-5-r18', Experiment('nothing is published: does it help where it costs nothing to try?', attentions(
         Config(dataset='imagewoof', split='v2', size=64, arch='xresnet18'), *two, 'sagan', 'simple_sym'),
                                       dict(none=10, simple=10, sagan=6, simple_sym=6))
+    replication = Config(dataset='imagewoof', lr=4e-3, mom=0.95, opt='ranger', schedule='flat_cos', ann_start=0.72, act='mish')
+    yield 'woof-128-5-ranger', Experiment('an independent replication of 2019, with Ranger and Mish: the layer helps', attentions(
+        replace(replication, split='v1'), *two), 20)
+    yield 'woof-64-5-r18-ranger', Experiment('nothing is published: does the layer help in the recipe of the replication too?', attentions(
+        replace(replication, split='v2', size=64, arch='xresnet18'), *two), 8)
     yield 'digits', Experiment('nothing is published: shows that the way from files to verdict works', attentions(
         Config(dataset='digits', size=32, epochs=3, arch='xresnet18'), *two), 2)
 

@@ -295,6 +295,12 @@ def test_flat_cos_keeps_the_learning_rate_for_three_quarters(tree):
     assert (lr[:15] == 3e-3).all() and lr[-1] < 1e-3
 
 
+def test_ann_start_is_where_flat_cos_begins_to_fall(tree):
+    lr = hyperparameters(tree, '--epochs', 4, '--schedule', 'flat_cos', '--ann-start', 0.5)[0]['lr']
+    assert (lr[:11] == 3e-3).all() and lr[11] < 3e-3 and lr[-1] < 2e-4
+    assert 3e-3 * (1 + math.cos(math.pi * 5 / 10)) / 2 == pytest.approx(lr[15], rel=1e-3)  # 20 steps, half of the way down
+
+
 @pytest.mark.parametrize('fused', [0, 1])
 def test_weight_decay_spares_norms_and_biases(tree, fused):
     _, learn = learner(tree, '--sa', '--fused', fused)
