@@ -1,67 +1,49 @@
-"""What one run is: `Config`, every knob with its default, its limits and its help text; and what is compared: `EXPERIMENTS`.
+"""What one run is: `Config`, every knob with its default, limits, role and help text; and what is compared: `EXPERIMENTS`.
 
-A field is defined here once; its flag, its check and its column in results/runs.csv follow. The defaults are the
-recipe of the source, github.com/sdoria/SimpleSelfAttention (2019). Imports neither torch nor fastai.
+A knob is one field here: its flag, its check and its column in results/runs.csv follow from it. The defaults are the recipe
+of the source, github.com/sdoria/SimpleSelfAttention (2019). This module imports neither torch nor fastai.
 """
 import ast
 import math
 from dataclasses import dataclass, field, fields, replace
-from difflib import get_close_matches
 from operator import ge, gt, le, lt
 from pathlib import Path
 
-
-class UsageError(Exception):
-    "A mistake of the user, told in one line that says what to do."
-    def __init__(self, message):
-        message = message.rstrip().rsplit('UsageError: ')[-1]  # a loader's worker wraps it in its traceback
-        super().__init__(''.join(c if c.isprintable() else repr(c)[1:-1] for c in message))
-    def __str__(self): return self.args[0].rsplit(':\n\t')[-1]  # fastai puts before it in which callback it came
+from command import UsageError, nearest
 
 
-class Busy(UsageError):
-    "Another process is at the run."
+def literal(file, name):
+    """Returns the value of the literal `name` in `file` beside this one, read from its text: importing it would cost torch's seconds.
 
-
-class Stopped(KeyboardInterrupt):
-    "Ctrl-C or SIGTERM. `by`: the signal that came; what is raised from then on follows from it (loader processes end by it too)."
-    by = 0
-
-
-def is_stop(e):
-    "Whether an exception means Ctrl-C or SIGTERM: also where torch tells first that SIGTERM ended a loader process."
-    return isinstance(e, KeyboardInterrupt) or Stopped.by > 0 or 'killed by signal: Terminated' in str(e)
-
-
-def registry(file, name):
-    "Keys of the dict `name` in `file` beside this one, read from its text: importing it would cost torch's seconds."
-    for node in ast.parse((Path(__file__).parent / file).read_text()).body:
-        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name: return [ast.literal_eval(k) for k in node.value.keys]
+    Of a dict whose values are no literals, such as a registry of classes, it returns the list of its keys.
+    """
+    for node in ast.parse((Path(__file__).parent / file).read_text(encoding='utf-8')).body:
+        if not isinstance(node, ast.Assign) or ast.unparse(node.targets[0]) != name: continue
+        try: return ast.literal_eval(node.value)
+        except ValueError: return [ast.literal_eval(key) for key in node.value.keys]
     raise LookupError(f'{file} has no {name}')
 
 
-def nearest(name, names):
-    "A hint at the name meant: ' (did you mean ...?)' or ''."
-    close = get_close_matches(name, names, n=1, cutoff=0.4)
-    return f' (did you mean {close[0]}?)' if close else ''
+ARCHS = literal('xresnet.py', 'ARCHS')  # name: (expansion, blocks per stage)
 
 
-ARCHS = {  # name: (expansion, blocks per stage)
-    'xresnet18': (1, (2, 2, 2, 2)),
-    'xresnet34': (1, (3, 4, 6, 3)),
-    'xresnet50': (4, (3, 4, 6, 3)),
-    'xresnet101': (4, (3, 4, 23, 3)),
-    'xresnet152': (4, (3, 8, 36, 3)),
-}
-
-
-def knob(default, help, *aliases, choices=None, least=None, above=None, most=None, below=None):
-    "A field of Config: `least` <= value <= `most`, `above` < value < `below`."
-    limits = dict(least=least, above=above, most=most, below=below)
-    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, **limits))
-
-
+ROLES = 'result', 'speed', 'label'
 SWITCH = [0, 1]
+
+
+def knob(default, help, *aliases, choices=None, least=None, above=None, most=None, below=None, role='result', for_life=None, before=None):
+    """Makes a field of Config with `least` <= value <= `most` and `above` < value < `below`.
+
+    role      result: runs that differ in it are different settings, which are never pooled.
+              speed: how the same function is computed; runs that differ in it alone are repetitions of one another.
+              label: says which run it is, not what it computes.
+    for_life  whether a run that is continued must keep the value (default: every knob of the role result).
+    before    how runs went before the knob was there, if not at its default: rows of older files get it.
+    """
+    assert role in ROLES
+    return field(default=default, metadata=dict(
+        help=help, aliases=aliases, choices=choices, least=least, above=above, most=most, below=below, role=role,
+        for_life=role == 'result' if for_life is None else for_life, before=default if before is None else before))
 
 
 @dataclass(frozen=True)
@@ -74,22 +56,22 @@ class Config:
     size: int = knob(128, 'image size in pixels', least=32, most=1024)
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
                        choices=['auto', '160', '320', 'full'])
-    data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download')
+    data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download', role='label')
     pct_noise: int = knob(0, 'percent of noisy labels in training, from the CSV of the archive, made for v2: with v1 about 0.7 times that',
                          choices=[0, 1, 5, 25, 50])
     # model
     arch: str = knob('xresnet50', 'network', choices=list(ARCHS))
-    attention: str = knob('none', 'attention layer', choices=registry('layers.py', 'ATTENTION'))
+    attention: str = knob('none', 'attention layer', choices=literal('layers.py', 'ATTENTION'))
     sa_at: str = knob('1', 'where it stands: stages (their last block) or stage.block, such as 1,2,3,4 or 2.0')
-    stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=registry('xresnet.py', 'STEMS'))
-    act: str = knob('relu', 'activation', '--act-fn', choices=registry('xresnet.py', 'ACTIVATIONS'))
-    pool: str = knob('avg', 'pooling in the shortcut', choices=registry('xresnet.py', 'POOLS'))
+    stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=list(literal('xresnet.py', 'STEMS')))
+    act: str = knob('relu', 'activation', '--act-fn', choices=literal('xresnet.py', 'ACTIVATIONS'))
+    pool: str = knob('avg', 'pooling in the shortcut', choices=literal('xresnet.py', 'POOLS'))
     # training
     epochs: int = knob(5, 'epochs', '--epoch', least=1, most=10_000)
     bs: int = knob(64, 'batch size', least=2, most=65_536)
     lr: float = knob(3e-3, 'peak learning rate', above=0, most=1e30)
     schedule: str = knob('one_cycle', 'learning rate schedule', choices=['one_cycle', 'flat_cos'])
-    ann_start: float = knob(0.75, 'flat_cos: the part of training after which the learning rate falls, by a cosine, to almost 0', least=0, below=1)
+    ann_start: float = knob(0.75, 'flat_cos: the part of training after which the learning rate falls to almost 0', least=0, below=1)
     opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
     mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 (or (1+mom)/2, if less) to mom-0.05 (or 0) and back',
                        least=0, below=1)
@@ -102,16 +84,18 @@ class Config:
     # machine
     precision: str = knob('auto', 'auto: fp16 autocast on CUDA, fp32 on a CPU', choices=['auto', 'fp32', 'fp16', 'bf16'])
     loader: str = knob('auto', 'workers: decodes and crops in loader processes; device: decodes once, keeps and crops on the device; '
-                       'auto: device on a GPU that holds the images', choices=['auto', 'workers', 'device'])
-    fused: int = knob(1, "adam in one kernel of torch; 0: fastai's own, the same function", choices=SWITCH)
-    channels_last: int = knob(1, 'memory format of the network; 0: channels first', choices=SWITCH)
-    compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH)
-    keep_memory: int = knob(1, 'on a CPU: keep freed memory for the next step instead of giving it back to the system', choices=SWITCH)
+                       'auto: device on a GPU that holds the images', choices=['auto', 'workers', 'device'], role='speed', before='workers')
+    fused: int = knob(1, "adam in one kernel of torch; 0: fastai's own, the same function", choices=SWITCH, role='speed', for_life=True,
+                      before=0)
+    channels_last: int = knob(1, 'memory format of the network; 0: channels first', choices=SWITCH, role='speed')
+    compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH, role='speed')
+    keep_memory: int = knob(1, 'on a CPU: keep freed memory for the next step instead of giving it back to the system', choices=SWITCH,
+                            role='speed', before=0)
     processes: int = knob(1, 'processes that train together, each with batches of bs: as many as accelerate launch or torchrun starts',
                           least=1, most=65_536)
-    workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256)
-    seed: int = knob(0, 'seed of weights, order, crops, flips and mixup', least=0, most=2**31 - 1)
-    meta: str = knob('', 'free text, kept in the row', '--log')
+    workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256, role='speed')
+    seed: int = knob(0, 'seed of weights, order, crops, flips and mixup', least=0, most=2**31 - 1, role='label', for_life=True)
+    meta: str = knob('', 'free text, kept in the row', '--log', role='label')
 
     def __post_init__(self):
         for f in fields(self):
@@ -120,8 +104,10 @@ class Config:
         if self.dataset == 'digits' and self.split == 'v1':
             raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
         if self.dataset == 'custom' and not self.data: raise UsageError('--dataset custom: name its folder with --data')
-        try: parse_places(self.sa_at, ARCHS[self.arch][1])
+        try: places = parse_places(self.sa_at, blocks := ARCHS[self.arch][1])
         except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None
+        object.__setattr__(self, 'places', places)  # [(stage, block)], what the network is built from
+        object.__setattr__(self, 'sa_at', format_places(places, blocks))
         if 0 < self.mixup < 1e-3: raise UsageError(f'--mixup {self.mixup}: must be 0 or at least 0.001')
 
     @property
@@ -131,12 +117,11 @@ class Config:
 
 
 def resolve(cfg):
-    "`cfg` with what follows from its other fields written out: the archive, the split, the places of the attention in one form."
+    "Returns `cfg` with what follows from its other fields written out: the archive and the split."
     source = 'full' if cfg.size > 224 else '320' if cfg.size > 128 else '160'
     if cfg.source != 'auto' or cfg.dataset == 'digits' or cfg.data: source = cfg.source
     split = cfg.split if cfg.split != 'auto' else 'v1' if cfg.dataset in ('imagenette', 'imagewoof') else 'v2'
-    blocks = ARCHS[cfg.arch][1]
-    return replace(cfg, source=source, split=split, sa_at=format_places(parse_places(cfg.sa_at, blocks), blocks))
+    return replace(cfg, source=source, split=split)
 
 
 def parse_places(sa_at, blocks):
@@ -157,7 +142,7 @@ def format_places(places, blocks):
     return ','.join(str(s) if b == blocks[s - 1] - 1 else f'{s}.{b}' for s, b in places)
 
 
-IMAGES = {  # (dataset, split): training and validation images of a full archive
+N_IMAGES = {  # (dataset, split): numbers of training and validation images of a full archive
     ('imagenette', 'v1'): (12_894, 500), ('imagenette', 'v2'): (9_469, 3_925),
     ('imagewoof', 'v1'): (12_454, 500), ('imagewoof', 'v2'): (9_025, 3_929),
 }
@@ -187,9 +172,18 @@ def _check(name, value, type_, meta):
 
 # --- what is compared ---
 
-# The knobs that no result depends on: runs that differ in these alone are repetitions of one another.
-SPEED = 'loader', 'fused', 'channels_last', 'compile', 'keep_memory', 'workers', 'meta'
-SETTINGS = [f.name for f in fields(Config) if f.name not in ('seed', *SPEED)]
+def knobs(**attributes):
+    "Returns the names of the knobs with these attributes: knobs(role='speed')."
+    return [f.name for f in fields(Config) if all(f.metadata[key] == value for key, value in attributes.items())]
+
+
+SETTINGS = knobs(role='result')  # runs that agree in these, on the same images, are repetitions of one another
+
+
+def setting(cfg, names=SETTINGS):
+    "Returns the values of a resolved `cfg` that tell its setting from others: `none` is one setting, wherever the layer would be."
+    if cfg.attention == 'none': cfg = replace(cfg, sa_at=Config.sa_at)
+    return tuple(getattr(cfg, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -269,7 +263,7 @@ def _experiments():
 EXPERIMENTS = dict(_experiments())
 
 
-def schedule(exp, seed0=0):
-    "[(arm, Config)] of the runs of an Experiment, its arms taking turns, each turn with one seed: what drifts meets all arms alike."
+def planned_runs(exp, seed0=0):
+    "Returns [(arm, Config)] of the runs of an Experiment. Its arms take turns, each turn with one seed: what drifts meets all alike."
     seeds = range(seed0, seed0 + max(map(exp.wanted, exp.arms)))
     return [(arm, replace(cfg, seed=seed)) for seed in seeds for arm, cfg in exp.arms.items() if seed - seed0 < exp.wanted(arm)]

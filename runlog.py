@@ -20,8 +20,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from command import Parser, exit_code
-from experiments import SETTINGS, Config, UsageError, fields
+from command import Parser, UsageError, exit_code
+from experiments import SETTINGS, Config, fields, setting
 
 RESULTS = Path(__file__).parent / 'results'
 STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
@@ -37,7 +37,6 @@ PROVENANCE = {
     'git_commit': str, 'git_dirty': int, 'data_fingerprint': str,
 }
 COLUMNS = {'run_id': str, 'status': str, 'started': str} | CONFIG | MEASURED | PROVENANCE
-BEFORE = dict(loader='workers', fused=0, channels_last=1, compile=0, keep_memory=0)  # how runs went before there were these columns
 CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds')
 
 
@@ -108,7 +107,7 @@ def _write_rows(path, columns, rows):
 def _read_rows(path):
     """The rows {column: text} of a runs file; None if it has columns that are not ours. UsageError if it is damaged.
 
-    A setting that the file lacks, because it is older than the setting, is as in BEFORE or at its default: that is what ran.
+    A setting that the file lacks, because it is older than the setting, is as its knob says for runs before it: that is what ran.
     """
     def damage(what): return UsageError(f'{path}: {what}; mend it by hand, nothing of it was changed')
     with open(path, newline='', encoding='utf-8-sig') as f:
@@ -116,7 +115,7 @@ def _read_rows(path):
         try:
             columns, rows = next(reader, ['run_id']), []
             if 'run_id' not in columns or not set(columns) <= COLUMNS.keys(): return None
-            missing = {name: str(BEFORE.get(name, getattr(Config, name))) for name in CONFIG if name not in columns}
+            missing = {f.name: str(f.metadata['before']) for f in fields(Config) if f.name not in columns}
             for values in filter(None, reader):
                 if values[0].startswith(('<<<<<<<', '=======', '>>>>>>>')): raise damage(f'line {reader.line_num}: a merge conflict')
                 if len(values) != len(columns): raise damage(f'line {reader.line_num} has {len(values)} of {len(columns)} columns')
@@ -274,13 +273,18 @@ def load(path=RESULTS / 'runs.csv'):
     return df.loc[sorted(df.groupby('run_id').resumed.idxmax())].reset_index(drop=True)
 
 
+def by_setting(runs, names=SETTINGS):
+    "Returns {values of the columns `names`: the runs with them}; `none` is one setting, wherever the layer would be."
+    if runs.empty: return {}
+    settings = runs[list(names)]
+    if 'sa_at' in names: settings = settings.assign(sa_at=runs.sa_at.where(runs.attention != 'none', Config.sa_at))
+    groups = settings.groupby(list(names), dropna=False, sort=False).indices
+    return {key: runs.iloc[at] for key, at in groups.items()}
+
+
 def of_config(runs, cfg):
-    "The runs whose settings are those of `cfg` (resolved), `data` left out; of `none`, wherever the layer would be."
-    same = runs.run_id.notna()
-    for key in SETTINGS:
-        if key == 'data' or (key == 'sa_at' and cfg.attention == 'none'): continue
-        same &= (runs[key] == getattr(cfg, key)).fillna(False).astype(bool)
-    return runs[same]
+    "Returns the runs whose settings are those of a resolved `cfg`."
+    return by_setting(runs).get(setting(cfg), runs[:0])
 
 
 def recorded(runs, cfg, digest):

@@ -7,13 +7,12 @@
 import argparse
 import os
 import sys
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
-from command import Parser, exit_code, is_first, stop_on_signals
-from experiments import SWITCH, Config, UsageError, fields, flag, nearest
-from files import find_images
+from command import Parser, UsageError, exit_code, is_first_process, nearest, stop_on_signals
+from experiments import SWITCH, Config, fields, flag
+from training.files import find_images
 
 
 def switch(text):
@@ -89,7 +88,7 @@ def parse(argv):
     try:
         if cfg.data: find_images(Path(cfg.data))
     except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
-    if args.save and is_first(): probe(args.save)
+    if args.save and is_first_process(): probe(args.save)
     return cfg, args
 
 
@@ -107,27 +106,21 @@ def probe(file):
     except OSError as e: raise UsageError(f'--save {file}: cannot be written ({e.strerror})') from None
 
 
-def load_training():
-    "The module `training`. torch and fastai take seconds: not before the command line is known to be good."
-    warnings.filterwarnings('ignore', category=FutureWarning, module='torch')  # of fastai's own torch.jit.script
-    import training
-    return training
-
-
 def train(cfg, args):
-    "Do what the command line asks for."
-    training = load_training()
-    n = training.distributed.n_processes()
+    "Does what the command line asks for."
+    from training import distributed, run  # torch and fastai take seconds: not before the command line is known to be good
+    from training.machine import get_device
+    n = distributed.n_processes()
     if n > 1 and (args.dump or args.lrfinder): raise UsageError('--dump, --lrfinder: in one process')
     if args.scale_lr: cfg = replace(cfg, lr=cfg.lr * n)
-    if args.dump: return print(training.dump(cfg), flush=True)
-    device = training.get_device(args.gpu)
+    if args.dump: return print(run.dump(cfg), flush=True)
+    device = get_device(args.gpu)
     if args.lrfinder:
-        lr, file = training.find_lr(cfg, args.results, device)
+        lr, file = run.find_lr(cfg, args.results, device)
         return print(f'suggested learning rate {lr:.1e}, plot in {os.path.relpath(file)}')
     stop_on_signals()
     for i in range(args.runs):
-        training.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume, args.checkpoint_every)
+        run.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume, args.checkpoint_every)
 
 
 def main(argv=None): return exit_code('train_imagenette.py', lambda: train(*parse(argv)))

@@ -12,8 +12,13 @@ from functools import partial
 import torch
 import torch.nn as nn
 
-from experiments import ARCHS, parse_places
-
+ARCHS = {  # name: (expansion, blocks per stage)
+    'xresnet18': (1, (2, 2, 2, 2)),
+    'xresnet34': (1, (3, 4, 6, 3)),
+    'xresnet50': (4, (3, 4, 6, 3)),
+    'xresnet101': (4, (3, 4, 23, 3)),
+    'xresnet152': (4, (3, 8, 36, 3)),
+}
 STEMS = {'32-64-64': (32, 64, 64), '32-32-64': (32, 32, 64)}  # the source's, fastai's
 ACTIVATIONS = {
     'relu': partial(nn.ReLU, inplace=True),
@@ -56,15 +61,18 @@ class ResBlock(nn.Module):
     def forward(self, x): return self.act(self.attention(self.convs(x)) + self.shortcut(x))
 
 
-def xresnet(arch, n_classes=1000, attention=nn.Identity, sa_at='1', stem='32-64-64', act='relu', pool='avg'):
+def xresnet(arch, n_classes=1000, attention=nn.Identity, places=None, stem='32-64-64', act='relu', pool='avg'):
     """An XResNet for RGB images (B, 3, H, W), H and W at least 32, to logits (B, n_classes).
 
-    attention  a layer factory, n_channels -> module (B, C, H, W) -> (B, C, H, W), put at each place of `sa_at`
-    sa_at      places, see `experiments.parse_places`
-    stem, act, pool: names in STEMS, ACTIVATIONS, POOLS
+    attention  a layer factory, n_channels -> module (B, C, H, W) -> (B, C, H, W)
+    places     [(stage, block)] that get a layer: stages count from 1, blocks from 0; by default the last block of the first stage
+    stem, act, pool  names in STEMS, ACTIVATIONS, POOLS
     """
     expansion, blocks = ARCHS[arch]
-    places = parse_places(sa_at, blocks)
+    if places is None: places = [(1, blocks[0] - 1)]
+    for stage, block in places:
+        there = 1 <= stage <= len(blocks) and 0 <= block < blocks[stage - 1]
+        if not there: raise ValueError(f'{arch} has no block {block} in stage {stage}')
     act, pool = ACTIVATIONS[act], POOLS[pool]
     widths = [3, *STEMS[stem]]
     layers = {f'stem{i}': conv_layer(widths[i], widths[i + 1], stride=1 if i else 2, act=act) for i in range(3)}

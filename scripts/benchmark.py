@@ -20,13 +20,11 @@ import os
 import sys
 import tempfile
 import time
-import warnings
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # read at torch's import: its profiler writes lines for each use
 
 import numpy as np
@@ -52,11 +50,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import runlog
 import train_imagenette
-import training
-from data import ImageLoader
-from experiments import Config, UsageError
+from command import UsageError
+from experiments import Config
 from layers import ATTENTION, SimpleSelfAttention, multiply_adds
-from learner import keep_memory
+from training import run as training_run
+from training.data import ImageLoader
+from training.learner import get_learner, keep_memory
+from training.machine import device_name, get_device, settle
+from training.run import get_model, prepare
 
 PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}
 LAYERS = [  # name, shape, shape of --quick
@@ -247,7 +248,7 @@ def plain_learner(cfg, device):
     block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
                       splitter=GrandparentSplitter(valid_name='val'), batch_tfms=Normalize.from_stats(*imagenet_stats),
                       item_tfms=[RandomResizedCrop(cfg.size, min_scale=0.35), FlipItem(0.5)])
-    dls = block.dataloaders(cfg.data, bs=cfg.bs, num_workers=training.settle(cfg, device).workers, device=device)
+    dls = block.dataloaders(cfg.data, bs=cfg.bs, num_workers=settle(cfg, device).workers, device=device)
     opt = partial(Adam, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps)
     learn = Learner(dls, xresnet50(n_out=dls.c, sa=True), LabelSmoothingCrossEntropy(), opt, wd=cfg.wd,
                     metrics=[accuracy, partial(top_k_accuracy, k=min(5, dls.c))])
@@ -273,8 +274,8 @@ def step_config(args, device, folder, **kwargs):
 def step(args, device):
     "A whole training step: loading, augmentation, model, loss, optimizer, metrics."
     with tempfile.TemporaryDirectory() as folder:
-        cfg, dls, model = training.prepare(step_config(args, device, folder), device)
-        learners = [plain_learner(cfg, device), training.get_learner(cfg, dls, model)]
+        cfg, dls, model = prepare(step_config(args, device, folder), device)
+        learners = [plain_learner(cfg, device), get_learner(cfg, dls, model)]
         theirs, ours = clocked(learners, args, device, cfg.lr, keep=(False, True))
         multiply_adds, floor_seconds = floor(cfg, model, device)
         yield dict(model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, loader=cfg.loader,
@@ -296,12 +297,12 @@ def loader(args, device):
     with tempfile.TemporaryDirectory() as folder:
         cfg = step_config(args, device, folder, **dict(size=64, arch='xresnet18') if args.quick else {})
         for kind in ('workers', 'device'):
-            cfg, dls, model = training.prepare(replace(cfg, loader=kind), device)
+            cfg, dls, model = prepare(replace(cfg, loader=kind), device)
             start, n = time.perf_counter(), 0
             for x, _ in dls.train: n += len(x)
             if device.type == 'cuda': torch.cuda.synchronize(device)
             alone = n / (time.perf_counter() - start)
-            learners = [training.get_learner(cfg, d, m) for d, m in ((dls, model), (get_one_batch(dls), copy.deepcopy(model)))]
+            learners = [get_learner(cfg, d, m) for d, m in ((dls, model), (get_one_batch(dls), copy.deepcopy(model)))]
             seconds = clocked(learners, args, device, cfg.lr)
             yield dict(loader=kind, model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, workers=cfg.workers,
                        loader_images_per_second=alone, step_images_per_second=cfg.bs / seconds[0],
@@ -324,13 +325,13 @@ def run(args, device):
     cfg = train_imagenette.parse(flags or ['--dataset', 'digits', '--size', '32', '--arch', 'xresnet18', '--epochs', '1'])[0]
     arms = [replace(cfg, attention=a) for a in ('none', cfg.attention if cfg.attention != 'none' else 'simple')]
     results = args.results / 'benchmarks' / 'runs'
-    for arm in arms[:1 if args.quick else 2]: training.run(replace(arm, epochs=1), results, device)
+    for arm in arms[:1 if args.quick else 2]: training_run.run(replace(arm, epochs=1), results, device)
     for seed in range(1 if args.quick else 3):
         for arm in arms:
             start = time.perf_counter()
-            row = training.run(replace(arm, seed=seed), results, device)
+            row = training_run.run(replace(arm, seed=seed), results, device)
             seconds = time.perf_counter() - start
-            model = training.get_model(arm, 10).to(device, memory_format=torch.channels_last)
+            model = get_model(arm, 10).to(device, memory_format=torch.channels_last)
             step_seconds = floor(replace(arm, precision=row['precision']), model, device)[1]
             steps = arm.epochs * (row['n_train'] // arm.bs + row['n_val'] / arm.bs / 3)  # validation is a third: forward alone
             columns = ('dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'loader', 'compile', 'seed', 'accuracy',
@@ -351,7 +352,7 @@ def main(argv=None):
     args, args.flags = ap.parse_known_args(argv)
     if args.flags and args.what != 'run': ap.error(f'unknown argument {args.flags[0]}')
     try:
-        device = training.get_device(args.gpu)
+        device = get_device(args.gpu)
         table = pd.DataFrame(BENCHMARKS[args.what](args, device))
     except UsageError as e:
         print(f'benchmark.py: {e}', file=sys.stderr)
@@ -359,7 +360,7 @@ def main(argv=None):
     print(table.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
     file = args.results / 'benchmarks' / f'{args.what}{"-quick" * args.quick}.csv'
     file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(4).assign(device=training.device_name(device), started=runlog.timestamp(), **runlog.provenance()).to_csv(file, index=False)
+    table.round(4).assign(device=device_name(device), started=runlog.timestamp(), **runlog.provenance()).to_csv(file, index=False)
     print(f'-> {file}')
 
 

@@ -8,21 +8,19 @@ another network at another size is assumed. Several devices take the runs one by
 """
 import heapq
 import sys
-import warnings
 from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-warnings.filterwarnings('ignore', category=FutureWarning, module='torch')
 
 import pandas as pd
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import report
 import runlog
-from experiments import EXPERIMENTS, IMAGES, Config, schedule
-from training import get_model
+from experiments import EXPERIMENTS, N_IMAGES, Config, planned_runs
+from report.published import load_published, published_mean
+from training.run import get_model
 
 DEVICES = 1, 8, 64
 
@@ -35,18 +33,18 @@ def forward(arch, attention, sa_at, size):
     return flops.get_total_flops() / 2
 
 
-def work(cfg):
+def multiply_adds(cfg):
     "Multiply-adds of a run."
-    n_train, n_val = IMAGES[cfg.dataset, cfg.split]
+    n_train, n_val = N_IMAGES[cfg.dataset, cfg.split]
     return cfg.epochs * (3 * n_train + n_val) * forward(cfg.arch, cfg.attention, cfg.sa_at, cfg.size)
 
 
 def rates(results=runlog.RESULTS):
     "{what was measured: multiply-adds a second}: a device with what it ran."
-    published, out = report.load_published(), {}
+    published, out = load_published(), {}
     timed = published[published.wall_time_min.notna()]
     seconds = timed.wall_time_min * 60
-    done = [work(Config(dataset=r.dataset, split=r.split, size=r['size'], epochs=r.epochs, arch=r.arch, attention=r.variant))
+    done = [multiply_adds(Config(dataset=r.dataset, split=r.split, size=r['size'], epochs=r.epochs, arch=r.arch, attention=r.variant))
             for _, r in timed.iterrows()]
     for device, rows in timed.assign(rate=done / seconds).groupby(timed.note.str.removeprefix('one ')):
         out[f'{device}, 2019: {len(rows)} published wall times of xresnet18, 128 px'] = rows.rate.mean()
@@ -66,9 +64,9 @@ def rates(results=runlog.RESULTS):
 
 def published_runs():
     "{(Config with its seed): the first experiment it is of}, of every published row."
-    published = report.load_published()
-    return {cfg: name for name, exp in reversed(EXPERIMENTS.items()) for arm, cfg in schedule(exp)
-            if report.published_mean(exp, arm, published) is not None}
+    published = load_published()
+    return {cfg: name for name, exp in reversed(EXPERIMENTS.items()) for arm, cfg in planned_runs(exp)
+            if published_mean(exp, arm, published) is not None}
 
 
 def makespan(seconds, n):
@@ -81,7 +79,7 @@ def makespan(seconds, n):
 def costs(results=runlog.RESULTS):
     "(a row per experiment with its runs and multiply-adds, a row per measured rate with the hours of all on 1, 8 and 64 devices)."
     runs = published_runs()
-    each = pd.DataFrame([dict(experiment=name, runs=1, multiply_adds=work(cfg)) for cfg, name in runs.items()])
+    each = pd.DataFrame([dict(experiment=name, runs=1, multiply_adds=multiply_adds(cfg)) for cfg, name in runs.items()])
     table = each.groupby('experiment').sum().reindex([name for name, exp in EXPERIMENTS.items() if exp.tables]).reset_index()
     hours = [dict(measured=what, multiply_adds_per_second=rate, longest_run_hours=each.multiply_adds.max() / rate / 3600)
              | {f'hours_on_{n}': makespan(each.multiply_adds / rate, n) / 3600 for n in DEVICES} for what, rate in rates(results).items()]

@@ -4,8 +4,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
 if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
-"$python" report.py
-"$python" report.py --readme
+"$python" -m report
+"$python" -m report --readme
 "$python" scripts/estimate.py
 "$python" - notebooks/results.ipynb <<'PY'
 import sys

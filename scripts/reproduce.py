@@ -25,12 +25,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import numpy as np
 
-import cluster
-import report
 import runlog
 import train_imagenette
-from command import Parser, exit_code, stop_on_signals
-from experiments import EXPERIMENTS, Busy, Config, UsageError, fields, is_stop, nearest, schedule
+from command import Busy, Parser, UsageError, exit_code, is_stop, nearest, stop_on_signals
+from experiments import EXPERIMENTS, Config, fields, planned_runs
+from report import compare, tables
+from report.published import load_published
+from training import cluster
 
 ARMS = 'attention', 'sa_at', 'seed'  # what tells the arms and the runs apart
 
@@ -86,11 +87,10 @@ def check_ray_flags(args):
 class Loop:
     "The runs of an experiment, in this process or on Ray, with those that the record already holds left out."
     def __init__(self, exp, args):
-        self.training, self.exp, self.args, self.digests = train_imagenette.load_training(), exp, args, {}
+        self.exp, self.args, self.digests = exp, args, {}
         self.failed = self.left = 0  # runs; left: to another process
-        from data import find_set
-        self.fingerprint = lambda cfg: find_set(cfg)[2]
-        if args.ray is None: self.each, self.device = self.here, self.training.get_device(args.gpu)
+        from training.machine import get_device  # torch and fastai take seconds: not before the command line is known to be good
+        if args.ray is None: self.each, self.device = self.here, get_device(args.gpu)
         else:
             self.cluster = cluster.Cluster(args.ray, args.results, args.cpus_per_run, args.gpus_per_run)
             self.each, self.device = self.cluster.each, self.cluster.device
@@ -99,17 +99,19 @@ class Loop:
 
     def settled(self, cfg):
         "(`cfg` as it will run, the fingerprint of its data; None for a dry run, which fetches nothing)."
-        cfg = self.training.settle(cfg, self.device)
+        from training.data import find_set
+        from training.machine import settle
+        cfg = settle(cfg, self.device)
         key = cfg.dataset, cfg.source, cfg.data
-        if key not in self.digests: self.digests[key] = None if self.args.dry_run else self.fingerprint(cfg)
+        if key not in self.digests: self.digests[key] = None if self.args.dry_run else find_set(cfg)[2]
         return cfg, self.digests[key]
 
     def todo(self, exp, seed0):
         "What of the runs of `exp` from `seed0` on is not recorded yet."
         record = self.record()
-        return [(arm, cfg) for arm, cfg in schedule(exp, seed0) if runlog.recorded(record, *self.settled(cfg)).empty]
+        return [(arm, cfg) for arm, cfg in planned_runs(exp, seed0) if runlog.recorded(record, *self.settled(cfg)).empty]
 
-    def train(self, todo):
+    def do(self, todo):
         "Train what is to do, but for the runs that another process is at. One that fails has left its row, and the others go on."
         start = time.perf_counter()
         for done, (arm, cfg, error) in enumerate(self.each(todo, self.args.checkpoint_every), 1):
@@ -125,10 +127,11 @@ class Loop:
     def here(self, todo, checkpoint_every):
         """Train `todo` in this process, one after the other; yields (arm, cfg, the error of a run that failed or was not begun, or None)
         as each ends. A mistake of the user ends it."""
+        from training.run import run
         for arm, cfg in todo:
             print(f'{arm} seed {cfg.seed}:', flush=True)
             error = None
-            try: self.training.run(cfg, self.args.results, self.device, resume=True, checkpoint_every=checkpoint_every)
+            try: run(cfg, self.args.results, self.device, resume=True, checkpoint_every=checkpoint_every)
             except Busy as e: error = e
             except Exception as e:
                 if isinstance(e, UsageError) or is_stop(e): raise
@@ -141,7 +144,7 @@ class Loop:
         for arm, cfg in self.exp.arms.items():
             cfg, digest = self.settled(cfg)
             runs = runlog.of_config(record, cfg)
-            out[arm] = report.values(runs[runs.data_fingerprint == digest], metric)[0]
+            out[arm] = compare.values(runs[runs.data_fingerprint == digest], metric)[0]
         return out
 
     def until(self, points, seed):
@@ -149,44 +152,44 @@ class Loop:
         turn = replace(self.exp, runs=1)
         while True:
             arms, left = self.arms(), self.left
-            if report.narrow_enough([(arms[a], arms[b]) for a, b in self.exp.pairs()], points): return
+            if compare.narrow_enough([(arms[a], arms[b]) for a, b in self.exp.pairs()], points): return
             if all(len(a) >= 10 and np.ptp(a) == 0 for a in arms.values()):
                 raise UsageError('--until: all runs of an arm end alike; stopped')
             while not (todo := self.todo(turn, seed)): seed += 1
-            self.train(todo)
+            self.do(todo)
             if self.left > left: seed += 1
             elif all(len(a) == len(arms[arm]) for arm, a in self.arms().items()):
                 raise UsageError('--until: the last runs did not end ok; stopped')
 
-    def so_far(self): return report.gaps({self.args.name: self.exp}, self.record(), report.load_published(), self.args.results)
+    def so_far(self): return compare.gaps({self.args.name: self.exp}, self.record(), load_published(), self.args.results)
 
 
 def listing(results):
     "Every experiment, and a line or two for each of its gaps."
-    table = report.gaps(EXPERIMENTS, runlog.load(results / 'runs.csv'), report.load_published(), results)
+    table = compare.gaps(EXPERIMENTS, runlog.load(results / 'runs.csv'), load_published(), results)
     for name, exp in EXPERIMENTS.items():
         rows = table[table.experiment == name]
-        counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in report.done(exp, rows).items())
+        counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in compare.done(exp, rows).items())
         print(f'{name:24}{exp.claim}; runs done / wanted: {counts}')
-        print(report.text(rows, indent=4))
+        print(tables.text(rows, indent=4))
 
 
 def work(argv):
     args, exp = parse(argv)
     if args.list: return listing(args.results)
     record = runlog.load(args.results / 'runs.csv')
-    if args.plan: return print(report.plan(report.gaps({args.name: exp}, record, report.load_published(), args.results)))
+    if args.plan: return print(tables.plan(compare.gaps({args.name: exp}, record, load_published(), args.results)))
     loop = Loop(exp, args)
     todo = loop.todo(exp, args.seed0)
     if args.dry_run:
         for arm, cfg in todo: print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
-        return print(f'{len(todo)} runs to do, {len(schedule(exp)) - len(todo)} recorded')
+        return print(f'{len(todo)} runs to do, {len(planned_runs(exp)) - len(todo)} recorded')
     runlog.check(args.results)
     stop_on_signals()
     try:
-        loop.train(todo)
+        loop.do(todo)
         if args.until: loop.until(args.until, args.seed0)
-    finally: print(report.text(loop.so_far()), flush=True)
+    finally: print(tables.text(loop.so_far()), flush=True)
     if loop.failed: print(f'reproduce.py: {loop.failed} runs failed', file=sys.stderr)
     return int(loop.failed > 0)
 

@@ -18,7 +18,8 @@ import pytest
 import torch
 from PIL import Image
 
-from experiments import Config, Stopped, resolve
+from command import Stopped
+from experiments import Config, resolve
 
 REPO = Path(__file__).parent.parent
 CLASSES = ['n02086240', 'n02087394', 'n02088364']

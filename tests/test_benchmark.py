@@ -8,9 +8,9 @@ from conftest import REPO, script
 from fastai.optimizer import OptimWrapper
 from test_report import unchanged
 
-import layer_cost
 from experiments import Config
 from layers import ATTENTION, multiply_adds
+from report import layer_cost
 
 benchmark = script('benchmark')
 CPU = torch.device('cpu')
@@ -125,8 +125,8 @@ def test_cost_plot_shows_every_layer_and_both_crossovers():
 
 def test_step_compares_the_same_experiment(tree):
     cfg = Config(dataset='custom', data=str(tree), split='v2', attention='simple', bs=6, size=32, workers=0)
-    cfg, dls, model = benchmark.training.prepare(cfg, CPU)
-    theirs, ours = benchmark.plain_learner(cfg, CPU), benchmark.training.get_learner(cfg, dls, model)
+    cfg, dls, model = benchmark.prepare(cfg, CPU)
+    theirs, ours = benchmark.plain_learner(cfg, CPU), benchmark.get_learner(cfg, dls, model)
     assert [len(learn.dls.train_ds) for learn in (theirs, ours)] == [24, 24]
     for learn in (theirs, ours):
         clock = benchmark.Clock(4)
@@ -151,7 +151,7 @@ def test_floor_counts_what_is_multiplied_and_moved(monkeypatch):
 
 
 def test_one_batch_is_the_same_batch_over_and_over(tree):
-    dls = benchmark.training.get_dls(Config(dataset='custom', data=str(tree), split='v2', bs=6, size=32, workers=0))
+    dls = benchmark.get_dls(Config(dataset='custom', data=str(tree), split='v2', bs=6, size=32, workers=0))
     first = next(iter(dls.train))[0]
     one = benchmark.get_one_batch(dls).train
     assert len(list(one)) == len(dls.train) == 4 and all(torch.equal(x, first) for x, _ in one)

@@ -8,10 +8,12 @@ import pytest
 import torch
 from conftest import REPO, TIMES
 
-import checkpoint
 import runlog
-import training
-from experiments import UsageError
+import training.machine
+import training.measure
+import training.run
+from command import UsageError
+from training import checkpoint
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--sa')
 
@@ -33,19 +35,19 @@ def assert_same_run(a, b):
 def stopped(command, monkeypatch, tmp_path):
     "Runs the command and stops it at a batch of an epoch, both from 0; the results stay in tmp_path/results."
     def run(*argv, epoch, batch=1):
-        fit = training.fit
+        fit = training.run.fit
 
         def breaks(learn, cfg):
             def raise_(self):
                 if (self.epoch, self.iter) == (epoch, batch) and self.training: raise KeyboardInterrupt
-            monkeypatch.setattr(training.Heed, 'before_batch', raise_)
+            monkeypatch.setattr(training.measure.Heed, 'before_batch', raise_)
             fit(learn, cfg)
-        heed = training.Heed.before_batch
-        monkeypatch.setattr(training, 'fit', breaks)
+        heed = training.measure.Heed.before_batch
+        monkeypatch.setattr(training.run, 'fit', breaks)
         code, out, err = command(*argv)
         assert code == 130, err
-        monkeypatch.setattr(training, 'fit', fit)
-        monkeypatch.setattr(training.Heed, 'before_batch', heed)
+        monkeypatch.setattr(training.run, 'fit', fit)
+        monkeypatch.setattr(training.measure.Heed, 'before_batch', heed)
         return out
     return run
 
@@ -56,7 +58,7 @@ def stopped(command, monkeypatch, tmp_path):
     '--precision bf16', '--sa sagan --sa-at 1,2.0 --channels-last 0', '--sa simple_sym',
 ])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, command, stopped, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, 'has_bf16', lambda: True)
+    monkeypatch.setattr(training.machine, 'has_bf16', lambda: True)
     argv = ['--data', tree, *TINY, '--epochs', 3, *options.split(), '--checkpoint-every', 1]
     assert command(*argv)[0] == 0
     (tmp_path / 'results').rename(tmp_path / 'whole')
@@ -138,7 +140,7 @@ def test_a_run_whose_predictions_cannot_be_had_fails_has_its_row_and_goes_on(tre
     def breaks(self): raise RuntimeError('the other process is gone')
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     with monkeypatch.context() as m:
-        m.setattr(training.Measure, 'predictions', breaks)
+        m.setattr(training.measure.Measure, 'predictions', breaks)
         with pytest.raises(RuntimeError, match='is gone'): command(*argv)
     assert record(tmp_path / 'results').status.tolist() == ['failed']
     assert command(*argv, '--resume')[0] == 0
@@ -231,7 +233,7 @@ def test_two_processes_are_not_at_one_run(tree, command, stopped, spawn, tmp_pat
 import sys, time
 sys.path.insert(0, {str(REPO)!r})
 from pathlib import Path
-import checkpoint
+from training import checkpoint
 held = checkpoint.lock(Path({str(file)!r}))
 print(flush=True)
 time.sleep(60)

@@ -7,10 +7,12 @@ from types import SimpleNamespace
 import pytest
 from conftest import REPO
 
-import cluster
 import runlog
-import train_imagenette
-from experiments import Busy, Config, UsageError
+import training.measure
+import training.run
+from command import Busy, UsageError
+from experiments import Config
+from training import cluster
 
 ray = pytest.importorskip('ray', reason='needs ray: pip install -r requirements-cluster.txt')
 TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
@@ -105,11 +107,10 @@ def test_a_node_that_does_not_share_the_folder_hands_over_its_files(shared, task
 
 
 def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, monkeypatch):
-    training = train_imagenette.load_training()
 
     def fails(error):
         def fit(learn, cfg): raise error
-        monkeypatch.setattr(training, 'fit', fit)
+        monkeypatch.setattr(training.run, 'fit', fit)
         return task()
     out = fails(RuntimeError('broken'))
     assert out.row['status'] == 'failed' and out.error == "RuntimeError('broken')" and not out.mistake
@@ -117,12 +118,12 @@ def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, mo
     assert out.row['status'] == 'failed' and out.mistake == 'no such image' and not out.error
     assert fails(Busy('another process is at this run')).busy == 'another process is at this run'
     monkeypatch.undo()
-    before_fit = training.Measure.before_fit
+    before_fit = training.measure.Measure.before_fit
 
     def cancelled(self):
         before_fit(self)
         os.kill(os.getpid(), signal.SIGINT)
-    monkeypatch.setattr(training.Measure, 'before_fit', cancelled)
+    monkeypatch.setattr(training.measure.Measure, 'before_fit', cancelled)
     out = task()
     assert out.row['status'] == 'interrupted' and not out.error and not out.mistake
 

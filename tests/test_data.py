@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import CLASSES, config
 
-import data
-from data import get_dls
-from experiments import Config, UsageError, resolve
-from files import find_images, fingerprint, split_files
-from images import read_image, valid_image
+from command import UsageError
+from experiments import Config, resolve
+from training import data
+from training.data import get_dls
+from training.files import find_images, fingerprint, split_files
+from training.images import read_image, valid_image
 
 # --- files ---
 
@@ -154,5 +155,5 @@ REAL = Path(os.environ.get('IMAGEWOOF_160', '~/.fastai/data/imagewoof2-160')).ex
 def test_the_real_archive(split, counts):
     files = find_images(REAL)
     train, valid = split_files(files, split)
-    assert (len(train), len(valid)) == counts == data.IMAGES['imagewoof', split]
+    assert (len(train), len(valid)) == counts == data.N_IMAGES['imagewoof', split]
     if split == 'v1': assert {sum(f.split('/')[1] == c for f in valid) for c in os.listdir(REAL / 'train')} == {50}

@@ -12,10 +12,11 @@ import torch
 from conftest import REPO
 
 import runlog
-import training
-from data import get_dls
+import training.measure
+import training.run
 from experiments import Config
 from layers import ATTENTION
+from training.data import get_dls
 
 pytest.importorskip('accelerate', reason='needs accelerate: pip install -r requirements-cluster.txt')
 LAUNCH = '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'
@@ -41,12 +42,14 @@ def launch(spawn, tmp_path):
 import json, sys
 sys.path.insert(0, {str(REPO)!r})
 import train_imagenette
-training, codes = train_imagenette.load_training(), []
+import training.measure
+
+codes = []
 for argv in json.loads({json.dumps(json.dumps(lines))}):
     stop = int(argv.pop(0)[5:]) if argv[0].startswith('STOP=') else -1
     def heed(self):
         if self.epoch == stop and self.iter == 1: raise KeyboardInterrupt
-    training.Heed.before_batch = heed
+    training.measure.Heed.before_batch = heed
     codes.append(train_imagenette.main(argv) or 0)
 sys.exit(max(c for c in codes if c != 130) if set(codes) != {{130}} else 130)
 ''')
@@ -69,13 +72,14 @@ def test_every_attention_layer_gives_one_row_with_each_validation_image_once(dat
     assert df.attention.tolist() == list(ATTENTION) and set(df.status) == {'ok'} and set(df.processes) == {2} and set(df.lr) == {3e-3}
     assert set(df.n_train) == {30} and set(df.n_val) == {5} and len(out.splitlines()) == 3 * len(ATTENTION)  # one process speaks
     for r in df.itertuples():  # the same weights in one process
-        model, _ = training.load_model(tmp_path / f'{r.attention}.pt')
-        dls = get_dls(training.settle(Config(dataset='custom', data=str(data), split='v1', size=32, bs=2, workers=0), torch.device('cpu')))
+        model, _ = training.run.load_model(tmp_path / f'{r.attention}.pt')
+        dls = get_dls(training.run.settle(
+            Config(dataset='custom', data=str(data), split='v1', size=32, bs=2, workers=0), torch.device('cpu')))
         with torch.no_grad(): logits = torch.cat([model(x) for x, _ in dls.valid])
         targets = torch.tensor(dls.valid.dataset.labels)
         assert (logits.argmax(1) == targets).double().mean().item() == pytest.approx(r.accuracy, abs=1e-6)
         with np.load(tmp_path / 'results' / 'predictions' / f'{r.run_id}.npz') as saved:
-            assert saved['files'].tolist() == dls.files and saved['targets'].tolist() == targets.tolist()
+            assert saved['files'].tolist() == dls.valid_files and saved['targets'].tolist() == targets.tolist()
             assert torch.allclose(logits, torch.tensor(saved['logits']), atol=1e-4)
         loss = torch.nn.functional.cross_entropy(logits, targets, label_smoothing=0.1).item()
         assert loss == pytest.approx(r.valid_loss, abs=1e-4)

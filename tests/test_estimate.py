@@ -2,15 +2,15 @@
 import pytest
 from conftest import REPO, script
 
-import report
-from experiments import EXPERIMENTS, Config, schedule
+from experiments import EXPERIMENTS, Config, planned_runs
+from report import published as published_record
 
 estimate = script('estimate')
 
 
 def test_the_runs_are_those_of_every_published_row_each_once():
     runs, table = estimate.published_runs(), (REPO / 'results' / 'tables' / 'cost.md').read_text()
-    assert set(runs) == {c for exp in EXPERIMENTS.values() if exp.tables for _, c in schedule(exp) if c.attention != 'simple_sym'}
+    assert set(runs) == {c for exp in EXPERIMENTS.values() if exp.tables for _, c in planned_runs(exp) if c.attention != 'simple_sym'}
     for name, exp in EXPERIMENTS.items():
         assert (f'| {name} | {list(runs.values()).count(name)} |' in table) == bool(exp.tables), 'run: python scripts/estimate.py'
     assert f'| all | {len(runs)} |' in table
@@ -24,13 +24,13 @@ def test_multiply_adds_of_a_run():
     simple = estimate.forward('xresnet18', 'simple', '1', 64) - stem - rest
     assert simple == 64 * 64 * 256 * 2 + 64**3  # C = 64 channels at N = 256 positions: ((x xT) W) x
     cfg = Config(dataset='imagewoof', split='v1', size=64, arch='xresnet18', epochs=7)
-    assert estimate.work(cfg) == 7 * (3 * 12_454 + 500) * (stem + rest)
+    assert estimate.multiply_adds(cfg) == 7 * (3 * 12_454 + 500) * (stem + rest)
 
 
 def test_rates_are_measured_ones():
     rates = estimate.rates()
     published = next(rate for what, rate in rates.items() if what.startswith('RTX 2080 Ti, 2019: 5 published'))
-    timed = report.load_published().query('epochs == 50 and variant == "none" and wall_time_min > 0').iloc[0]
+    timed = published_record.load_published().query('epochs == 50 and variant == "none" and wall_time_min > 0').iloc[0]
     assert published == pytest.approx(timed.epochs * (3 * 12_454 + 500) * estimate.forward('xresnet18', 'none', '1', 128)
                                       / timed.wall_time_min / 60, rel=0.2)
 

@@ -8,9 +8,9 @@ import torchvision.transforms.transforms as tv_transforms
 from conftest import make_image
 from PIL import Image
 
-import images
-from experiments import UsageError
-from images import Pixels, crop_boxes, epoch_draws, filters, read_image, stack, train_image, valid_image
+from command import UsageError
+from training import images
+from training.images import Pixels, crop_boxes, epoch_draws, filters, read_image, stack, train_image, valid_image
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA'))]
 

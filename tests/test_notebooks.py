@@ -4,13 +4,13 @@ from conftest import REPO
 from nbclient import NotebookClient
 from test_report import unchanged
 
-import layer_cost
-import report
 import runlog
 from experiments import EXPERIMENTS
+from report import compare, layer_cost, tables
+from report import published as record
 
 SHOWN = {  # notebook: (the record it shows, a text that has to be in it)
-    'results.ipynb': ('results/runs.csv', lambda: report.markdown(report.gaps(EXPERIMENTS, runlog.load(), report.load_published()))),
+    'results.ipynb': ('results/runs.csv', lambda: tables.markdown(compare.gaps(EXPERIMENTS, runlog.load(), record.load_published()))),
     'layer_cost.ipynb': ('results/benchmarks/cost.csv', lambda: layer_cost.softmax_verdict(layer_cost.load_cost())),
 }
 

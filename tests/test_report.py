@@ -1,6 +1,5 @@
 import shutil
 import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
 
@@ -9,21 +8,22 @@ import pandas as pd
 import pytest
 from conftest import REPO
 
-import figures
-import report
 import runlog
-import stats
-from experiments import EXPERIMENTS, IMAGES, Config, Experiment, UsageError, attentions, resolve, schedule
+from command import UsageError
+from experiments import EXPERIMENTS, N_IMAGES, Config, Experiment, attentions, planned_runs, resolve
+from report import __main__ as main
+from report import compare, figures, stats, tables
+from report import published as record
 
 
 @pytest.fixture(scope='module')
-def published(): return report.load_published()
+def published(): return record.load_published()
 
 
 def make_runs(attention, accuracies, max_accuracies=None, seed0=0, n=None, **config):
     "Rows of runs.csv as a frame, of the full archive; an accuracy of None is a diverged run."
     cfg = resolve(Config(**dict(dataset='imagewoof', attention=attention) | config))
-    n_train, n_val = n or IMAGES.get((cfg.dataset, cfg.split), (1437, 360))
+    n_train, n_val = n or N_IMAGES.get((cfg.dataset, cfg.split), (1437, 360))
     same = asdict(cfg) | dict(precision='fp32', fit_seconds=60., data_fingerprint='f', n_train=n_train, n_val=n_val)
     rows = [same | dict(run_id=f'{attention}{cfg.size}{cfg.epochs}-{i}', status='diverged' if a is None else 'ok', seed=seed0 + i,
                         accuracy=a, max_accuracy=m, started=f'2026-01-01T00:00:{i % 60:02d}Z')
@@ -35,21 +35,22 @@ def make_runs(attention, accuracies, max_accuracies=None, seed0=0, n=None, **con
 def gaps(name, *runs, published=None, **overrides):
     exp = EXPERIMENTS[name]
     exp = replace(exp, arms={arm: replace(cfg, **overrides) for arm, cfg in exp.arms.items()})
-    table = report.gaps({name: exp}, pd.concat(runs), report.load_published() if published is None else published)
+    table = compare.gaps({name: exp}, pd.concat(runs), record.load_published() if published is None else published)
     return table[table.base == next(iter(exp.arms))].set_index('arm')
 
 
 # --- experiments ---
 
 def test_every_published_mean_is_an_arm_of_an_experiment(published):
-    met = {row.name for exp in EXPERIMENTS.values() for arm in exp.arms if (row := report.published_mean(exp, arm, published)) is not None}
+    met = {row.name for exp in EXPERIMENTS.values() for arm in exp.arms if (row := record.published_mean(exp, arm, published)) is not None}
     assert met == set(published.index) and len(published) == 34 + 16
 
 
 def test_experiments_answer_to_the_tables_they_name(published):
+    unpublished = 'woof-64-5-r18', 'woof-64-5-r18-ranger', 'woof-128-5-ranger', 'digits'
     for name, exp in EXPERIMENTS.items():
-        assert (name in ('woof-64-5-r18', 'digits')) == (not exp.tables) and len(exp.arms) > 1 and exp.claim
-        said = {arm: report.published_mean(exp, arm, published) for arm in exp.arms}
+        assert (name in unpublished) == (not exp.tables) and len(exp.arms) > 1 and exp.claim
+        said = {arm: record.published_mean(exp, arm, published) for arm in exp.arms}
         assert {arm for arm, row in said.items() if row is None} <= (set(exp.arms) if not exp.tables else {'simple_sym'}), name
         runs = {arm: row.n for arm, row in said.items() if row is not None and not np.isnan(row.n)}
         assert runs == {arm: exp.wanted(arm) for arm in runs}, name
@@ -60,9 +61,9 @@ def test_experiments_answer_to_the_tables_they_name(published):
 
 def test_arms_take_turns_with_the_same_seeds():
     arms = attentions(Config(), 'none', 'simple', 'simple@1,2', epochs=4)
-    assert [(a, c.seed) for a, c in schedule(Experiment('', arms, 2), 5)] == [(a, s) for s in (5, 6) for a in arms]
+    assert [(a, c.seed) for a, c in planned_runs(Experiment('', arms, 2), 5)] == [(a, s) for s in (5, 6) for a in arms]
     fewer = Experiment('', arms, {'none': 2, 'simple': 3, 'simple@1,2': 1})
-    assert [(a, c.seed) for a, c in schedule(fewer)] == [('none', 0), ('simple', 0), ('simple@1,2', 0), ('none', 1), ('simple', 1),
+    assert [(a, c.seed) for a, c in planned_runs(fewer)] == [('none', 0), ('simple', 0), ('simple@1,2', 0), ('none', 1), ('simple', 1),
                                                          ('simple', 2)]
     assert [(c.attention, c.sa_at, c.epochs) for c in arms.values()] == [('none', '1', 5), ('simple', '1', 4), ('simple', '1,2', 4)]
 
@@ -71,7 +72,7 @@ def test_arms_take_turns_with_the_same_seeds():
 
 def test_published_runs_have_the_published_means():
     "The 10 runs of the first release, read from its notebook, against its README."
-    runs = report.load_published_runs()
+    runs = record.load_published_runs()
     first = runs[runs.source == 'sdoria:v0.1'].groupby('variant').accuracy.agg(['size', 'mean'])
     assert first['size'].tolist() == [10, 10] and first['mean'].round(3).to_dict() == {'none': 0.619, 'simple': 0.676}
 
@@ -79,13 +80,13 @@ def test_published_runs_have_the_published_means():
 def test_the_published_t_tests_are_met(published):
     for name, difference, p in [('woof-128-50-r18', 0.007, 0.0157), ('woof-128-100-r18', 0.006, 0.0153)]:
         exp = EXPERIMENTS[name]
-        a, b = (report.published_mean(exp, arm, published) for arm in ('none', 'simple'))
+        a, b = (record.published_mean(exp, arm, published) for arm in ('none', 'simple'))
         test = stats.compare_summaries(a['mean'], a.sd, a.n, b['mean'], b.sd, b.n)
         assert round(test['difference'], 3) == difference and test['student_p'] == pytest.approx(p, abs=2e-4)
 
 
 def test_what_is_wrong_in_the_published_record_is_recomputed():
-    found = report.set_right().found.tolist()
+    found = record.set_right().found.tolist()
     words = ('-0.17 [', 'the 6 runs have 89.10; with the 30 of 128 px, 5 epochs, among them it is 69.88', '+2.64 [', '62.51 and 61.25',
              '2 of 1,256')
     for part, text in zip(words, found, strict=True): assert part in text
@@ -116,7 +117,7 @@ def test_of_one_seed_the_first_run_counts():
 
 def test_sagan_is_compared_with_simple_too():
     runs = [make_runs('none', [0.6, 0.62]), make_runs('sagan', [0.61, 0.63, None]), make_runs('simple', [0.66, 0.67])]
-    table = report.gaps({'woof-128-5': EXPERIMENTS['woof-128-5']}, pd.concat(runs), report.load_published())
+    table = compare.gaps({'woof-128-5': EXPERIMENTS['woof-128-5']}, pd.concat(runs), record.load_published())
     assert list(zip(table.base, table['arm'])) == [('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')]
     assert (table.difference[3], table.published_difference[3]) == pytest.approx((0.045, 0.652 - 0.640))
     assert (table.ours_base_n[3], table.ours_arm_n[3], table.ours_base_diverged[3]) == (2, 2, 1)
@@ -145,7 +146,7 @@ def test_what_did_not_end_ok_is_counted():
     table = gaps('woof-128-5', make_runs('none', [0.6, 0.62, None]), failed, make_runs('simple', [0.65]))
     r = table.loc['simple']
     assert (r.ours_base_n, r.ours_base_diverged, r.ours_base_other, r.ours_arm_diverged) == (2, 1, 1, 0)
-    assert r.ours_base_mean == pytest.approx(0.61) and '61.0 ± 1.4 (2, 1 diverged, 1 unfinished)' in report.text(table.reset_index())
+    assert r.ours_base_mean == pytest.approx(0.61) and '61.0 ± 1.4 (2, 1 diverged, 1 unfinished)' in tables.text(table.reset_index())
 
 
 def test_last_and_best_epoch_are_never_mixed():
@@ -165,7 +166,7 @@ def test_other_images_are_a_set_of_their_own(other, verdict):
     table = gaps('woof-128-5', *ours, *others).loc['simple']
     assert len(table) == 2 and table.ours_base_n.tolist() == [2, 2]
     assert table.published_difference.notna().tolist() == [True, 'source' in other] and table.verdict.iloc[1].startswith(verdict)
-    assert len({report.title(r) for _, r in table.iterrows()}) == 2
+    assert len({compare.title(r) for _, r in table.iterrows()}) == 2
 
 
 @pytest.mark.parametrize('other', [
@@ -194,21 +195,21 @@ def test_runs_that_differ_in_speed_alone_are_repetitions(same):
 def test_sets_are_told_apart(column, value):
     runs = [make_runs(a, [0.6, 0.62]).assign(**c) for a in ('none', 'simple') for c in ({}, {column: value})]
     table = gaps('woof-128-5', *runs).loc['simple']
-    assert len({report.title(r) for _, r in table.iterrows()}) == 2 and table.ours_arm_n.tolist() == [2, 2]
+    assert len({compare.title(r) for _, r in table.iterrows()}) == 2 and table.ours_arm_n.tolist() == [2, 2]
 
 
 def test_without_runs_the_published_numbers_are_shown(published):
-    table = report.gaps(EXPERIMENTS, runlog.load('/no/such/file'), published)
+    table = compare.gaps(EXPERIMENTS, runlog.load('/no/such/file'), published)
     assert set(table.experiment) == set(EXPERIMENTS) and set(table.verdict) == {'no runs'} and table.p.isna().all()
-    assert len(report.markdown(table).splitlines()) == len(table) + 2
+    assert len(tables.markdown(table).splitlines()) == len(table) + 2
 
 
 def test_holm_is_over_the_rows_shown():
     runs = [make_runs('none', [0.6, 0.62, 0.64]), make_runs('simple', [0.66, 0.67, 0.69]), make_runs('sagan', [0.61, 0.66, 0.65])]
-    table = report.gaps({'woof-128-5': EXPERIMENTS['woof-128-5']}, pd.concat(runs), report.load_published())
+    table = compare.gaps({'woof-128-5': EXPERIMENTS['woof-128-5']}, pd.concat(runs), record.load_published())
     assert table.holm_p.tolist() == pytest.approx(stats.holm(table.p).tolist(), nan_ok=True)
     assert table.holm_p[0] == 3 * table.p[0]
-    assert f'{table.p[0]:.2g} ({table.holm_p[0]:.2g})' in report.markdown(table)
+    assert f'{table.p[0]:.2g} ({table.holm_p[0]:.2g})' in tables.markdown(table)
 
 
 def test_predictions_give_the_share_of_the_images(tmp_path):
@@ -219,11 +220,11 @@ def test_predictions_give_the_share_of_the_images(tmp_path):
     for i, values in logits.items(): runlog.write_predictions(i, tmp_path, logits=values, targets=targets, files=np.array(['f'] * 500))
     right = {arm: np.array([logits[f'{arm}1285-{i}'].argmax(1) == targets for i in range(3)]) for arm in ('none', 'simple')}
     exp = {'woof-128-5': EXPERIMENTS['woof-128-5']}
-    r = report.gaps(exp, runs, report.load_published(), tmp_path).iloc[0]
+    r = compare.gaps(exp, runs, record.load_published(), tmp_path).iloc[0]
     assert r.ours_arm_images_share == stats.validation_noise(right['simple'])['share']
     assert r.images_low == stats.image_bootstrap(right['none'], right['simple'])['low']
     (tmp_path / 'predictions' / 'none1285-0.npz').unlink()
-    assert np.isnan(report.gaps(exp, runs, report.load_published(), tmp_path).iloc[0].images_low)
+    assert np.isnan(compare.gaps(exp, runs, record.load_published(), tmp_path).iloc[0].images_low)
 
 
 def test_recorded_is_the_same_configuration_seed_and_data():
@@ -238,30 +239,30 @@ def test_plan_and_narrow_enough():
     rng = np.random.default_rng(0)
     runs = [make_runs(a, list(m + 0.01 * rng.standard_normal(40))) for a, m in (('none', 0.6), ('simple', 0.62))]
     exp = replace(EXPERIMENTS['woof-128-5'], arms={a: EXPERIMENTS['woof-128-5'].arms[a] for a in ('none', 'simple')})
-    table = report.gaps({'woof-128-5': exp}, pd.concat(runs), report.load_published())
-    needed = stats.runs_needed(table.published_difference[0], report._pooled(table[['ours_base_sd', 'ours_arm_sd']].iloc[0]))
-    assert f'published +2.9 needs {needed}, ' in report.plan(table) and needed > 1
-    arms = [report.values(r, 'last')[0] for r in runs]
-    assert report.narrow_enough([arms], 1.) and not report.narrow_enough([arms], 0.3)
-    assert not report.narrow_enough([arms, [arms[0], arms[1] * 3]], 1.)  # each pair
-    assert not report.narrow_enough([[a[:5] for a in arms]], 5.)  # too few to stop, however close
-    assert 'sd 0.9 (published)' in report.plan(gaps('woof-128-50-r18', runs[0][:0]).reset_index())
-    sd = report.single_runs_sd(exp.arms['simple'], report.load_published_runs())
+    table = compare.gaps({'woof-128-5': exp}, pd.concat(runs), record.load_published())
+    needed = stats.runs_needed(table.published_difference[0], tables._pooled(table[['ours_base_sd', 'ours_arm_sd']].iloc[0]))
+    assert f'published +2.9 needs {needed}, ' in tables.plan(table) and needed > 1
+    arms = [compare.values(r, 'last')[0] for r in runs]
+    assert compare.narrow_enough([arms], 1.) and not compare.narrow_enough([arms], 0.3)
+    assert not compare.narrow_enough([arms, [arms[0], arms[1] * 3]], 1.)  # each pair
+    assert not compare.narrow_enough([[a[:5] for a in arms]], 5.)  # too few to stop, however close
+    assert 'sd 0.9 (published)' in tables.plan(gaps('woof-128-50-r18', runs[0][:0]).reset_index())
+    sd = record.single_runs_sd(exp.arms['simple'], record.load_published_runs())
     assert sd == pytest.approx(0.014156, abs=1e-6)  # the fork's 30; of none two notebooks' 20, and 20 from full-size images
-    plan = report.plan(gaps('woof-128-5', runs[0][:0]).reset_index())
-    assert f'sd {100 * report._pooled([0.01790, sd]):.1f} (single runs published)' in plan
+    plan = tables.plan(gaps('woof-128-5', runs[0][:0]).reset_index())
+    assert f'sd {100 * tables._pooled([0.01790, sd]):.1f} (single runs published)' in plan
 
 
 def test_runs_done_are_those_of_the_latest_planned_set():
     runs = [make_runs('none', [0.6, None, 0.62]), make_runs('simple', [0.65]), make_runs('none', [0.6] * 9, split='v2')]
     exp, table = EXPERIMENTS['woof-128-5'], gaps('woof-128-5', *runs).reset_index()
-    assert set(table.planned) == {True, False} and report.done(exp, table) == dict(none=3, simple=1, sagan=0, simple_sym=0)
-    assert set(report.done(exp, table[~table.planned]).values()) == {0}
+    assert set(table.planned) == {True, False} and compare.done(exp, table) == dict(none=3, simple=1, sagan=0, simple_sym=0)
+    assert set(compare.done(exp, table[~table.planned]).values()) == {0}
 
 
 def test_a_plan_of_another_split_is_that_of_its_runs():
     runs = [make_runs(a, values, split='v2') for a, values in (('none', [0.6, 0.62]), ('simple', [0.64, 0.66]))]
-    lines = report.plan(gaps('woof-128-5', *runs, split='v2').reset_index()).splitlines()
+    lines = tables.plan(gaps('woof-128-5', *runs, split='v2').reset_index()).splitlines()
     assert lines[0].startswith('woof-128-5, split v2, archive 160, fp32, data f  simple - none: seen +4.0 needs') and len(lines) == 3
 
 
@@ -270,10 +271,10 @@ def test_a_plan_of_another_split_is_that_of_its_runs():
 def test_the_same_rows_give_the_same_bytes(tmp_path, published):
     runs = pd.concat([make_runs('none', [0.60, 0.64, None]), make_runs('simple', [0.65, 0.66])])
     for i in runs.run_id[:2]: runlog.write_curve(i, [dict(epoch=e, accuracy=0.1 * e) for e in (1, 2)], tmp_path)
-    table = report.gaps(EXPERIMENTS, runs, published)
+    table = compare.gaps(EXPERIMENTS, runs, published)
     files = []
     for _ in range(2):
-        report.write(table, runs, tmp_path, published)
+        main.write(table, runs, tmp_path, published)
         files.append({f.relative_to(tmp_path): f.read_bytes() for d in ('tables', 'figures') for f in sorted((tmp_path / d).iterdir())})
     assert files[0] == files[1]
     assert {f.name for f in files[0]} == {'gaps.csv', 'gaps.md', 'set_right.csv', 'set_right.md', 'forest.png', 'forest.svg',
@@ -289,7 +290,7 @@ def test_figures_show_every_run_and_every_difference(published, tmp_path):
     shown = {m: sum(len(line.get_xdata()) for line in axes[0].lines if line.get_marker() == m) for m in 'os*'}
     assert shown == {'o': 2, 's': 1, '*': 3}  # runs without and with, three published means
     assert sum(len(line.get_xdata()) for line in axes[2].lines) == 3
-    table = report.gaps({'woof-128-5': exp}, runs, published)
+    table = compare.gaps({'woof-128-5': exp}, runs, published)
     marks = [line.get_marker() for line in figures.forest(table).axes[0].lines]
     assert marks.count('s') == 3 and marks.count('o') == 1
     with pytest.raises(UsageError, match='no runs'): figures.experiment('woof-128-5', exp, runs[:0], published, tmp_path)
@@ -312,7 +313,7 @@ def assert_within(fig, texts):
 
 def test_the_forest_is_labelled_with_n_and_split_and_nothing_is_cut_off(published, tmp_path):
     runs = pd.concat([make_runs('none', [0.60, 0.64]), make_runs('simple', [0.65]), make_runs('none', [0.6], split='v2')])
-    fig = figures.forest(report.gaps(EXPERIMENTS, runs, published))
+    fig = figures.forest(compare.gaps(EXPERIMENTS, runs, published))
     figures.save(fig, tmp_path / 'forest')
     labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
     assert 'woof-128-5, fp32, data f, split v1: none → simple  (12/12; 2/1)' in labels and all('split' in s for s in labels)
@@ -338,7 +339,7 @@ def test_ten_thousand_rows_in_under_3_seconds(published):
     seconds = []
     for _ in range(3):
         start = time.process_time()
-        report.gaps(EXPERIMENTS, runs, published)
+        compare.gaps(EXPERIMENTS, runs, published)
         seconds.append(time.process_time() - start)
     assert len(runs) > 9_900 and min(seconds) < 3
 
@@ -350,27 +351,22 @@ def test_readme_is_not_stale(published, tmp_path):
     if not unchanged('results/runs.csv'): pytest.skip('runs of your own are in results/runs.csv')
     readme = tmp_path / 'README.md'
     readme.write_text((REPO / 'README.md').read_text())
-    report.write_readme(report.readme_table(runlog.load(), published), readme)
+    main.write_readme(main.readme_table(runlog.load(), published), readme)
     assert readme.read_text() == (REPO / 'README.md').read_text(), 'run: python report.py --readme'
     readme.write_text('no markers')
-    with pytest.raises(UsageError, match='markers'): report.write_readme('', readme)
+    with pytest.raises(UsageError, match='markers'): main.write_readme('', readme)
 
 
 def test_command(tmp_path, capsys):
-    assert report.main(['--results', str(tmp_path)]) == 2 and capsys.readouterr().err.count('\n') == 1
+    assert main.main(['--results', str(tmp_path)]) == 2 and capsys.readouterr().err.count('\n') == 1
     for arm in ('none', 'simple'): runlog.append(make_runs(arm, [0.5]).iloc[0].dropna().to_dict(), tmp_path)
-    assert not report.main(['--results', str(tmp_path)]) and 'none → simple: too few runs to say' in capsys.readouterr().out
-    assert not report.main(['woof-256-5', '--results', str(tmp_path)]) and 'published +5.7 [3.6, 7.8]' in capsys.readouterr().out
+    assert not main.main(['--results', str(tmp_path)]) and 'none → simple: too few runs to say' in capsys.readouterr().out
+    assert not main.main(['woof-256-5', '--results', str(tmp_path)]) and 'published +5.7 [3.6, 7.8]' in capsys.readouterr().out
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'tables').write_text('a file where the folder should be')
     shutil.copy(tmp_path / 'runs.csv', tmp_path / 'full')
-    assert report.main(['--results', str(tmp_path / 'full')]) == 2 and capsys.readouterr().err.count('\n') == 1
-    assert report.main(['woof-128', '--results', str(tmp_path)]) == 2 and 'did you mean woof-128-5?' in capsys.readouterr().err
-
-
-def test_needs_no_torch():
-    code = 'import sys, report, figures; assert not {"torch", "fastai"} & set(sys.modules)'
-    subprocess.run([sys.executable, '-c', code], cwd=REPO, check=True)
+    assert main.main(['--results', str(tmp_path / 'full')]) == 2 and capsys.readouterr().err.count('\n') == 1
+    assert main.main(['woof-128', '--results', str(tmp_path)]) == 2 and 'did you mean woof-128-5?' in capsys.readouterr().err
 
 
 def test_results_readme_explains_every_column():
@@ -381,8 +377,8 @@ def test_results_readme_explains_every_column():
 
 def test_summary_is_that_of_numpy_and_counts_what_did_not_end_ok():
     values = [0.60, 0.64, 0.62]
-    s = report.summarise(pd.concat([make_runs('none', [*values, None]), make_runs('simple', [0.7])])).set_index('attention')
+    s = compare.summarise(pd.concat([make_runs('none', [*values, None]), make_runs('simple', [0.7])])).set_index('attention')
     assert s.n.to_dict() == {'none': 3, 'simple': 1} and s.diverged.to_dict() == {'none': 1, 'simple': 0}
     again = make_runs('none', [0.9]).assign(run_id='z', fused=0)  # of one seed the first run counts
-    assert report.summarise(pd.concat([make_runs('none', values), again]))['mean'][0] == pytest.approx(np.mean(values))
+    assert compare.summarise(pd.concat([make_runs('none', values), again]))['mean'][0] == pytest.approx(np.mean(values))
     assert s['mean']['none'] == pytest.approx(np.mean(values)) and s.sd['none'] == pytest.approx(np.std(values, ddof=1))

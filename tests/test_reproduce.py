@@ -12,6 +12,7 @@ from statsmodels.stats.power import TTestIndPower
 
 import runlog
 from experiments import EXPERIMENTS
+from report import compare
 
 reproduce = script('reproduce')
 
@@ -54,26 +55,26 @@ def test_a_run_of_the_loop_is_the_run_of_a_fresh_process(loop, tree, tmp_path):
 
 
 def test_a_failed_run_is_recorded_and_the_loop_goes_on(loop, tmp_path, monkeypatch):
-    import training
-    fit = training.fit
+    import training.measure
+    import training.run
+    fit = training.run.fit
 
     def fails(learn, cfg):
         if cfg.attention == 'simple' and cfg.seed == 0: raise RuntimeError('broken')
         return fit(learn, cfg)
-    monkeypatch.setattr(training, 'fit', fails)
+    monkeypatch.setattr(training.run, 'fit', fails)
     code, out, err = loop('--runs', 2)
     assert code == 1 and "simple seed 0 failed: RuntimeError('broken'); going on" in err and '1 runs failed' in err
     assert rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok'] and '1 unfinished' in out
-    monkeypatch.setattr(training, 'fit', fit)
+    monkeypatch.setattr(training.run, 'fit', fit)
     assert loop('--runs', 2)[0] == 0 and rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok', 'ok']  # done again, and it alone
 
 
 def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
-    import report
-    monkeypatch.setattr(report, 'narrow_enough', lambda pairs, points: points == 5 and list(map(len, pairs[0])) == [3, 3])
+    monkeypatch.setattr(compare, 'narrow_enough', lambda pairs, points: points == 5 and list(map(len, pairs[0])) == [3, 3])
     assert loop('--runs', 1, '--until', 5)[0] == 0
     assert list(zip(rows(tmp_path).attention, rows(tmp_path).seed)) == [(a, s) for s in range(3) for a in ('none', 'simple')]
-    monkeypatch.setattr(report, 'narrow_enough', lambda pairs, points: list(map(len, pairs[0])) == [4, 4])
+    monkeypatch.setattr(compare, 'narrow_enough', lambda pairs, points: list(map(len, pairs[0])) == [4, 4])
     assert loop('--runs', 1, '--until', 5)[0] == 0 and rows(tmp_path).seed.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # goes on where it was
     code, _, err = loop('--runs', 1, '--until', 5, '--opt', 'sgd', '--lr', 1e30)  # every run diverges
     assert code == 2 and 'did not end ok; stopped' in err and rows(tmp_path).status.tolist()[8:] == ['diverged'] * 4
@@ -88,21 +89,21 @@ def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
 @pytest.fixture
 def claimed(tree, tmp_path, monkeypatch):
     "Has the run of an arm of digits with seed 0, as another process would."
-    import checkpoint
-    import training
+    import training.measure
+    import training.run
+    from training import checkpoint
     lock = checkpoint.lock
     monkeypatch.setattr(checkpoint, 'lock', lambda file, wait=0: lock(file, 0))
 
     def claim(arm):
         cfg = replace(EXPERIMENTS['digits'].arms[arm], data=str(tree), epochs=1, bs=6, workers=0)
-        cfg = training.settle(cfg, training.torch.device('cpu'))
-        return checkpoint.claim(cfg, training.get_dls(cfg).fingerprint, tmp_path / 'results')
+        cfg = training.run.settle(cfg, training.torch.device('cpu'))
+        return checkpoint.claim(cfg, training.run.get_dls(cfg).fingerprint, tmp_path / 'results')
     return claim
 
 
 def test_until_takes_other_seeds_than_another_loop(loop, claimed, tmp_path, monkeypatch):
-    import report
-    monkeypatch.setattr(report, 'narrow_enough', lambda pairs, points: list(map(len, pairs[0])) == [1, 1])
+    monkeypatch.setattr(compare, 'narrow_enough', lambda pairs, points: list(map(len, pairs[0])) == [1, 1])
     with claimed('none'), claimed('simple'): code, _, err = loop('--runs', 1, '--until', 5)
     assert code == 0 and err.count('left to it') == 4 and rows(tmp_path).seed.tolist() == [1, 1]
 
@@ -170,16 +171,17 @@ def test_one_process_starts_the_runs(tmp_path, monkeypatch, capsys):
 
 
 def test_a_stopped_run_goes_on_by_itself_under_its_id(loop, tmp_path, monkeypatch):
-    import training
-    before_batch = training.Heed.before_batch
+    import training.measure
+    import training.run
+    before_batch = training.measure.Heed.before_batch
 
     def stop(self):
         if self.epoch == 1: raise KeyboardInterrupt
-    monkeypatch.setattr(training.Heed, 'before_batch', stop)
+    monkeypatch.setattr(training.measure.Heed, 'before_batch', stop)
     argv = ['--runs', 1, '--epochs', 2, '--checkpoint-every', 1]
     assert loop(*argv)[0] == 130
     stopped = rows(tmp_path)
-    monkeypatch.setattr(training.Heed, 'before_batch', before_batch)
+    monkeypatch.setattr(training.measure.Heed, 'before_batch', before_batch)
     code, out, _ = loop(*argv)
     assert code == 0 and f'{stopped.run_id[0]}: goes on after epoch 1 of 2' in out
     df = rows(tmp_path)

@@ -4,7 +4,8 @@ import stat
 import pytest
 
 import runlog
-from experiments import Config, UsageError, fields
+from command import UsageError
+from experiments import Config, fields
 
 
 def row(run_id='a', **values): return dict(run_id=run_id, status='ok', dataset='imagewoof', mixup=0., accuracy=0.5) | values

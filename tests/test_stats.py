@@ -10,7 +10,7 @@ from statsmodels.stats.multitest import multipletests
 from statsmodels.stats.power import TTestIndPower
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
-import stats
+from report import stats
 
 NAN = float('nan')
 PUBLISHED = pd.read_csv(REPO / 'results' / 'published' / 'runs.csv')

@@ -18,11 +18,13 @@ from fastai.optimizer import OptimWrapper
 
 import runlog
 import train_imagenette
-import training
-from experiments import Config, UsageError, fields, flag, registry, resolve
+import training.machine
+import training.run
+from command import UsageError
+from experiments import Config, fields, flag, literal, resolve
 from layers import ATTENTION
-from learner import SmoothLoss
-from xresnet import ACTIVATIONS, POOLS, STEMS
+from training.learner import SmoothLoss
+from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
 
@@ -38,7 +40,8 @@ def record(tmp_path): return runlog.load(tmp_path / 'results' / 'runs.csv')
 def test_the_registries_are_read_as_they_are():
     for file, name, value in [('layers.py', 'ATTENTION', ATTENTION), ('xresnet.py', 'STEMS', STEMS),
                               ('xresnet.py', 'ACTIVATIONS', ACTIVATIONS), ('xresnet.py', 'POOLS', POOLS)]:
-        assert registry(file, name) == list(value)
+        assert list(literal(file, name)) == list(value)
+    assert literal('xresnet.py', 'ARCHS') == ARCHS
 
 
 def test_no_flags_give_the_recipe():
@@ -123,7 +126,7 @@ def test_a_run_leaves_a_row_a_curve_and_predictions(tree, command, tmp_path):
     assert 'custom v1 32px xresnet18+simple seed 5' in last and last.endswith('runs.csv')
     assert (row.status, row.split, row.source, row.attention, row.meta) == ('ok', 'v1', 'auto', 'simple', 'a, "note"')
     assert (row.n_train, row.n_val, row.epochs_done, row.seed) == (30, 6, 2, 5)
-    assert row.n_parameters == sum(p.numel() for p in training.get_model(Config(arch='xresnet18', attention='simple'), 3).parameters())
+    assert row.n_parameters == sum(p.numel() for p in training.run.get_model(Config(arch='xresnet18', attention='simple'), 3).parameters())
     assert math.isnan(row.top5_accuracy)  # of 3 classes
     assert row.fit_seconds > 0 and row.images_per_second > 0 and row.peak_memory_mb > 100 and row.torch == torch.__version__.split('+')[0]
     assert len(row.git_commit) in (0, 40) and row.started.endswith('Z') and len(row.data_fingerprint) == 12
@@ -171,14 +174,14 @@ def test_every_kind_of_run_ends_ok(options, tree, command, tmp_path):
 
 
 def test_a_run_that_fails_in_a_batch_leaves_the_next_one_alone(tree, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, 'has_bf16', lambda: True)
+    monkeypatch.setattr(training.machine, 'has_bf16', lambda: True)
     argv = ['--data', tree, *TINY, '--sa', '--precision', 'bf16']
     assert command(*argv)[0] == 0
-    forward = training.ATTENTION['simple'].forward
+    forward = training.run.ATTENTION['simple'].forward
     def breaks(self, x): raise RuntimeError('out of memory')
-    monkeypatch.setattr(training.ATTENTION['simple'], 'forward', breaks)
+    monkeypatch.setattr(training.run.ATTENTION['simple'], 'forward', breaks)
     with pytest.raises(RuntimeError, match='out of memory'): command(*argv)
-    monkeypatch.setattr(training.ATTENTION['simple'], 'forward', forward)
+    monkeypatch.setattr(training.run.ATTENTION['simple'], 'forward', forward)
     assert not torch.is_autocast_enabled('cpu') and command(*argv)[0] == 0
     df = record(tmp_path)
     assert df.status.tolist() == ['ok', 'failed', 'ok'] and df.valid_loss[0] == df.valid_loss[2]
@@ -197,7 +200,7 @@ def test_dump_prints_shapes_and_parameters_and_trains_nothing(command, tmp_path)
     assert code == 0 and not (tmp_path / 'results').exists()
     line = next(x for x in out.splitlines() if x.startswith('stage1.2.attention '))
     assert '(1, 256, 32, 32)' in line and '65,537' in line  # 256 * 256 and gamma
-    assert f'{sum(p.numel() for p in training.get_model(Config(attention="simple"), 10).parameters()):,} parameters' in out
+    assert f'{sum(p.numel() for p in training.run.get_model(Config(attention="simple"), 10).parameters()):,} parameters' in out
 
 
 def test_dump_has_a_head_for_the_classes_of_the_folder_and_needs_no_device(tree, command):
@@ -228,9 +231,9 @@ def test_a_file_to_save_to_is_tried_and_left_as_it_was(tmp_path):
 
 def test_a_saved_model_predicts_the_same(tree, command, tmp_path):
     assert command('--data', tree, *TINY, '--sa', '--save', tmp_path / 'model.pt')[0] == 0
-    model, vocab = training.load_model(tmp_path / 'model.pt')
+    model, vocab = training.run.load_model(tmp_path / 'model.pt')
     assert vocab == CLASSES and not model.training
-    dls = training.get_dls(training.settle(config('--data', tree, *TINY), torch.device('cpu')))
+    dls = training.run.get_dls(training.run.settle(config('--data', tree, *TINY), torch.device('cpu')))
     row = record(tmp_path).iloc[0]
     saved = np.load(tmp_path / 'results' / 'predictions' / f'{row.run_id}.npz')
     with torch.no_grad(): logits = torch.cat([model(x) for x, _ in dls.valid])
@@ -260,23 +263,23 @@ def test_repeat_interleaves_the_arms_and_goes_on_after_a_run_that_fails(python, 
 # --- recipe ---
 
 def learner(tree, *argv):
-    cfg, dls, model = training.prepare(config('--data', tree, *TINY, *argv), torch.device('cpu'))
-    return cfg, training.get_learner(cfg, dls, model)
+    cfg, dls, model = training.run.prepare(config('--data', tree, *TINY, *argv), torch.device('cpu'))
+    return cfg, training.run.get_learner(cfg, dls, model)
 
 
 def hyperparameters(tree, *argv):
     "What the optimizer used in each step: {name: array}."
     cfg, learn = learner(tree, *argv)
-    training.fit(learn, cfg)
+    training.run.fit(learn, cfg)
     return {k: np.array(v) for k, v in learn.recorder.hps.items()}, learn
 
 
 def test_bf16_is_for_cpus_that_have_it(tree, command, tmp_path, monkeypatch):
     for flags, has in [('fpu avx2', False), ('fpu avx512_bf16', True), ('amx_bf16 amx_tile', True)]:
         (tmp_path / 'cpuinfo').write_text(f'processor : 0\nflags\t\t: {flags}\n')
-        assert training.has_bf16(tmp_path / 'cpuinfo') == has
+        assert training.machine.has_bf16(tmp_path / 'cpuinfo') == has
     for has, code in [(False, 2), (True, 0)]:
-        monkeypatch.setattr(training, 'has_bf16', lambda has=has: has)
+        monkeypatch.setattr(training.machine, 'has_bf16', lambda has=has: has)
         assert command('--data', tree, *TINY, '--precision', 'bf16', '--sa')[0] == code
     assert record(tmp_path).precision.tolist() == ['bf16']
 
@@ -359,7 +362,8 @@ def test_memory_format_is_that_of_the_flag(tree):
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
 def test_freed_memory_is_kept(tree):
-    code = ('import resource, sys, torch, learner\n'
+    code = ('import resource, sys, torch\n'
+            'from training import learner\n'
             'learner.keep_memory(sys.argv[1] == "1")\n'
             'def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
             'for _ in range(20): torch.ones(2**24)\n'  # 64 MiB, 16,384 pages

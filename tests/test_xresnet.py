@@ -54,7 +54,7 @@ def test_attention_changes_nothing_at_first(name):
     outputs = []
     for attention in ('none', name):
         torch.manual_seed(3)
-        model = xresnet('xresnet18', 10, ATTENTION[attention], sa_at='1,2.0').eval()
+        model = xresnet('xresnet18', 10, ATTENTION[attention], places=[(1, 1), (2, 0)]).eval()
         outputs.append(model(torch.linspace(-1, 1, 3 * 64 * 64).view(1, 3, 64, 64)))
     assert torch.equal(*outputs)
 
@@ -78,7 +78,7 @@ def test_attention_keeps_its_own_initialisation_and_moves_no_other():
 ])
 def test_places(sa_at, expected):
     assert parse_places(sa_at, ARCHS['xresnet50'][1]) == expected
-    model = xresnet('xresnet50', 10, ATTENTION['simple'], sa_at)
+    model = xresnet('xresnet50', 10, ATTENTION['simple'], parse_places(sa_at, ARCHS['xresnet50'][1]))
     found = {n for n, m in model.named_modules() if isinstance(m, SimpleSelfAttention)}
     assert found == {f'stage{s}.{b}.attention' for s, b in expected}
 

@@ -10,14 +10,13 @@ from conftest import CLASSES, script
 from hypothesis import HealthCheck, configuration, given, settings
 from hypothesis import strategies as st
 
-import cluster
-import data
-import report
 import runlog
 import train_imagenette
-import training
+import training.run
 from command import Parser
 from experiments import EXPERIMENTS, Config, fields
+from report import __main__ as main
+from training import cluster, data
 
 configuration.set_hypothesis_home_dir(Path(os.environ['FASTAI_HOME']) / 'hypothesis')  # not in the repository
 reproduce = script('reproduce')
@@ -85,20 +84,20 @@ def place(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(runlog, 'RESULTS', tmp_path / 'results')
     for arm in ('none', 'simple'): runlog.append(dict(run_id=arm, status='ok', attention=arm, accuracy=0.5), tmp_path / 'results')
     monkeypatch.setattr(data, 'find_data', lambda cfg: Path(cfg.data or tree))
-    monkeypatch.setattr(data, 'IMAGES', {})
+    monkeypatch.setattr(data, 'N_IMAGES', {})
     for module in (train_imagenette, reproduce): monkeypatch.setattr(module, 'stop_on_signals', lambda: None)
     monkeypatch.setattr(cluster, 'Cluster', Elsewhere)
-    monkeypatch.setattr(training, 'get_model', lambda cfg, n_classes: n_classes)
-    monkeypatch.setattr(training, 'dump', lambda cfg: training.get_model(cfg, 10))
-    monkeypatch.setattr(report, 'write', lambda *args: None)
-    monkeypatch.setattr(report, 'write_readme', lambda table: None)
+    monkeypatch.setattr(training.run, 'get_model', lambda cfg, n_classes: n_classes)
+    monkeypatch.setattr(training.run, 'dump', lambda cfg: training.run.get_model(cfg, 10))
+    monkeypatch.setattr(main, 'write', lambda *args: None)
+    monkeypatch.setattr(main, 'write_readme', lambda table: None)
 
     def run(cfg, results, device, *args, **kwargs):
         runlog.check(results)
-        assert training.prepare(cfg, device)[2] in (2, len(CLASSES))
+        assert training.run.prepare(cfg, device)[2] in (2, len(CLASSES))
     def find_lr(cfg, results, device): return run(cfg, results, device) or (1e-3, Path(results) / 'plot.png')
-    monkeypatch.setattr(training, 'run', run)
-    monkeypatch.setattr(training, 'find_lr', find_lr)
+    monkeypatch.setattr(training.run, 'run', run)
+    monkeypatch.setattr(training.run, 'find_lr', find_lr)
 
 
 def run_all(main, program, lines, n):
@@ -132,7 +131,7 @@ def test_reproduce(place, monkeypatch):
 
 
 @pytest.mark.parametrize('main, program, start, words, n', [
-    (report.main, 'report.py', [], [*EXPERIMENTS][:3], 40), (runlog.main, 'runlog.py', ['merge'], ['results/runs.csv'], 60),
+    (main.main, 'report.py', [], [*EXPERIMENTS][:3], 40), (runlog.main, 'runlog.py', ['merge'], ['results/runs.csv'], 60),
 ])
 def test_report_and_merge(main, program, start, words, n, place):
     word = st.sampled_from(words * (60 // len(words)) + ODD)

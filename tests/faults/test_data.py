@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 from conftest import CLASSES, config, make_image
 
-import data
 import runlog
-from data import get_dls
-from experiments import Config, UsageError, resolve
+from command import UsageError
+from experiments import Config, resolve
+from training import data
+from training.data import get_dls
 
 TINY = '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--epochs', 1
 

@@ -15,9 +15,11 @@ import pandas as pd
 import pytest
 from conftest import REPO, TIMES
 
+import command
 import runlog
 import train_imagenette
-import training
+import training.measure
+import training.run
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
 
@@ -39,8 +41,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tree, command, tmp_p
 
 
 def test_a_validation_loss_that_is_not_finite_is_diverged_too(tree, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.FiniteLoss, '__call__', lambda self, loss: True)  # as on CUDA, where the last losses are on their way
-    monkeypatch.setattr(training.Measure, 'before_validate', lambda self: [
+    monkeypatch.setattr(training.measure.FiniteLoss, '__call__', lambda self, loss: True)  # as on CUDA, where they come late
+    monkeypatch.setattr(training.measure.Measure, 'before_validate', lambda self: [
         setattr(self, 'logits', []), setattr(self, 'targets', []), self.model.head.bias.data.fill_(float('nan'))])
     assert command('--data', tree, *TINY)[0] == 0 and record(tmp_path).status.tolist() == ['diverged']
 
@@ -75,7 +77,7 @@ def test_a_signal_whose_exception_is_lost_ends_the_run_too(tree, command, tmp_pa
     class Lost:
         def __del__(self): os.kill(os.getpid(), signal.SIGTERM)
     def reset(device): Lost()
-    monkeypatch.setattr(training, 'reset_peak_memory', reset)
+    monkeypatch.setattr(training.measure, 'reset_peak_memory', reset)
     code, _, err = command('--data', tree, *TINY)
     assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and not err
 
@@ -92,15 +94,15 @@ def test_a_signal_while_a_row_is_written_waits_for_it_and_starts_no_other_run(tr
 
 
 def test_a_signal_while_the_end_of_a_run_breaks_is_not_lost(monkeypatch):
-    with pytest.raises(ValueError, match='broken'), training.undisturbed():
+    with pytest.raises(ValueError, match='broken'), command.undisturbed():
         os.kill(os.getpid(), signal.SIGINT)
         raise ValueError('broken')
-    assert training.Stopped.by == signal.SIGINT  # no other run is begun
+    assert command.Stopped.by == signal.SIGINT  # no other run is begun
 
 
 def test_a_loader_process_ended_by_sigterm_first_leaves_the_same(tree, command, tmp_path, monkeypatch):
     def fit(*args): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
-    monkeypatch.setattr(training, 'fit', fit)
+    monkeypatch.setattr(training.run, 'fit', fit)
     code, out, err = command('--data', tree, *TINY)
     assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and 'interrupted after' in out and not err
 

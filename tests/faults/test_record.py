@@ -12,8 +12,8 @@ import pytest
 from conftest import REPO
 
 import runlog
-import training
-from experiments import UsageError
+import training.measure
+from command import UsageError
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 2, '--checkpoint-every', 1)
 
@@ -91,23 +91,23 @@ def small_disk(tmp_path):
 
 def full_from(monkeypatch, fill, epoch, leave):
     "Fill the disk when the training of an epoch, from 0, begins."
-    before_train = training.Measure.before_train
+    before_train = training.measure.Measure.before_train
 
     def and_fill(self):
         if self.epoch == epoch: fill(leave)
         before_train(self)
-    monkeypatch.setattr(training.Measure, 'before_train', and_fill)
+    monkeypatch.setattr(training.measure.Measure, 'before_train', and_fill)
 
 
 def test_a_disk_full_for_a_checkpoint_and_a_curve_lets_the_run_go_on(small_disk, tree, command, monkeypatch):
     results, fill = small_disk
     full_from(monkeypatch, fill, 0, 0)
-    after_epoch = training.Measure.after_epoch
+    after_epoch = training.measure.Measure.after_epoch
 
     def and_free(self):
         after_epoch(self)
         if self.epoch == 1: (results / 'filler').unlink()  # the row has room again
-    monkeypatch.setattr(training.Measure, 'after_epoch', and_free)
+    monkeypatch.setattr(training.measure.Measure, 'after_epoch', and_free)
     code, _, err = command('--data', tree, *TINY[:-4], '--epochs', 3, '--checkpoint-every', 1)
     assert code == 0 and 'its curve could not be written ([Errno 28] No space left on device); going on' in err
     assert '.pt: not written ([Errno 28] No space left on device); going on' in err and 'Traceback' not in err

@@ -25,9 +25,10 @@ from fastai.torch_core import TensorImage, rank_distrib
 from fastai.vision.augment import RandomErasing
 from PIL import Image
 
-from experiments import IMAGES, UsageError
-from files import find_images, fingerprint, noisy_labels, split_files
-from images import Pixels, crop_boxes, epoch_draws, read_image, stack, train_image, valid_image
+from command import UsageError
+from experiments import N_IMAGES
+from training.files import find_images, fingerprint, noisy_labels, split_files
+from training.images import Pixels, crop_boxes, epoch_draws, read_image, stack, train_image, valid_image
 
 ARCHIVES = {  # (dataset, source): URL
     ('imagenette', '160'): URLs.IMAGENETTE_160, ('imagenette', '320'): URLs.IMAGENETTE_320, ('imagenette', 'full'): URLs.IMAGENETTE,
@@ -48,7 +49,7 @@ def find_data(cfg):
     try:
         with whole(folder) as part:
             untar_data(url, base=part.parent, archive=archive.parent, data=part.parent)
-            n, expected = len(find_images(part)), sum(IMAGES[cfg.dataset, cfg.split])
+            n, expected = len(find_images(part)), sum(N_IMAGES[cfg.dataset, cfg.split])
             if n != expected: raise tarfile.ReadError(f'{n:,} of {expected:,} images')  # at a damaged header tarfile ends in silence
     except (EOFError, UsageError, gzip.BadGzipFile, shutil.ReadError, tarfile.TarError, zlib.error) as e:
         raise UsageError(f'{archive}: damaged ({_brief(e)}); remove it, and it is downloaded anew') from None
@@ -227,11 +228,11 @@ def loaders(cfg, path, train, valid, digest, device):
 
 
 def get_dls(cfg, device='cpu'):
-    "DataLoaders of a resolved `cfg`, with `vocab` (class names), `files` (of validation), `fingerprint` and `loader` (its kind)."
+    "DataLoaders of a resolved `cfg`, with `vocab` (class names), `valid_files`, `fingerprint` and `loader` (its kind)."
     device = torch.device(device)
     path, sizes, digest = find_set(cfg)
     train, valid = split_files(list(sizes), cfg.split)
-    expected = IMAGES.get((cfg.dataset, cfg.split)) if not cfg.data else None
+    expected = N_IMAGES.get((cfg.dataset, cfg.split)) if not cfg.data else None
     if expected and len(sizes) != sum(expected):
         print(f'{path}: {len(sizes):,} of {sum(expected):,} images, not the full archive')
     elif expected and (len(train), len(valid)) != expected:
@@ -258,5 +259,5 @@ def get_dls(cfg, device='cpu'):
     pairs = [[(f, index[label[f]]) for f in files] for files in (train, valid)]
     *dls, kind = loaders(cfg, path, *pairs, digest, device)
     dls = DataLoaders(*dls, path=path, device=device)
-    dls.vocab, dls.files, dls.fingerprint, dls.loader = vocab, valid, digest, kind
+    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader = vocab, valid, digest, kind
     return dls

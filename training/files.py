@@ -4,7 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
-from experiments import UsageError
+from command import UsageError
 
 SUFFIXES = {'.jpeg', '.jpg', '.png', '.bmp', '.webp'}
 

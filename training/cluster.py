@@ -1,6 +1,6 @@
 """The runs of an experiment on Ray, a task a run: on this machine, or on a cluster.
 
-A task trains as training.run does, with its curve, predictions and checkpoint in the results folder where its node shares
+A task trains as `run.run` does, with its curve, predictions and checkpoint in the results folder where its node shares
 that, and hands its row to the process that asked for it, which alone writes runs.csv. Ray tries a run again whose worker
 or node has died: from its last checkpoint where the folder is shared, else anew. A run has as many threads as cores of its
 own, or OMP_NUM_THREADS: on a CPU its numbers are those of a plain run with as many, to the bit.
@@ -15,8 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import runlog
-import train_imagenette
-from experiments import Busy, Stopped, UsageError, is_stop
+from command import Busy, Stopped, UsageError, is_stop, undisturbed
 
 TRIES = 4  # of a run whose workers die
 PATIENCE = 120  # seconds for the runs under way to hand over their rows at the end by a signal
@@ -45,7 +44,7 @@ class Cluster:
         except ImportError: raise UsageError('--ray: needs ray: pip install -r requirements-cluster.txt') from None
         self.ray, self.results, self.cpus = ray, Path(results).resolve(), cpus
         here = {key: os.environ[key] for key in ('FASTAI_HOME', 'OMP_NUM_THREADS') if key in os.environ}
-        code = dict(working_dir=str(Path(__file__).parent), excludes=['/*/', '*.ipynb', '*.pt'], env_vars=here)
+        code = dict(working_dir=str(Path(__file__).parent.parent), excludes=['/*/', '!/training/', '*.pt'], env_vars=here)
         own = {} if address else dict(include_dashboard=False)
         try:
             if address: reach(address)
@@ -69,14 +68,13 @@ class Cluster:
     def each(self, todo, checkpoint_every=None):
         """Train `todo`, [(arm, Config)], as many at once as there is room for; yields (arm, cfg, the error of a run that failed or was
         not begun, or None) as each ends. Left early, it stops the runs under way and takes their rows."""
-        import training
-        task = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=TRIES - 1, max_calls=1)(train)
+        task = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=TRIES - 1, max_calls=1)(train_run)
         with self.mark() as mark:
             pending = {task.remote(self.for_node(cfg), self.results, mark, checkpoint_every): (arm, cfg) for arm, cfg in todo}
             try:
                 while pending:
                     (ref,), _ = self.ray.wait(list(pending))
-                    with training.undisturbed():
+                    with undisturbed():
                         arm, cfg = pending.pop(ref)
                         error = self.receive(ref)
                     yield arm, cfg, error
@@ -84,8 +82,7 @@ class Cluster:
 
     def stop(self, refs):
         "Stop tasks, and take the rows of those that had begun."
-        import training
-        with training.undisturbed():
+        with undisturbed():
             for ref in refs: self.ray.cancel(ref)
             ended, silent = self.ray.wait(refs, num_returns=len(refs), timeout=PATIENCE) if refs else ([], [])
             for ref in ended:
@@ -106,11 +103,11 @@ class Cluster:
 
     def receive(self, ref):
         "Record what a task hands over, the row first; returns the error of a run that failed or was not begun, or None."
-        import training
+        from training.run import record  # needs torch, which takes seconds
         try: out = self.ray.get(ref)
         except self.ray.exceptions.TaskCancelledError: return None  # had not begun
         except self.ray.exceptions.RayError as e: return f'{type(e).__name__}: {str(e).splitlines()[0]}'
-        if out.row: training.record(out.row | self.provenance, self.results)
+        if out.row: record(out.row | self.provenance, self.results)
         try: runlog.write_files(out.files, self.results)
         except OSError as e: print(f'{out.row["run_id"]}: its curve or predictions could not be written ({e})', file=sys.stderr)
         if out.mistake: raise UsageError(out.mistake)
@@ -123,16 +120,16 @@ def reach(address, wait=10):
     if host and port.isdigit(): socket.create_connection((host.strip('[]'), int(port)), wait).close()
 
 
-def train(cfg, results, mark, checkpoint_every):
+def train_run(cfg, results, mark, checkpoint_every):
     "The task, in a process of its own on a node: an Outcome."
-    training = train_imagenette.load_training()
+    from training.run import run
     signal.signal(signal.SIGINT, lambda number, _: setattr(Stopped, 'by', number))  # Ray cancels by it: the run ends before its next batch
     out, shared = Outcome(), (results / mark).exists()
     with nullcontext(results) if shared else tempfile.TemporaryDirectory() as folder:
         def hand_over(row):
             out.row = row
             if not shared: out.files = runlog.files_of(row['run_id'], folder)
-        try: training.run(cfg, folder, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
+        try: run(cfg, folder, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
         except Busy as e: out.busy = str(e)
         except UsageError as e: out.mistake = str(e)
         except BaseException as e:

@@ -6,12 +6,13 @@ import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-import report
 import runlog
-import stats
-from experiments import EXPERIMENTS, SPEED, UsageError
+from command import UsageError
+from experiments import EXPERIMENTS, knobs
+from report import compare, stats
+from report.published import published_mean, published_metric
 
-MARKERS = 'os^Dv<>'  # an arm each: readable without colour
+MARKS = 'os^Dv<>'  # an arm each: readable without colour
 STYLES = ['-', '--', ':', '-.']
 WIDEST = 10  # points shown in the forest plot; what goes on beyond ends in an arrow
 
@@ -25,14 +26,14 @@ def save(fig, path):
 
 
 def experiments(table, runs, published, results=runlog.RESULTS):
-    "{name: Figure} of the experiments in `table` (report.gaps) that have runs of two arms."
-    names, recipes = table.experiment[table.verdict != 'no runs'].unique(), report.by_recipe(runs)
+    "{name: Figure} of the experiments in `table` (compare.gaps) that have runs of two arms."
+    names, recipes = table.experiment[table.verdict != 'no runs'].unique(), compare.by_recipe(runs)
     return {name: experiment(name, EXPERIMENTS[name], runs, published, results, recipes) for name in names}
 
 
 def experiment(name, exp, runs, published, results, recipes=None):
     "A row for each set of an experiment: its runs, its learning curves, accuracy against time."
-    found, metric = report.sets(exp, runs, recipes=recipes), report.published_metric(exp, published)
+    found, metric = compare.strata(exp, runs, recipes=recipes), published_metric(exp, published)
     if not found: raise UsageError(f'{name}: no runs to plot')
     fig = Figure(figsize=(13, 3.6 * len(found)), layout='constrained')
     for axes, (key, arms) in zip(fig.subplots(len(found), 3, squeeze=False), found):
@@ -50,14 +51,14 @@ LABELS = {'last': 'accuracy (%)', 'max': 'accuracy of the best epoch (%)'}
 def points(ax, exp, arms, published, metric):
     "Every run as a point, its arm's mean with its 95% interval, the published mean as a star."
     for x, (arm, found) in enumerate(arms.items()):
-        said = report.published_mean(exp, arm, published)
-        acc = 100 * report.values(found, metric)[0]
-        ax.plot([x - 0.1 + 0.05 * (i % 5 - 2) for i in range(len(acc))], acc, MARKERS[x % 7], mfc='none', color=f'C{x}', ms=5)
+        said = published_mean(exp, arm, published)
+        acc = 100 * compare.values(found, metric)[0]
+        ax.plot([x - 0.1 + 0.05 * (i % 5 - 2) for i in range(len(acc))], acc, MARKS[x % 7], mfc='none', color=f'C{x}', ms=5)
         s = stats.summary(acc)
         half = 0 if np.isnan(s['low']) else s['mean'] - s['low']
         ax.errorbar(x + 0.15, s['mean'], half, fmt='_', color='black', capsize=4, label=None if x else 'mean, 95 % interval')
         if said is not None: ax.plot(x + 0.3, 100 * said['mean'], '*', color='black', ms=10, label=None if x else 'published mean')
-    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {len(report.ended_ok(found))}' for arm, found in arms.items()], fontsize=8,
+    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {len(compare.ended_ok(found))}' for arm, found in arms.items()], fontsize=8,
                   rotation=90 if len(arms) > 5 else 0)
     ax.set(xlim=(-0.5, len(arms) - 0.5), ylabel=LABELS[metric])
     ax.legend(fontsize=7)
@@ -66,12 +67,12 @@ def points(ax, exp, arms, published, metric):
 def curves(ax, arms, results):
     "Mean validation accuracy after each epoch, with a band of one standard deviation over the runs."
     for x, (arm, found) in enumerate(arms.items()):
-        files = [Path(results) / 'curves' / f'{i}.csv' for i in report.ended_ok(found).run_id]
+        files = [Path(results) / 'curves' / f'{i}.csv' for i in compare.ended_ok(found).run_id]
         tables = [pd.read_csv(f).set_index('epoch').accuracy for f in files if f.exists()]
         if not tables: continue
         acc = 100 * pd.concat(tables, axis=1)
         mean, sd = acc.mean(axis=1), acc.std(axis=1).fillna(0)
-        ax.plot(mean.index, mean, STYLES[x % 4], color=f'C{x}', marker=MARKERS[x % 7], ms=4, label=f'{arm} (n = {acc.shape[1]})')
+        ax.plot(mean.index, mean, STYLES[x % 4], color=f'C{x}', marker=MARKS[x % 7], ms=4, label=f'{arm} (n = {acc.shape[1]})')
         ax.fill_between(mean.index, mean - sd, mean + sd, color=f'C{x}', alpha=0.15)
     ax.set(xlabel='epoch', ylabel='validation accuracy (%), band: ± sd')
     if ax.lines: ax.legend(fontsize=7)
@@ -80,9 +81,9 @@ def curves(ax, arms, results):
 def time(ax, arms, metric):
     "Accuracy against the minutes of a run, which are comparable where all runs were of one device and the same speed-ups."
     for x, (arm, found) in enumerate(arms.items()):
-        minutes, acc = report.ended_ok(found).fit_seconds / 60, 100 * report.values(found, metric)[0]
-        if len(acc): ax.plot(minutes, acc, MARKERS[x % 7], mfc='none', color=f'C{x}', label=f'{arm} (n = {len(acc)})')
-    ways = pd.concat([report.ended_ok(found) for found in arms.values()])[['device', *SPEED]].drop(columns='meta').drop_duplicates()
+        minutes, acc = compare.ended_ok(found).fit_seconds / 60, 100 * compare.values(found, metric)[0]
+        if len(acc): ax.plot(minutes, acc, MARKS[x % 7], mfc='none', color=f'C{x}', label=f'{arm} (n = {len(acc)})')
+    ways = pd.concat([compare.ended_ok(found) for found in arms.values()])[['device', *knobs(role='speed')]].drop_duplicates()
     note = '\n(different devices or speed-ups: not comparable)' if len(ways) > 1 else ''
     ax.set(xlabel=f'minutes of a run{note}', ylabel=LABELS[metric])
     if ax.lines: ax.legend(fontsize=7)
@@ -102,7 +103,7 @@ def forest(table):
             ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2)
             for end, arrow in ((low, '<'), (high, '>'), (d, '<' if d < 0 else '>')):
                 if abs(end) > WIDEST: ax.plot(WIDEST * np.sign(end), y + dy, arrow, color='black', ms=6, clip_on=False)
-    n = [f'{report.title(r)}{f", split {r.split}" if r.planned else ""}: {r.base} → {r["arm"]}  ({_n(r, "published")}; {_n(r, "ours")})'
+    n = [f'{compare.title(r)}{f", split {r.split}" if r.planned else ""}: {r.base} → {r["arm"]}  ({_n(r, "published")}; {_n(r, "ours")})'
          for _, r in rows.iterrows()]
     ax.set_yticks(range(len(rows)), n, fontsize=7)
     ax.set_ylim(len(rows) - 0.4, -0.6)

@@ -18,12 +18,13 @@ from fastai.torch_core import rank_distrib
 from filelock import FileLock, Timeout
 
 import runlog
-from experiments import SETTINGS, SPEED, Busy, UsageError
+from command import Busy, UsageError
+from experiments import knobs
 
 FORMAT = 'checkpoint 1'
 MADE_WITH = 'device', 'torch', 'git_commit'
 SHORT = 60  # seconds: shorter runs keep no checkpoint unless asked to
-SAME = *(key for key in SETTINGS if key != 'data'), 'fused', 'seed'  # what a run keeps for life; its data go by their fingerprint
+KEPT = knobs(for_life=True)  # a run keeps these for life; its images are known by their fingerprint
 
 
 class Checkpoint(Callback):
@@ -108,7 +109,7 @@ def lock(file, wait=10):
 @contextmanager
 def claim(cfg, digest, results):
     "Have the run of a settled `cfg` on the data `digest`, whichever its id: of several loops one trains it. Raises Busy."
-    name = hashlib.sha256(repr([digest, *(getattr(cfg, key) for key in SAME)]).encode()).hexdigest()[:12]
+    name = hashlib.sha256(repr([digest, *(getattr(cfg, key) for key in KEPT)]).encode()).hexdigest()[:12]
     file = Path(results) / 'checkpoints' / f'{name}.claim'
     held = lock(file)
     try: yield
@@ -138,7 +139,7 @@ def identity(cfg, row):
 
 def differences(old, new):
     "What of an `identity` a run may change on its way, and did: 'loader workers, torch 2.13.0', the `old` ones."
-    pairs = [(key, old['config'].get(key), new['config'][key]) for key in SPEED if key not in ('workers', 'meta')]
+    pairs = [(key, old['config'].get(key), new['config'][key]) for key in knobs(role='speed') if key != 'workers']
     pairs += [(key, old.get(key), new[key]) for key in MADE_WITH]
     return ', '.join(f'{key} {a}' for key, a, b in pairs if a != b and None not in (a, b) and '' not in (a, b))  # blank: not known
 
@@ -157,7 +158,7 @@ def find(cfg, digest, results):
             if file.exists(): print(f'{e}; left alone', file=sys.stderr)  # else its run has just been finished by another process
             continue
         if state['run_id'] in set(record.run_id[record.status.isin(runlog.DONE)]): remove(file)
-        elif state['data_fingerprint'] == digest and all(state['config'].get(k) == getattr(cfg, k) for k in SAME):
+        elif state['data_fingerprint'] == digest and all(state['config'].get(k) == getattr(cfg, k) for k in KEPT):
             fits.append((file, state))
     for file, state in sorted(fits, key=lambda fit: -fit[1]['epoch']):
         try: load(file)

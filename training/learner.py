@@ -22,7 +22,7 @@ from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper, RMSProp, ranger
 from fastai.torch_core import norm_bias_params, rank_distrib, set_seed
 
-import distributed
+from training import distributed
 
 # --- optimizer and precision ---
 

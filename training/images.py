@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
-from experiments import UsageError
+from command import UsageError
 
 SCALE, RATIO, ATTEMPTS = (0.35, 1.), (3 / 4, 4 / 3), 10  # of the random resized crop
 VALID_MARGIN = 32  # pixels that the validation images are larger than their centre crop

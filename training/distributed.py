@@ -14,7 +14,7 @@ import torch.distributed as dist
 from fastai.learner import Metric
 from fastai.torch_core import find_bs, num_distrib, rank_distrib
 
-from experiments import UsageError
+from command import UsageError
 
 
 def n_processes(): return max(1, num_distrib())
