@@ -7,6 +7,7 @@ disk, runs.csv under a lock: readers and interrupted writers always leave a comp
 stays as it is. A run that was interrupted and continued has a row for each of its ends, and its last one counts.
 """
 import csv
+import hashlib
 import math
 import os
 import platform
@@ -62,14 +63,35 @@ def timestamp(time=None):
 
 def provenance():
     "What the code and the machine were: the columns of PROVENANCE but for the data and the device."
+    versions = {package: version(package) for package in ('torch', 'torchvision', 'fastai')}
+    return dict(python=platform.python_version(), **versions) | commit(Path(__file__).parent)
+
+
+def commit(repo):
+    """The columns git_commit and git_dirty of the code in `repo`: by git, or in a copy without .git by its file SOURCE_COMMIT.
+
+    The file holds the commit and what `git ls-tree -r` says of it, so that the copy is compared as git compares a checkout.
+    """
     def git(*args):
-        command = ['git', '-C', str(Path(__file__).parent), *args]
+        command = ['git', '-C', str(repo), *args]
         try: return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
         except (OSError, subprocess.CalledProcessError): return ''
-    commit = git('rev-parse', 'HEAD')
-    dirty = int(bool(git('status', '--porcelain', '--untracked-files=no', '--', '*.py'))) if commit else None
-    versions = {package: version(package) for package in ('torch', 'torchvision', 'fastai')}
-    return dict(python=platform.python_version(), **versions, git_commit=commit, git_dirty=dirty)
+    file = repo / 'SOURCE_COMMIT'
+    if file.exists() and not (repo / '.git').exists():
+        number, *tree = file.read_text(encoding='utf-8').splitlines() or ['']
+        code = [line for line in tree if line.endswith('.py')]
+        return dict(git_commit=number, git_dirty=int(any(_changed(repo, line) for line in code)) if code else None)
+    number = git('rev-parse', 'HEAD')
+    dirty = int(bool(git('status', '--porcelain', '--untracked-files=no', '--', '*.py'))) if number else None
+    return dict(git_commit=number, git_dirty=dirty)
+
+
+def _changed(repo, line):
+    "Whether a file is not what a line of `git ls-tree -r` says: mode, kind and hash, a tab, path."
+    description, path = line.split('\t')
+    try: content = (repo / path).read_bytes()
+    except OSError: return True
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest() != description.split()[2]
 
 
 # --- writing ---

@@ -1,5 +1,7 @@
 import os
+import shutil
 import stat
+import subprocess
 
 import pytest
 
@@ -156,3 +158,46 @@ def test_the_committed_record_loads():
     assert df.run_id.is_unique and set(df.status) <= set(runlog.STATUSES)
     assert df.accuracy[df.status != 'ok'].isna().all() and df.accuracy[df.status == 'ok'].between(0, 1).all()
     for run_id in df.run_id[df.epochs_done > 0]: assert (runlog.RESULTS / 'curves' / f'{run_id}.csv').exists()
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    "A git checkout of one Python file and one text."
+    for name in ('GIT_DIR', 'GIT_WORK_TREE', 'GIT_INDEX_FILE'): monkeypatch.delenv(name, raising=False)
+    repo = tmp_path / 'checkout'
+    repo.mkdir()
+    (repo / 'code.py').write_text('x = 1\n')
+    (repo / 'notes.md').write_text('one\n')
+    for args in ('init -q', 'add .', '-c user.name=n -c user.email=e@example.com commit -qm first'):
+        subprocess.run(['git', '-C', str(repo), *args.split()], check=True)
+    return repo
+
+
+def source_commit(repo): return subprocess.check_output('git rev-parse HEAD; git ls-tree -r HEAD', shell=True, cwd=repo, text=True)
+
+
+def test_a_copy_without_git_knows_its_commit_and_whether_it_is_changed(checkout, tmp_path):
+    number = source_commit(checkout).split()[0]
+    assert runlog.commit(checkout) == dict(git_commit=number, git_dirty=0)
+    copy = tmp_path / 'copy'
+    shutil.copytree(checkout, copy, ignore=shutil.ignore_patterns('.git'))
+    assert runlog.commit(copy) == dict(git_commit='', git_dirty=None)
+    (copy / 'SOURCE_COMMIT').write_text(source_commit(checkout))
+    assert runlog.commit(copy) == dict(git_commit=number, git_dirty=0)
+    (copy / 'notes.md').write_text('two\n')
+    assert runlog.commit(copy)['git_dirty'] == 0, 'only Python files count'
+    (copy / 'code.py').write_text('x = 2\n')
+    assert runlog.commit(copy) == dict(git_commit=number, git_dirty=1)
+    (copy / 'code.py').unlink()
+    assert runlog.commit(copy)['git_dirty'] == 1
+
+
+def test_of_git_and_the_file_git_counts(checkout):
+    (checkout / 'SOURCE_COMMIT').write_text('0' * 40 + '\n')
+    assert runlog.commit(checkout) == dict(git_commit=source_commit(checkout).split()[0], git_dirty=0)
+
+
+@pytest.mark.parametrize('text, number', [('', ''), ('a' * 40 + '\n', 'a' * 40)])
+def test_a_commit_without_its_files_does_not_tell_whether_the_copy_is_changed(text, number, tmp_path):
+    (tmp_path / 'SOURCE_COMMIT').write_text(text)
+    assert runlog.commit(tmp_path) == dict(git_commit=number, git_dirty=None)
