@@ -191,16 +191,23 @@ class Experiment:
     """Arms {name: Config} to be compared (`pairs`), each run as often as published: `runs` times, or {arm: times}.
 
     `tables`: those of the published means (report.load_published) that it answers to; `claim`: what they say.
+    `contrasts`: the pairs (base, arm) that were named before the first run, where these are not the usual ones.
     """
     claim: str
     arms: dict
     runs: int | dict
     tables: tuple = ()
+    contrasts: tuple = ()
 
     def wanted(self, arm): return self.runs[arm] if isinstance(self.runs, dict) else self.runs
 
     def pairs(self):
-        "What is compared, [(arm, arm)]: the first arm with each other one, and sagan with simple, which is said to beat it."
+        """Returns what is compared, [(base, arm)]: the contrasts of these arms, or without any the first arm with each other one.
+
+        In the latter case sagan is compared with simple too, which is said to beat it.
+        """
+        named = [pair for pair in self.contrasts if self.arms.keys() >= set(pair)]
+        if named: return named
         first, *others = self.arms
         return [(first, arm) for arm in others] + [('sagan', 'simple')] * ({'sagan', 'simple'} <= set(others))
 

@@ -68,6 +68,19 @@ def test_arms_take_turns_with_the_same_seeds():
     assert [(c.attention, c.sa_at, c.epochs) for c in arms.values()] == [('none', '1', 5), ('simple', '1', 4), ('simple', '1,2', 4)]
 
 
+def test_contrasts_named_beforehand_are_what_is_compared():
+    arms = attentions(Config(), 'none', 'simple', 'sagan')
+    exp = Experiment('', arms, 2, contrasts=(('none', 'sagan'), ('sagan', 'simple')))
+    assert exp.pairs() == [('none', 'sagan'), ('sagan', 'simple')]
+    assert replace(exp, contrasts=()).pairs() == [('none', 'simple'), ('none', 'sagan'), ('sagan', 'simple')]
+    fewer = {arm: arms[arm] for arm in ('none', 'sagan')}  # as with --arms none,sagan
+    assert replace(exp, arms=fewer).pairs() == [('none', 'sagan')]
+    fewer = {arm: arms[arm] for arm in ('none', 'simple')}  # no contrast is of these: the usual pairs
+    assert replace(exp, arms=fewer).pairs() == [('none', 'simple')]
+    for name, exp in EXPERIMENTS.items():
+        assert all(len(pair) == 2 and exp.arms.keys() >= set(pair) for pair in exp.contrasts), name
+
+
 # --- the published record ---
 
 def test_published_runs_have_the_published_means():
