@@ -5,6 +5,7 @@ import tempfile
 os.environ['FASTAI_HOME'] = tempfile.mkdtemp(prefix='fastai-home-')  # before fastai is imported; nothing is downloaded
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # the models here are too small for more, the machine of the tests may be busy
 
+import atexit
 import importlib.util
 import shutil
 import signal
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from command import Stopped
@@ -25,11 +25,11 @@ REPO = Path(__file__).parent.parent
 CLASSES = ['n02086240', 'n02087394', 'n02088364']
 TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 'images_per_second', 'peak_memory_mb', 'workers']
 
+atexit.register(shutil.rmtree, os.environ['FASTAI_HOME'], ignore_errors=True)
 
-@pytest.fixture(scope='session', autouse=True)
-def fastai_home():
-    yield Path(os.environ['FASTAI_HOME'])
-    shutil.rmtree(os.environ['FASTAI_HOME'], ignore_errors=True)
+
+@pytest.fixture(scope='session')
+def fastai_home(): return Path(os.environ['FASTAI_HOME'])
 
 
 def script(name):
@@ -76,7 +76,9 @@ def command(capfd, tmp_path):
 
 
 @pytest.fixture(autouse=True)
-def fixed_seed(): torch.manual_seed(0)
+def fixed_seed():
+    "Seeds torch, where a test file has imported it: tests of the record and the reports start without it."
+    if 'torch' in sys.modules: sys.modules['torch'].manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

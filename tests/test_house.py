@@ -1,6 +1,7 @@
 """The walls of the house: which module may import which. CONTRIBUTING.md has the picture."""
 import ast
 import graphlib
+import os
 import shutil
 import subprocess
 import sys
@@ -59,6 +60,12 @@ def test_command_imports_nothing_of_ours():
 def test_reports_and_the_record_load_no_torch():
     code = 'import sys, runlog, report.__main__; assert not {"torch", "fastai"} & set(sys.modules)'
     subprocess.run([sys.executable, '-c', code], cwd=REPO, check=True)
+
+
+def test_tests_of_reports_record_and_statistics_start_without_torch():
+    code = 'import sys, conftest, test_house, test_report, test_runlog, test_stats; assert not {"torch", "fastai"} & set(sys.modules)'
+    path = os.pathsep.join([str(REPO), str(REPO / 'tests')])
+    subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONPATH': path}, check=True)
 
 
 @pytest.mark.parametrize('file, code', [
