@@ -89,6 +89,8 @@ class Config:
                       before=0)
     channels_last: int = knob(1, 'memory format of the network; 0: channels first', choices=SWITCH, role='speed')
     compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH, role='speed')
+    cuda_graphs: int = knob(0, 'on a GPU: replay the training passes as CUDA graphs, the same kernels without the time to start each',
+                            choices=SWITCH, role='speed')
     keep_memory: int = knob(1, 'on a CPU: keep freed memory for the next step instead of giving it back to the system', choices=SWITCH,
                             role='speed', before=0)
     processes: int = knob(1, 'processes that train together, each with batches of bs: as many as accelerate launch or torchrun starts',

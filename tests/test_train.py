@@ -23,7 +23,7 @@ import training.run
 from command import UsageError
 from experiments import Config, fields, flag, literal, resolve
 from layers import ATTENTION
-from training.learner import SmoothLoss
+from training.learner import Graphs, SmoothLoss
 from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
@@ -387,6 +387,52 @@ def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command
     assert loss[0] == pytest.approx(loss[2], abs=0.02) and loss[0] != loss[1]
 
 
+@pytest.mark.parametrize('fused', [0, 1])
+def test_recorded_passes_train_as_plain_ones(fused, tree, monkeypatch):
+    "With a stand-in that does to the network what recording does: rounds to warm up, then another `forward`, in training alone."
+    def record_passes(graphed, sample):
+        for _ in range(3): graphed(*sample).sum().backward()
+        forward = graphed.forward
+        def replay(x):
+            replayed.append(graphed.training)
+            return forward(x)
+        graphed.forward = replay
+    replayed = []
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', record_passes)
+    learners = []
+    for cbs in ([], [Graphs(32)]):
+        _, learn = learner(tree, '--sa', '--epochs', 2, '--fused', fused)
+        learn.add_cbs(cbs)
+        with learn.no_bar(): training.run.fit(learn, config('--epochs', 2))
+        learners.append(learn)
+    a, b = (learn.model.state_dict() for learn in learners)
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert replayed == [True] * 2 * len(learners[0].dls.train) and 'forward' not in learners[1].model.__dict__
+
+
+def test_a_network_that_cannot_be_recorded_is_one_line(tree, monkeypatch):
+    def fails(graphed, sample): raise RuntimeError('operation not permitted when stream is capturing')
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', fails)
+    _, learn = learner(tree)
+    with pytest.raises(UsageError, match=r'cannot be recorded .*capturing.*--cuda-graphs 0'): learn.fit(1, cbs=Graphs(32))
+
+
+@pytest.mark.parametrize('argv, message', [
+    (['--cuda-graphs'], 'needs a CUDA device'), (['--cuda-graphs', '--compile'], 'one of the two'),
+])
+def test_cuda_graphs_are_refused_where_there_can_be_none(argv, message, tree, command):
+    code, _, err = command('--data', tree, *TINY, *argv)
+    assert code == 2 and message in err and err.count('\n') == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_cuda_graphs_compute_what_plain_passes_do(command, tmp_path):
+    argv = ['--dataset', 'digits', '--size', 32, '--epochs', 2, '--arch', 'xresnet18', '--sa', '--precision', 'fp32']
+    for graphs in (0, 1): assert command(*argv, '--cuda-graphs', graphs)[0] == 0
+    df = record(tmp_path)
+    assert df.train_loss[0] == pytest.approx(df.train_loss[1], rel=0.02) and df.cuda_graphs.tolist() == [0, 1]
+
+
 def test_unknown_values_are_refused_by_config_itself():
     with pytest.raises(UsageError, match='not an integer'): Config(epochs=1.5)
     with pytest.raises(UsageError, match='not a text'): Config(meta=3)
@@ -404,7 +450,8 @@ def test_momentum_is_constant_under_flat_cos(tree):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
-@pytest.mark.parametrize('options', ['--compile', '--mixup 0.2', '--fused 0', '--loader workers', '--precision bf16', '--sa sagan'])
+@pytest.mark.parametrize('options', ['--compile', '--cuda-graphs', '--cuda-graphs --fused 0 --sa --mixup 0.2',
+                                     '--mixup 0.2', '--fused 0', '--loader workers', '--precision bf16', '--sa sagan'])
 def test_cuda_two_runs_in_a_process_of_every_kind(options, command, tmp_path):
     digits = ['--dataset', 'digits', '--size', 32, '--epochs', 2, '--arch', 'xresnet18', '--runs', 2]
     assert command(*digits, *options.split())[0] == 0

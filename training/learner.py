@@ -1,9 +1,12 @@
 """The recipe of a Config as a fastai Learner, and what makes its step fast.
 
 Every speed-up leaves the function that is computed alone and can be switched off: `--fused 0`, `--channels-last 0`,
-`--keep-memory 0`, `--compile 0` (the default), `--loader workers`. On a GPU no step waits for the host: the optimizer
-decides there whether float16 overflowed, and the smoothed loss stays there (mixup and the loader processes still wait).
+`--keep-memory 0`, `--compile 0` and `--cuda-graphs 0` (the defaults), `--loader workers`. On a GPU no step waits for the
+host: the optimizer decides there whether float16 overflowed, and the smoothed loss stays there (mixup and the loader processes
+still wait).
 """
+import contextlib
+import copy
 import ctypes
 import sys
 from functools import partial
@@ -22,6 +25,7 @@ from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import SGD, Adam, OptimWrapper, RMSProp, ranger
 from fastai.torch_core import norm_bias_params, rank_distrib, set_seed
 
+from command import UsageError
 from training import distributed
 
 # --- optimizer and precision ---
@@ -101,6 +105,46 @@ class Compile(Callback):
     def after_fit(self): self.learn.model = self.plain
 
 
+class Graphs(Callback):
+    """Trains through CUDA graphs: the kernels of both passes are recorded once, and each step replays them.
+
+    A step of a small batch spends more time starting its thousand kernels than running them; a replay starts all at once.
+    The network computes the same function with the same kernels. It validates without graphs, as the last batch has a size of
+    its own. A module whose pass waits for the host cannot be recorded: UsageError.
+    """
+    order = TrainEvalCallback.order + 1
+    def __init__(self, size): self.size = size
+
+    def before_fit(self):
+        self.plain, self.graphed = self.model, copy.copy(self.model)  # a copy of the outer module alone: all that it holds is shared
+        x = torch.zeros(self.dls.train.bs, 3, self.size, self.size, device=self.dls.device).contiguous(memory_format=torch.channels_last)
+        before = {name: buffer.clone() for name, buffer in self.plain.named_buffers()}
+        self.plain.train()
+        self.graphed.training = True
+        try:
+            with self.autocast(): torch.cuda.make_graphed_callables(self.graphed, (x,))
+        except RuntimeError as e:
+            why = ' '.join(str(e).split())[:200]
+            raise UsageError(f'--cuda-graphs: the network cannot be recorded ({why}); train it with --cuda-graphs 0') from None
+        with torch.no_grad():  # the rounds to warm up have moved the statistics of the norms
+            for name, buffer in self.plain.named_buffers(): buffer.copy_(before[name])
+
+    def autocast(self):
+        "Returns the autocast of the fit, which must not keep the weights it has cast: a replay casts them anew."
+        precision = getattr(self.learn, 'precision', None)
+        if precision is None: return contextlib.nullcontext()
+        return torch.autocast(self.dls.device.type, AMP_DTYPES[precision.amp_mode], cache_enabled=False)
+
+    def before_batch(self):
+        "Drops the gradients, which lie where the next replay writes: added up in place, each would be counted twice."
+        if self.training:
+            for p in self.plain.parameters(): p.grad = None
+
+    def before_train(self): self.learn.model = self.graphed
+    def after_train(self): self.learn.model = self.plain
+    def after_fit(self): self.learn.model = self.plain
+
+
 class SmoothLoss(AvgSmoothLoss):
     "fastai's smoothed loss, kept on the device: fastai's moves it to the host at each step, which then waits for the device."
     def accumulate(self, learn):
@@ -147,6 +191,7 @@ def get_learner(cfg, dls, model, cbs=()):
     if cfg.mixup: cbs.append(MixUp(cfg.mixup))
     if cfg.precision != 'fp32': cbs.append(Precision(cfg.precision))
     if cfg.compile: cbs.append(Compile())
+    if cfg.cuda_graphs: cbs.append(Graphs(cfg.size))
     if cfg.processes > 1: cbs.append(distributed.callback(dls.device))
     model = model.to(dls.device, memory_format=torch.channels_last if cfg.channels_last else torch.contiguous_format)
     groups = dict(splitter=decay_groups, wd=[cfg.wd, 0.]) if is_fused(cfg) else dict(wd=cfg.wd)
