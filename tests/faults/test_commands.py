@@ -66,7 +66,7 @@ def end(main, program, argv):
 
 class Elsewhere:
     "A cluster that answers at any address, whose runs all end well."
-    device = training.torch.device('cpu')
+    device = training.run.torch.device('cpu')
     def __init__(self, address, results, cpus, gpus): pass
     def each(self, todo, checkpoint_every): return [(*run, None) for run in todo]
 
