@@ -90,11 +90,11 @@ def test_half_an_archive_is_told_and_half_a_split_refused(tree, monkeypatch, cap
     monkeypatch.setattr(data, 'find_data', lambda cfg: tree)
     cfg = config(tree, dataset='imagewoof', data='')
     for counts, words in [((30, 6), ''), ((100, 6), '36 of 106 images, not the full archive')]:  # its row tells its counts too
-        monkeypatch.setattr(data, 'IMAGES', {('imagewoof', 'v1'): counts})
+        monkeypatch.setattr(data, 'N_IMAGES', {('imagewoof', 'v1'): counts})
         get_dls(cfg)
         out = capsys.readouterr().out
         assert words in out and bool(words) == bool(out)
-    monkeypatch.setattr(data, 'IMAGES', {('imagewoof', 'v1'): (31, 5)})
+    monkeypatch.setattr(data, 'N_IMAGES', {('imagewoof', 'v1'): (31, 5)})
     with pytest.raises(UsageError, match=r'30 \+ 6 images, expected 31 \+ 5'): get_dls(cfg)
 
 
@@ -132,7 +132,7 @@ def archive(tree, tmp_path, fastai_home, monkeypatch):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     monkeypatch.setattr(data, 'ARCHIVES', {('imagewoof', '160'): server.url})
-    monkeypatch.setattr(data, 'IMAGES', {('imagewoof', 'v2'): (24, 12)})
+    monkeypatch.setattr(data, 'N_IMAGES', {('imagewoof', 'v2'): (24, 12)})
     checks = {server.url: (len(body), hashlib.md5(body[:2**20]).hexdigest())}  # as fastdownload keeps them
     monkeypatch.setattr(fastdownload.core, 'read_checks', lambda module: checks)
     server.file, server.folder = fastai_home / 'archive' / f'{name}.tgz', fastai_home / 'data' / name
