@@ -124,14 +124,14 @@ def test_reproduce(place, monkeypatch):
     monkeypatch.setattr(Parser, '__init__', lambda self, *args, **kwargs: parsers.append(self) or init(self, *args, **kwargs))
     assert reproduce.main([]) == 2
     monkeypatch.setattr(Parser, '__init__', init)
-    names = st.sampled_from(['digits'] * 8 + ['woof-128-50-r18-lr', 'woof-128-5', *ODD])
+    names = st.sampled_from(['digits'] * 2 * len(ODD) + ['woof-128-50-r18-lr', 'woof-128-5', *ODD])
     lines = st.tuples(names, command_lines(parsers[0], '--bs', '6', '--runs', '1', most=3)).map(lambda both: [both[0], *both[1]])
     codes = run_all(reproduce.main, 'reproduce.py', lines, 100)
     assert min(codes[0], codes[2]) > 15, codes
 
 
 @pytest.mark.parametrize('main, program, start, words, n', [
-    (main.main, 'report.py', [], [*EXPERIMENTS][:3], 40), (runlog.main, 'runlog.py', ['merge'], ['results/runs.csv'], 60),
+    (main.main, 'report', [], [*EXPERIMENTS][:3], 40), (runlog.main, 'runlog.py', ['merge'], ['results/runs.csv'], 60),
 ])
 def test_report_and_merge(main, program, start, words, n, place):
     word = st.sampled_from(words * (60 // len(words)) + ODD)
