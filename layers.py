@@ -1,20 +1,24 @@
 """Self-attention layers for convolutional networks, on images of features (B, C, H, W).
 
 `SimpleSelfAttention` is the layer of github.com/sdoria/SimpleSelfAttention (2019), `SelfAttention` that of
-SAGAN (Zhang et al. 2018, arXiv:1805.08318) as fastai has it. Needs torch alone: copy this file to use it.
+SAGAN (Zhang et al. 2018, arXiv:1805.08318) as fastai has it. The others take one thing away from the first, to
+show what it does, or are its relatives. This file needs torch alone: copy it to use it.
 
 Every layer here
-- is the identity at initialisation: it adds `gamma` times what it attends to, and `gamma` starts at 0;
+- is the identity at initialisation: it adds `gamma` times what it attends to, and `gamma` starts at 0
+  (`SqueezeExcitation`, a gate, is the exception);
 - keeps the shape, dtype and memory format of its input, and raises ValueError on any other shape;
 - runs under autocast: its products are in autocast's dtype, scaled so that float16 can hold them.
 """
+import re
 from functools import partial
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-__all__ = ['ATTENTION', 'SelfAttention', 'SimpleSelfAttention', 'SpectralWeight', 'multiply_adds']
+__all__ = ['ATTENTION', 'ChannelAttention', 'CovarianceAttention', 'LowRankAttention', 'MeanAttention', 'ResidualConv',
+           'SelfAttention', 'SimpleSelfAttention', 'SpectralWeight', 'SqueezeExcitation', 'SwappedAttention', 'multiply_adds']
 
 
 class SpectralWeight(nn.Module):
@@ -54,12 +58,11 @@ class SpectralWeight(nn.Module):
     def extra_repr(self): return f'{tuple(self.weight.shape)}, sym={self.sym}'
 
 
-class _Attention(nn.Module):
-    "What the layers share: the check of the input, the dtype of the products, gamma."
+class _Layer(nn.Module):
+    "The layers share the check of the input and the dtype of the products."
     def __init__(self, n_channels):
         super().__init__()
         self.n_channels = n_channels
-        self.gamma = nn.Parameter(torch.zeros(1))
 
     def forward(self, x):
         if x.dim() != 4 or x.shape[1] != self.n_channels:
@@ -68,11 +71,36 @@ class _Attention(nn.Module):
         if torch.is_autocast_enabled(device) and dtype != torch.float64: dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             y = self.attend(x.flatten(2), dtype)  # (B, C, H, W) -> (B, C, N), N = H*W
-        return _fit(y, x.dtype).unflatten(2, x.shape[2:])
+        return (y if y.dtype == x.dtype else _fit(y, x.dtype)).unflatten(2, x.shape[2:])
 
     def attend(self, x, dtype):
-        "x + gamma * (what is attended to) for `x` (B, C, N), the large products in `dtype`."
+        "The output for `x` (B, C, N), the large products in `dtype`."
         raise NotImplementedError
+
+    def multiply_adds(self, n_positions):
+        "Multiply-adds of the matrix products of one image in a forward pass; those that normalise a weight are left out."
+        raise NotImplementedError
+
+    def extra_repr(self): return f'{self.n_channels}'
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        for key in [k for k in state_dict if k.startswith(prefix)]:
+            state_dict[prefix + _renamed(key.removeprefix(prefix))] = state_dict.pop(key)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _renamed(name):
+    "The name here of a tensor that had another: in fastai's layers (torch's spectral_norm), and in this file at first."
+    name = re.sub(r'^weight\.', 'conv.', name)
+    name = re.sub(r'(\.0)?\.weight_(u|v)$', r'.\2', name)
+    return re.sub(r'(\.0)?\.weight_orig$', '.weight', name)
+
+
+class _Attention(_Layer):
+    "The attention layers share gamma: y = x + gamma * (what is attended to)."
+    def __init__(self, n_channels):
+        super().__init__(n_channels)
+        self.gamma = nn.Parameter(torch.zeros(1))
 
 
 def _fit(x, dtype):
@@ -83,84 +111,93 @@ def _fit(x, dtype):
 def _is_channels_last(x): return x.stride(1) == 1 and x.shape[1] > 1  # of (B, C, N)
 
 
-def _add_product(x, a, b, out=None):
-    "x + a b, all (B, ., .), in the memory layout of `x`; into `out` (of that layout; may be `x`) if given."
-    if a.dtype != x.dtype: return x + _fit(_product_like(x, a, b), a.dtype)
-    if not _is_channels_last(x): return torch.baddbmm(x, a, b, out=out)
-    return torch.baddbmm(x.mT, b.mT, a.mT, out=None if out is None else out.mT).mT
-
-
-def _product_like(x, a, b):
-    "a b, all (B, ., .), in the memory layout of `x`."
-    return torch.bmm(b.mT, a.mT).mT if _is_channels_last(x) else torch.bmm(a, b)
-
-
 def _wide(dtype): return torch.float32 if dtype == torch.float16 else dtype  # of the small matrices
 
 
-def _long_product(a, b):
-    "a b as `_wide`: sums of many terms, in float16 held divided by their number on the way."
-    if a.dtype != torch.float16: return torch.bmm(a, b)
+def _product(a, b, dtype, add=None):
+    """a b, or a b + `add`, all (B, ., .), as `dtype`.
+
+    Where float16 gives float32, the sums have many terms: they are held divided by their number on the way.
+    """
+    if a.dtype == dtype: return torch.bmm(a, b) if add is None else torch.baddbmm(add, a, b)
     n = a.shape[2]
-    return torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=1 / n).float() * n
+    y = torch.baddbmm(a.new_zeros(1, 1, 1), a, b, beta=0, alpha=1 / n).to(dtype) * n
+    return y if add is None else y + add
+
+
+def _product_like(x, a, b, add=None):
+    "a b, or a b + `add`, all (B, ., .), in the dtype and memory layout of `x`."
+    if not _is_channels_last(x): return _product(a, b, x.dtype, add)
+    return _product(b.mT, a.mT, x.dtype, None if add is None else add.mT).mT
 
 
 class _Gram(torch.autograd.Function):
-    "x x^T of (B, C, N) as `_wide`. Its gradient is one product, (g + g^T) x; autograd would make two."
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return _long_product(x, x.mT)
+    """(z, z z^T as `_wide`) for z (B, C, N).
 
-    @staticmethod
-    def backward(ctx, g):
-        x, = ctx.saved_tensors
-        return _product_like(x, (g + g.mT).to(x.dtype), x)
-
-
-class _ChannelMix(torch.autograd.Function):
-    """x + left (z z^T) right z, z being `x` (B, C, N) as `dtype`; left and right (C, C) as `_wide`, left may be None.
-
-    Forward and backward make five products of C^2 N: autograd would make six, for z z^T is symmetric, and would add
-    up three gradients of x; fastai's layer makes nine.
+    The gradients of both come back together, so that that of z z^T, which is one product, (g + g^T) z, is added to
+    the other on the way. Autograd would make two products and add up three tensors.
     """
     @staticmethod
-    def forward(ctx, x, left, right, dtype):
-        z = x.to(dtype)
-        gram = _long_product(z, z.mT)  # (B, C, C)
-        mix = _fit((gram if left is None else left @ gram) @ right, dtype)
-        ctx.save_for_backward(z, gram, mix, left, right)
-        return _add_product(x, mix, z)
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        ctx.set_materialize_grads(False)
+        return z.view_as(z), _product(z, z.mT, _wide(z.dtype))
 
     @staticmethod
-    def backward(ctx, g):
-        z, gram, mix, left, right = ctx.saved_tensors
-        g_ = g.to(z.dtype)
-        g_mix = _long_product(g_, z.mT)  # (B, C, C), as are the others
-        g_left = None if left is None else _sum_products(g_mix, (gram @ right).mT)
-        g_right = _sum_products((gram if left is None else left @ gram).mT, g_mix)
-        g_gram = (g_mix if left is None else left.mT @ g_mix) @ right.mT
-        g_x = _add_product(g, mix.mT, g_)
-        return _add_product(g_x, (g_gram + g_gram.mT).to(z.dtype), z, out=g_x), g_left, g_right, None
+    def backward(ctx, g, g_gram):
+        z, = ctx.saved_tensors
+        return g if g_gram is None else _product_like(z, (g_gram + g_gram.mT).to(z.dtype), z, g)
 
 
-def _sum_products(a, b):
-    "The sum over the batch of a b, (B, C, C) each, as one product."
-    return a.transpose(0, 1).flatten(1) @ b.flatten(0, 1)
-
-
-class _Scores(torch.autograd.Function):
-    "a^T b of (B, C, N) as `_wide`; the gradients are not scaled, so float16 holds them too."
+class _LongProduct(torch.autograd.Function):
+    "a b as `_wide`, (B, ., .) each; the gradients are not scaled, so float16 holds them too."
     @staticmethod
     def forward(ctx, a, b):
         ctx.save_for_backward(a, b)
-        return _long_product(a.mT, b)
+        return _product(a, b, _wide(a.dtype))
 
     @staticmethod
     def backward(ctx, g):
         a, b = ctx.saved_tensors
         g = g.to(a.dtype)
-        return _product_like(a, b, g.mT), _product_like(b, a, g)
+        return _product_like(a, g, b.mT), _product_like(b, a.mT, g)
+
+
+class _AddProduct(torch.autograd.Function):
+    """a b + z, all (B, ., .), a or b as `_wide`; in float16 it saturates.
+
+    z may be None, then nothing is added, or 'a' or 'b' for that one: then its two gradients are added in one product.
+    """
+    @staticmethod
+    def forward(ctx, a, b, z):
+        ctx.save_for_backward(a, b)
+        ctx.z = z if isinstance(z, str) else z is not None
+        dtype = torch.float16 if torch.float16 in (a.dtype, b.dtype) else a.dtype
+        y = _product(_fit(a, dtype), _fit(b, dtype), dtype, {'a': a, 'b': b}[z] if isinstance(z, str) else z)
+        return y.clamp_(-65504, 65504) if dtype == torch.float16 else y
+
+    @staticmethod
+    def backward(ctx, g):
+        a, b = ctx.saved_tensors
+        g_a = _product(g, _fit(b, g.dtype).mT, a.dtype, g if ctx.z == 'a' else None)
+        g_b = _product(_fit(a, g.dtype).mT, g, b.dtype, g if ctx.z == 'b' else None)
+        return g_a, g_b, g if ctx.z is True else None
+
+
+def _multiply(a, b, like, add=None):
+    """a b, or a b + `add`, all (B, ., .), in the memory layout of `like`.
+
+    One of a and b is as `_wide`, the other in the dtype of `like`; `add` may be one of them.
+    """
+    add = 'a' if add is a else 'b' if add is b else add
+    if not _is_channels_last(like): return _AddProduct.apply(a, b, add)
+    if add is not None: add = {'a': 'b', 'b': 'a'}[add] if isinstance(add, str) else add.mT
+    return _AddProduct.apply(b.mT, a.mT, add).mT
+
+
+def _add_product(x, z, a, b):
+    "x + a b for x (B, C, N), `z` being x in the dtype of the large products; a or b may be z."
+    return _multiply(a, b, z, z) if z.dtype == x.dtype else x + _multiply(a, b, z)
 
 
 def multiply_adds(n_channels, n_positions, ks=1, out_conv=False):
@@ -191,41 +228,43 @@ class SimpleSelfAttention(_Attention):
     `W` is a spectrally normalised convolution of width `ks` (odd) over the flattened positions, as in the source.
     sym       W is made symmetric before it is normalised (the source's option of that name has no effect).
     out_conv  y = x + gamma * U (x x^T)(W x): SAGAN's last 1x1 convolution, which the source left out.
+    mean      y = x + gamma * (x x^T / N)(W x): the same functions, but gamma's gradient is divided by N.
     order     how the product is evaluated, see `multiply_adds`; 'auto': the cheapest for the input at hand.
 
     In float16 the large products are float16 and the small matrices between them float32; y and the factor of x
     saturate. Finite while the root mean square of a channel (of a position, where N < C) is at most 255.
     """
-    def __init__(self, n_channels, ks=1, sym=False, out_conv=False, order='auto'):
+    def __init__(self, n_channels, ks=1, sym=False, out_conv=False, mean=False, order='auto'):
         super().__init__(n_channels)
         if ks % 2 == 0: raise ValueError(f'ks must be odd, got {ks}')
         orders = ['auto', *multiply_adds(n_channels, 1, ks)]
         if order not in orders: raise ValueError(f'order must be one of {", ".join(orders)} for ks={ks}, got {order!r}')
-        self.ks, self.order = ks, order
-        self.weight = SpectralWeight(n_channels, n_channels, ks, sym)
+        self.ks, self.order, self.mean = ks, order, mean
+        self.conv = SpectralWeight(n_channels, n_channels, ks, sym)
         self.out = SpectralWeight(n_channels, n_channels) if out_conv else None
 
     def attend(self, x, dtype):
-        x_, w = x.to(dtype), self.weight().to(_wide(dtype))
-        u = self.out().to(_wide(dtype)) if self.out is not None else None
         C, N = x.shape[1:]
-        order = self.order
-        if order == 'auto': order = _cheapest(multiply_adds(C, N, self.ks, u is not None))
-
+        z, wide = x.to(dtype), _wide(dtype)
+        w, u = self.conv(), self.out().to(wide) if self.out is not None else None
+        gamma = self.gamma / N if self.mean else self.gamma
+        order = self.order if self.order != 'auto' else _cheapest(multiply_adds(C, N, self.ks, u is not None))
         if order == 'positions':
-            scores = _Scores.apply(x_, self._conv(x_, w))  # (B, N, C) (B, C, N) -> (B, N, N)
-            values = x_ if u is None else self._conv(x_, u)
-            return _add_product(x, values, _fit(self.gamma * scores, dtype))
-        if order == 'channels': return _ChannelMix.apply(x, u, (self.gamma * w).to(w.dtype), dtype)
-        mix = _Gram.apply(x_)  # (B, C, C)
+            scores = _LongProduct.apply(z.mT, self._conv(z, w.to(wide)))  # (B, N, C) (B, C, N) -> (B, N, N)
+            return _add_product(x, z, z if u is None else self._conv(z, u), (gamma * scores).to(wide))
+        z, mix = _Gram.apply(z)  # (B, C, C)
         if u is not None: mix = u @ mix
-        return _add_product(x, _fit(self.gamma * mix, dtype), self._conv(x_, w))
+        if order == 'channels': return _add_product(x, z, mix @ (gamma * w).to(wide), z)
+        return _add_product(x, z, (gamma * mix).to(wide), self._conv(z, w.to(wide)))
+
+    def multiply_adds(self, n_positions):
+        counts = multiply_adds(self.n_channels, n_positions, self.ks, self.out is not None)
+        return min(counts.values()) if self.order == 'auto' else counts[self.order]
 
     def _conv(self, x, w):
         "(B, C, N) -> (B, C, N), `w` (C, C*ks) along the positions."
-        w = w.to(x.dtype)
-        if w.shape[1] == x.shape[1]: return _product_like(x, w.expand(len(x), -1, -1), x)
-        return F.conv1d(x, w.unflatten(1, (x.shape[1], -1)), padding=self.ks // 2)
+        if w.shape[1] == x.shape[1]: return _multiply(w.expand(len(x), -1, -1), x, x)
+        return F.conv1d(x, w.to(x.dtype).unflatten(1, (x.shape[1], -1)), padding=self.ks // 2)
 
     def extra_repr(self): return f'{self.n_channels}, ks={self.ks}, order={self.order!r}'
 
@@ -288,6 +327,10 @@ class SelfAttention(_Attention):
         o = _BlockedSoftmax.apply(g, f.mT, h) if blocked else self._fused(f, g, h)  # SAGAN's "query" f is what is attended to
         return x + self.gamma * o.mT  # (B, N, C) -> (B, C, N)
 
+    def multiply_adds(self, n_positions):
+        n_inner, C, N = max(1, self.n_channels // 8), self.n_channels, n_positions
+        return (2 * n_inner + C) * C * N + (n_inner + C) * N**2
+
     def _fused(self, f, g, h):
         n_heads = -(-self.n_channels // 256)
         while self.n_channels % n_heads: n_heads += 1
@@ -296,11 +339,140 @@ class SelfAttention(_Attention):
         return F.scaled_dot_product_attention(g, f, h, scale=1.).transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
 
 
+class _Mixing(_Attention):
+    "y = x + M x with a matrix M (B, C, C) or (C, C) that `mix` makes of x; gamma is a factor of it."
+    def attend(self, x, dtype):
+        z, mix = self.mix(x.to(dtype))
+        return _add_product(x, z, mix.expand(len(x), -1, -1), z)
+
+    def mix(self, z):
+        "(z, M as `_wide`) for z (B, C, N); see `_Gram` for why z comes back."
+        raise NotImplementedError
+
+    def weight(self, dtype): return (self.gamma * self.conv()).to(_wide(dtype))
+
+
+class ResidualConv(_Mixing):
+    """y = x + gamma * W x: the parameters of `SimpleSelfAttention` without attention.
+
+    W is a spectrally normalised 1x1 convolution as there: C^2 + 1 parameters, C^2 N multiply-adds.
+    """
+    def __init__(self, n_channels):
+        super().__init__(n_channels)
+        self.conv = SpectralWeight(n_channels, n_channels)
+
+    def mix(self, z): return z, self.weight(z.dtype)
+
+    def multiply_adds(self, n_positions): return self.n_channels**2 * n_positions
+
+
+class SwappedAttention(ResidualConv):
+    """y = x + gamma * S' W x with S' = x' x'^T of another image x' of the batch: must the statistics be its own?
+
+    x' is the image before x in the batch, that before the first is the last, in training and in validation alike. So
+    the output depends on what else is in the batch: a batch of one is its own other image, as in
+    `SimpleSelfAttention`, and in a batch in the order of its classes x' is mostly of x's class.
+    C^2 + 1 parameters, 2 C^2 N + C^3 multiply-adds.
+    """
+    def mix(self, z):
+        z, gram = _Gram.apply(z)
+        return z, gram.roll(1, 0) @ self.weight(z.dtype)
+
+    def multiply_adds(self, n_positions): return 2 * self.n_channels**2 * n_positions + self.n_channels**3
+
+
+class MeanAttention(ResidualConv):
+    """y = x + gamma * N m (m^T W x), m the mean of x over its positions: the first-order part of `SimpleSelfAttention`.
+
+    x x^T = N (m m^T + covariance of the channels over the positions): with `CovarianceAttention` it adds up to that
+    layer. C^2 + 1 parameters, C^2 N + 2 C^2 multiply-adds: m (m^T W) is made first, as it is the same at all positions.
+    """
+    def mix(self, z):
+        mean = z.mean(2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32)).to(_wide(z.dtype))  # (B, C, 1)
+        return z, z.shape[2] * mean @ (mean.mT @ self.weight(z.dtype))
+
+    def multiply_adds(self, n_positions): return self.n_channels**2 * (n_positions + 2)
+
+
+class CovarianceAttention(SwappedAttention):
+    """y = x + gamma * N K W x, K the covariance of the channels over the positions: the second-order part alone.
+
+    x x^T = N (K + m m^T), see `MeanAttention`. K is made of x - m, so that no digits are lost where m is large.
+    C^2 + 1 parameters, 2 C^2 N + C^3 multiply-adds.
+    """
+    def mix(self, z):
+        _, gram = _Gram.apply(z - z.mean(2, keepdim=True))
+        return z, gram @ self.weight(z.dtype)
+
+
+class LowRankAttention(_Attention):
+    """y = x + gamma * (x x^T)(Wf^T Wg) x, Wf and Wg (C -> C/8): W against the product of a key and a query.
+
+    SAGAN's f = Wf x and g = Wg x without its softmax, and x as the value. Both are spectrally normalised 1x1
+    convolutions; their product has a norm of at most 1, W of `SimpleSelfAttention` has 1.
+    C^2 / 4 + 1 parameters. Evaluated as (x f^T) g: C^2 N / 2 multiply-adds (for C a multiple of 8).
+    """
+    def __init__(self, n_channels):
+        super().__init__(n_channels)
+        self.n_inner = max(1, n_channels // 8)
+        self.key, self.query = (SpectralWeight(self.n_inner, n_channels) for _ in range(2))
+
+    def attend(self, x, dtype):
+        root = self.n_channels**0.5  # f of equal channels is that much larger than x: it is held divided by it
+        z, w = x.to(dtype), torch.cat([self.key() / root, self.query()]).to(_wide(dtype))
+        f, g = _multiply(w.expand(len(z), -1, -1), z, z).split(self.n_inner, dim=1)  # (B, C/8, N) each
+        return _add_product(x, z, (self.gamma * root * _LongProduct.apply(z, f.mT)).to(_wide(dtype)), g)
+
+    def multiply_adds(self, n_positions): return 4 * self.n_inner * self.n_channels * n_positions
+
+
+class ChannelAttention(_Attention):
+    """y = x + gamma * A x, A_ij = softmax_j(max_j S_ij - S_ij), S = x x^T: DANet's channel attention (arXiv:1809.02983).
+
+    Its paper writes softmax(S); its code, which this follows, subtracts S from the row's largest value, so that a
+    channel attends most to those least like it. S and A are float32 under autocast: an exponent needs the digits.
+    1 parameter, 2 C^2 N multiply-adds.
+    """
+    def attend(self, x, dtype):
+        _, gram = _Gram.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
+        attention = torch.softmax(gram.amax(2, keepdim=True) - gram, 2)
+        z = x.to(dtype)
+        return _add_product(x, z, (self.gamma * attention).to(_wide(dtype)), z)
+
+    def multiply_adds(self, n_positions): return 2 * self.n_channels**2 * n_positions
+
+
+class SqueezeExcitation(_Layer):
+    """y = x * sigmoid(V relu(U m + a) + b), m the mean of x over its positions (arXiv:1709.01507), reduction 8.
+
+    A gate, no attention: not the identity at the start, where it about halves x.
+    U (C/8, C) and V (C, C/8) have biases: C^2 / 4 + 9/8 C parameters, C^2 / 4 multiply-adds.
+    """
+    def __init__(self, n_channels, reduction=8):
+        super().__init__(n_channels)
+        n_inner = max(1, n_channels // reduction)
+        self.gate = nn.Sequential(nn.Linear(n_channels, n_inner), nn.ReLU(), nn.Linear(n_inner, n_channels), nn.Sigmoid())
+
+    def attend(self, x, dtype):
+        mean = x.mean(2, dtype=torch.promote_types(x.dtype, torch.float32))
+        return x * self.gate(mean.to(self.gate[0].weight.dtype)).to(x.dtype).unsqueeze(2)
+
+    def multiply_adds(self, n_positions): return sum(m.weight.numel() for m in self.gate if isinstance(m, nn.Linear))
+
+
 # name: n_channels -> layer. One class and one line here add a variant to the command, the tests and the tables.
 ATTENTION = {
     'none': nn.Identity,
     'simple': SimpleSelfAttention,
     'simple_sym': partial(SimpleSelfAttention, sym=True),
     'simple_out': partial(SimpleSelfAttention, out_conv=True),
+    'simple_n': partial(SimpleSelfAttention, mean=True),
     'sagan': SelfAttention,
+    'conv': ResidualConv,
+    'swap': SwappedAttention,
+    'mean': MeanAttention,
+    'cov': CovarianceAttention,
+    'low_rank': LowRankAttention,
+    'channel': ChannelAttention,
+    'se': SqueezeExcitation,
 }

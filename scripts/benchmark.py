@@ -147,22 +147,22 @@ def layer(args, device):
 
 
 def forward_backward(module, x, g):
-    "The gradients of x and the parameters, gamma being 0.1."
-    module.gamma.data.fill_(0.1)
+    "The gradients of x and the parameters, gamma being 0.1 where there is one."
+    if hasattr(module, 'gamma'): module.gamma.data.fill_(0.1)
     with torch.autocast('cuda', torch.float16, enabled=x.is_cuda): y = module(x)
     return torch.autograd.grad(y, [x, *module.parameters()], g.to(y.dtype))
 
 
 def contenders(C, N):
-    "(layer, order, multiply-adds an image, module) of our layers in every order and of fastai's; None where they have none."
+    "(layer, order, multiply-adds an image, module) of our layers in every order and of fastai's; no order where there is but one."
     for name, make in ATTENTION.items():
         module = make(C)
         if isinstance(module, SimpleSelfAttention):
             counts = multiply_adds(C, N, module.ks, module.out is not None)
             yield from ((name, order, counts[order], make(C, order=order)) for order in counts)
-        elif name != 'none': yield name, None, None, module
+        elif name != 'none': yield name, None, module.multiply_adds(N), module
     yield 'fastai simple', 'source', multiply_adds(C, N)['source'], PEERS['simple'](C)
-    yield 'fastai sagan', None, None, PEERS['sagan'](C)
+    yield 'fastai sagan', None, ATTENTION['sagan'](C).multiply_adds(N), PEERS['sagan'](C)
 
 
 def cost(args, device):
@@ -197,7 +197,7 @@ def equality(C=256, side=32):
     layer, other = (SimpleSelfAttention(C).eval() for _ in range(2))
     rows = []
     for gamma in (0., 0.1):
-        y = (z + gamma * (z @ z.mT) @ (layer.weight().double() @ z)).detach()
+        y = (z + gamma * (z @ z.mT) @ (layer.conv().double() @ z)).detach()
         for order in multiply_adds(C, side**2):
             errors = []
             for weights in (layer, other):
