@@ -227,7 +227,8 @@ def _experiments():
     woof, nette = (Config(dataset=d, split='v1') for d in ('imagewoof', 'imagenette'))
     main, two = ('main',), ('none', 'simple')
     yield 'woof-128-5', Experiment("the layer helps, and more than SAGAN's", attentions(woof, *two, 'sagan', 'simple_sym'), 12,
-                                   ('main', 'three-way'))
+                                   ('main', 'three-way'),
+                                   (('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')))
     for size, epochs, runs, claim in [(256, 5, 10, 'the layer helps most where there are many positions'),
                                       (256, 20, 10, 'the layer still helps after 20 epochs'),
                                       (256, 80, 10, 'the layer helps little after 80 epochs'),
@@ -257,9 +258,16 @@ def _experiments():
             yield f'{short}-{size}-{epochs}-stages', Experiment("a layer in every stage against one: the fork's", arms,
                                                                 6 if epochs == 400 else 30, ('fork',))
 
+    r18 = Config(dataset='imagewoof', split='v2', size=64, arch='xresnet18')
     yield 'woof-64-5-r18', Experiment('nothing is published: does it help where it costs nothing to try?', attentions(
-        Config(dataset='imagewoof', split='v2', size=64, arch='xresnet18'), *two, 'sagan', 'simple_sym'),
+        r18, *two, 'sagan', 'simple_sym'),
                                       dict(none=10, simple=10, sagan=6, simple_sym=6))
+    places = [f'simple@{place}' for place in ('1.0', '2.0', '2', '3.0', '3', '4.0', '4')]
+    yield 'woof-64-5-r18-places', Experiment(
+        'other positions have been tested with worse results', attentions(r18, *two, *places), 10,
+        contrasts=tuple((place, 'simple') for place in places))
+    yield 'woof-64-5-r18-stages', Experiment(
+        'adding multiple layers made results worse', attentions(r18, 'simple', 'simple@1.0,1', 'simple@1,2', 'simple@1,2,3,4'), 10)
     replication = Config(dataset='imagewoof', lr=4e-3, mom=0.95, opt='ranger', schedule='flat_cos', ann_start=0.72, act='mish')
     yield 'woof-128-5-ranger', Experiment('an independent replication of 2019, with Ranger and Mish: the layer helps', attentions(
         replace(replication, split='v1'), *two), 20)
