@@ -262,6 +262,13 @@ def _experiments():
     yield 'woof-64-5-r18', Experiment('nothing is published: does it help where it costs nothing to try?', attentions(
         r18, *two, 'sagan', 'simple_sym'),
                                       dict(none=10, simple=10, sagan=6, simple_sym=6))
+    first = 'none', 'simple', 'conv', 'simple_n', 'swap', 'mean', 'cov', 'sagan', 'simple_sym'
+    later = 'low_rank', 'channel', 'se'
+    yield 'attention', Experiment(
+        'nothing is published: is it the parameters, this image, the order of the statistics, the scale, or any gate?',
+        attentions(r18, *first, *later), dict.fromkeys(first, 14) | dict.fromkeys(later, 10), contrasts=(
+            ('none', 'conv'), ('conv', 'simple'), ('simple_n', 'simple'), ('swap', 'simple'), ('mean', 'cov'), ('se', 'simple'),
+            ('sagan', 'simple'), ('simple', 'simple_sym')))
     places = [f'simple@{place}' for place in ('1.0', '2.0', '2', '3.0', '3', '4.0', '4')]
     yield 'woof-64-5-r18-places', Experiment(
         'other positions have been tested with worse results', attentions(r18, *two, *places), 10,
