@@ -55,7 +55,6 @@ def test_a_run_of_the_loop_is_the_run_of_a_fresh_process(loop, tree, tmp_path):
 
 
 def test_a_failed_run_is_recorded_and_the_loop_goes_on(loop, tmp_path, monkeypatch):
-    import training.measure
     import training.run
     fit = training.run.fit
 
@@ -89,7 +88,8 @@ def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
 @pytest.fixture
 def claimed(tree, tmp_path, monkeypatch):
     "Has the run of an arm of digits with seed 0, as another process would."
-    import training.measure
+    import torch
+
     import training.run
     from training import checkpoint
     lock = checkpoint.lock
@@ -97,7 +97,7 @@ def claimed(tree, tmp_path, monkeypatch):
 
     def claim(arm):
         cfg = replace(EXPERIMENTS['digits'].arms[arm], data=str(tree), epochs=1, bs=6, workers=0)
-        cfg = training.run.settle(cfg, training.torch.device('cpu'))
+        cfg = training.run.settle(cfg, torch.device('cpu'))
         return checkpoint.claim(cfg, training.run.get_dls(cfg).fingerprint, tmp_path / 'results')
     return claim
 
@@ -172,7 +172,6 @@ def test_one_process_starts_the_runs(tmp_path, monkeypatch, capsys):
 
 def test_a_stopped_run_goes_on_by_itself_under_its_id(loop, tmp_path, monkeypatch):
     import training.measure
-    import training.run
     before_batch = training.measure.Heed.before_batch
 
     def stop(self):
