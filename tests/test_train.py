@@ -417,6 +417,7 @@ def test_a_network_that_cannot_be_recorded_is_one_line(tree, monkeypatch):
     with pytest.raises(UsageError, match=r'cannot be recorded .*capturing.*--cuda-graphs 0'): learn.fit(1, cbs=Graphs(32))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
 @pytest.mark.parametrize('argv, message', [
     (['--cuda-graphs'], 'needs a CUDA device'), (['--cuda-graphs', '--compile'], 'one of the two'),
 ])
