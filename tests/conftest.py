@@ -28,6 +28,13 @@ TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 
 atexit.register(shutil.rmtree, os.environ['FASTAI_HOME'], ignore_errors=True)
 
 
+def pytest_collection_modifyitems(items):
+    "Gives a slow test six times the seconds that it says it takes on a quiet core: the machine of the tests may be busy."
+    for item in items:
+        mark = item.get_closest_marker('slow')
+        if mark is not None: item.add_marker(pytest.mark.timeout(max(60, 6 * mark.args[0])), append=False)
+
+
 @pytest.fixture(scope='session')
 def fastai_home(): return Path(os.environ['FASTAI_HOME'])
 

@@ -1,0 +1,67 @@
+"""What the documents say is there: links, commands, and a README of one screen."""
+import re
+import shlex
+
+import pytest
+from conftest import REPO, script
+
+import train_imagenette
+
+DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'scripts/README.md', 'tests/faults/README.md', 'results/README.md', 'results/LOG.md',
+             'results/published/README.md', 'results/benchmarks/README.md']
+TEXTS = {name: (REPO / name).read_text(encoding='utf-8') for name in DOCUMENTS}
+
+
+def anchors(text):
+    "Returns the anchors that GitHub gives the headings of a document: lower case, no punctuation, hyphens for spaces."
+    headings = re.findall(r'^#+ (.+)$', text, re.MULTILINE)
+    return {re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings}
+
+
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_links_lead_somewhere(name):
+    for target in re.findall(r'\]\(([^)\s]+)\)', TEXTS[name]):
+        if target.startswith('http'): continue
+        path, _, anchor = target.partition('#')
+        file = (REPO / name).parent / path if path else REPO / name
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file.read_text(encoding='utf-8')), target
+
+
+def commands(program):
+    "Returns the arguments of the lines of all documents that call a program; FILE.md:line is their id."
+    found = []
+    for name, text in TEXTS.items():
+        for number, line in enumerate(text.splitlines(), 1):
+            match = re.match(rf' {{4}}(?:\S*python |torchrun .*?){program}(.*)', line)
+            if match: found.append(pytest.param(shlex.split(match[1], comments=True), id=f'{name}:{number}'))
+    return found
+
+
+@pytest.mark.parametrize('argv', commands('train_imagenette.py'))
+def test_training_commands_are_understood(argv, tree, capsys):
+    argv = [str(tree) if word == 'DIR' else word for word in argv]
+    if '--help' in argv:
+        with pytest.raises(SystemExit): train_imagenette.parse(argv)
+    else: assert train_imagenette.parse(argv)
+
+
+@pytest.mark.parametrize('argv', commands('scripts/reproduce.py'))
+def test_commands_that_repeat_are_understood(argv):
+    if 'EXPERIMENT' not in argv: assert script('reproduce').parse(argv)
+
+
+def test_the_commands_are_found(): assert len(commands('train_imagenette.py')) > 8 and len(commands('scripts/reproduce.py')) > 4
+
+
+def test_the_readme_is_short():
+    before, _, rest = TEXTS['README.md'].partition('<!-- table')
+    assert len((before + rest.partition('<!-- end of table -->')[2]).split()) <= 900  # and the table of what has run
+
+
+def test_the_readme_starts_with_commands_that_start_from_nothing():
+    "Each of the two blocks under Start makes its environment, so that a reader can copy either one alone."
+    start = TEXTS['README.md'].split('\n## Start\n')[1].split('\n## ')[0]
+    blocks = [block for block in re.findall(r'(?:^ {4}.+\n)+', start, re.MULTILINE) if '-m venv' in block]
+    assert len(blocks) == 2 and all('-r requirements.txt' in block for block in blocks)
+    assert 'train_imagenette.py --dataset digits' in blocks[0] and blocks[1].rstrip().endswith('-m pytest')
