@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 import runlog
 from command import UsageError
 from experiments import EXPERIMENTS, knobs
-from report import compare, stats
+from report import compare, stats, tables
 from report.published import published_mean, published_metric
 
 MARKS = 'os^Dv<>'  # an arm each: readable without colour
@@ -25,15 +25,15 @@ def save(fig, path):
         fig.savefig(f'{path}.svg', metadata={'Date': None, 'Creator': None})
 
 
-def experiments(table, runs, published, results=runlog.RESULTS):
-    "{name: Figure} of the experiments in `table` (compare.gaps) that have runs of two arms."
-    names, recipes = table.experiment[table.verdict != 'no runs'].unique(), compare.by_recipe(runs)
+def experiments(rows, runs, published, results=runlog.RESULTS):
+    "Returns {name: Figure} of the experiments in the `rows` (compare.gaps) that have runs of two arms."
+    names, recipes = {row['experiment']: None for row in rows if compare.has_runs(row)}, compare.by_recipe(runs)
     return {name: experiment(name, EXPERIMENTS[name], runs, published, results, recipes) for name in names}
 
 
 def experiment(name, exp, runs, published, results, recipes=None):
     "A row for each set of an experiment: its runs, its learning curves, accuracy against time."
-    found, metric = compare.strata(exp, runs, recipes=recipes), published_metric(exp, published)
+    found, metric = compare.sets(exp, runs, recipes=recipes), published_metric(exp, published)
     if not found: raise UsageError(f'{name}: no runs to plot')
     fig = Figure(figsize=(13, 3.6 * len(found)), layout='constrained')
     for axes, (key, arms) in zip(fig.subplots(len(found), 3, squeeze=False), found):
@@ -89,31 +89,44 @@ def time(ax, arms, metric):
     if ax.lines: ax.legend(fontsize=7)
 
 
-def forest(table):
+def forest(rows):
     "All differences with their 95% intervals: published (where their spread is) hollow, ours filled; n beside them."
-    rows = table[table.published_difference.notna() | table.difference.notna()].reset_index(drop=True)
-    if rows.empty: raise UsageError('no differences to plot')
+    rows = [row for row in rows if not all(np.isnan(_test(row, whose)['difference']) for whose in ('published', 'ours'))]
+    if not rows: raise UsageError('no differences to plot')
     fig = Figure(figsize=(9, 1 + 0.42 * len(rows)), layout='constrained')
     ax = fig.subplots()
-    for y, r in rows.iterrows():
-        for dy, side, marker, fill in ((-0.12, 'published_', 's', 'none'), (0.12, '', 'o', 'black')):
-            d, low, high = (100 * r[side + k] for k in ('difference', 'low', 'high'))
+    for y, row in enumerate(rows):
+        for dy, whose, marker, fill in ((-0.12, 'published', 's', 'none'), (0.12, 'ours', 'o', 'black')):
+            d, low, high = (100 * _test(row, whose)[key] for key in ('difference', 'low', 'high'))
             if np.isnan(d): continue
             error = None if np.isnan(low) else [[d - low], [high - d]]
             ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2)
             for end, arrow in ((low, '<'), (high, '>'), (d, '<' if d < 0 else '>')):
                 if abs(end) > WIDEST: ax.plot(WIDEST * np.sign(end), y + dy, arrow, color='black', ms=6, clip_on=False)
-    n = [f'{compare.title(r)}{f", split {r.split}" if r.planned else ""}: {r.base} → {r["arm"]}  ({_n(r, "published")}; {_n(r, "ours")})'
-         for _, r in rows.iterrows()]
-    ax.set_yticks(range(len(rows)), n, fontsize=7)
+    ax.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.axvline(0, color='black', lw=0.8)
     ax.set_xlim(-WIDEST, WIDEST)
-    ax.set_xlabel('difference in accuracy (points), 95 % interval\nsquares: published, circles: ours; (runs: published; ours)', fontsize=8)
+    ax.set_xlabel('difference in accuracy (points), 95 % interval\nsquares: published, circles: ours; (runs: published; ours)',
+                  fontsize=8)
     return fig
 
 
-def _n(r, whose):
-    "The runs of both arms, 12/12; ? where their number is not published, – where nothing is."
-    return '/'.join('–' if pd.isna(r[f'{whose}_{side}_mean']) else '?' if pd.isna(n := r[f'{whose}_{side}_n']) else str(int(n))
-                    for side in ('base', 'arm'))
+def _test(row, whose):
+    "Returns difference, low and high of a row of compare.gaps, 'published' or 'ours'."
+    return row['published']['difference'] if whose == 'published' else row['difference']
+
+
+def _label(row):
+    "Returns what stands beside a row of the forest."
+    split = f', split {row["split"]}' if row['planned'] else ''
+    return f'{tables.title(row)}{split}: {row["base"]} → {row["arm"]}  ({_n(row["published"])}; {_n(row["ours"])})'
+
+
+def _n(whose):
+    "Returns the runs of both arms, 12/12; ? where their number is not published, – where nothing is."
+    counts = []
+    for arm in (whose[side] for side in compare.SIDES):
+        n = '?' if pd.isna(arm['n']) else str(int(arm['n']))
+        counts.append('–' if pd.isna(arm['mean']) else n)
+    return '/'.join(counts)

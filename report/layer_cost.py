@@ -1,4 +1,4 @@
-"""What the layers cost: tables and figures from results/benchmarks/cost.csv, which `scripts/benchmark.py cost` measures; no torch."""
+"""Shows what the layers cost: tables and figures from results/benchmarks/cost.csv, which `scripts/benchmark.py cost` measures."""
 import numpy as np
 import pandas as pd
 
@@ -6,33 +6,37 @@ import runlog
 
 
 def load_cost(file=runlog.RESULTS / 'benchmarks' / 'cost.csv'):
-    "The table of `scripts/benchmark.py cost` with ms_image and mb_image, of one image; NaN where the shape was skipped."
+    "Returns the table of `scripts/benchmark.py cost` with ms_image and mb_image, of one image; nan where a shape was skipped."
     df = pd.read_csv(file).fillna({'order': ''})
     return df.assign(ms_image=df.ms / df.B, mb_image=df.peak_mb / df.B, name=(df.layer + ' ' + df.order).str.strip())
 
 
 def sweeps(cost):
-    "{'N': (rows of the C measured at most N, that C), 'C': (rows of the N measured at most C, that N)}."
-    C, N = cost.groupby('C').N.nunique().idxmax(), cost.groupby('N').C.nunique().idxmax()
+    """Returns {'N': (rows of one C, that C), 'C': (rows of one N, that N)}: of the C with most N, of the N with most C."""
+    C = cost.groupby('C').N.nunique().idxmax()
+    N = cost.groupby('N').C.nunique().idxmax()
     return {'N': (cost[cost.C == C], C), 'C': (cost[cost.N == N], N)}
 
 
 def crossovers(cost):
-    """One row per layer: the N from which on `channels` costs less than `positions`, in multiply-adds, time and memory.
+    """Returns for each layer the N from which on `channels` costs less than `positions`, by each of three measures.
 
-    On the straight line, in logarithms, between two measured N; 0: at every N, inf: at none. By multiply-adds it is
-    N = C: 2 C^2 N + C^3 = C^2 N + 2 C N^2 is (2 N + C)(N - C) = 0.
+    The measures are multiply-adds, time and memory. Between two measured N it is taken on a straight line in logarithms;
+    0 means at every N, inf at none. By multiply-adds it is N = C: 2 C^2 N + C^3 = C^2 N + 2 C N^2 is (2 N + C)(N - C) = 0.
     """
     rows, C = sweeps(cost)['N']
     rows = rows[rows.order.isin(['channels', 'positions'])]
-    tables = {y: rows.pivot(index='N', columns=['layer', 'order'], values=y) for y in ('multiply_adds', 'ms_image', 'mb_image')}
-    return pd.DataFrame([dict(layer=layer, C=C, **{y: _crossing(table[layer].dropna()) for y, table in tables.items()})
-                         for layer in rows.layer.unique()])
+    found = {layer: dict(layer=layer, C=C) for layer in rows.layer.unique()}
+    for measure in ('multiply_adds', 'ms_image', 'mb_image'):
+        table = rows.pivot(index='N', columns=['layer', 'order'], values=measure)
+        for layer, row in found.items(): row[measure] = _crossing(table[layer].dropna())
+    return pd.DataFrame(found.values())
 
 
 def _crossing(costs):
-    "The N (the index) after which `channels` stays below `positions`, see `crossovers`."
-    log, N = np.log(costs.channels / costs.positions).to_numpy(), np.log(costs.index.to_numpy(float))
+    "Returns the N (the index) after which `channels` stays below `positions`, see `crossovers`."
+    log = np.log(costs.channels / costs.positions).to_numpy()
+    N = np.log(costs.index.to_numpy(float))
     i = max(np.flatnonzero(log >= 0), default=-1)  # the last N where it is not below
     if i == len(N) - 1: return float('inf')
     if i == -1: return 0.

@@ -140,7 +140,7 @@ class Loop:
 
     def arms(self):
         "{arm: its accuracies on this machine's data and precision}, those of the metric that is published."
-        record, metric, out = self.record(), self.so_far().metric.iloc[0], {}
+        record, metric, out = self.record(), self.so_far()[0]['metric'], {}
         for arm, cfg in self.exp.arms.items():
             cfg, digest = self.settled(cfg)
             runs = runlog.of_config(record, cfg)
@@ -166,9 +166,9 @@ class Loop:
 
 def listing(results):
     "Every experiment, and a line or two for each of its gaps."
-    table = compare.gaps(EXPERIMENTS, runlog.load(results / 'runs.csv'), load_published(), results)
+    gaps = compare.gaps(EXPERIMENTS, runlog.load(results / 'runs.csv'), load_published(), results)
     for name, exp in EXPERIMENTS.items():
-        rows = table[table.experiment == name]
+        rows = [row for row in gaps if row['experiment'] == name]
         counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in compare.done(exp, rows).items())
         print(f'{name:24}{exp.claim}; runs done / wanted: {counts}')
         print(tables.text(rows, indent=4))

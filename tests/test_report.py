@@ -32,11 +32,23 @@ def make_runs(attention, accuracies, max_accuracies=None, seed0=0, n=None, **con
     return df.astype({name: 'Int64' for name, kind in runlog.COLUMNS.items() if kind is int})
 
 
-def gaps(name, *runs, published=None, **overrides):
+def all_gaps(name, *runs, **overrides):
+    "Returns the rows of compare.gaps of one experiment, with these settings in all arms."
     exp = EXPERIMENTS[name]
     exp = replace(exp, arms={arm: replace(cfg, **overrides) for arm, cfg in exp.arms.items()})
-    table = compare.gaps({name: exp}, pd.concat(runs), record.load_published() if published is None else published)
-    return table[table.base == next(iter(exp.arms))].set_index('arm')
+    return compare.gaps({name: exp}, pd.concat(runs), record.load_published())
+
+
+def gaps(name, *runs, arm='simple', **overrides):
+    "Returns those of an arm against the first arm: one for each set of images."
+    rows = all_gaps(name, *runs, **overrides)
+    return [row for row in rows if row['base'] == rows[0]['base'] and row['arm'] == arm]
+
+
+def gap(name, *runs, **overrides):
+    "Returns the one of `gaps`."
+    (row,) = gaps(name, *runs, **overrides)
+    return row
 
 
 # --- experiments ---
@@ -111,31 +123,38 @@ def test_what_is_wrong_in_the_published_record_is_recomputed():
 
 def test_a_gap_is_that_of_stats_beside_the_published_one():
     a, b = [0.60, 0.64, 0.62], [0.65, 0.66, 0.70]
-    r = gaps('woof-128-5', make_runs('none', a), make_runs('simple', b)).loc['simple']
-    assert {k: r[k] for k in stats.compare(a, b)} == stats.compare(a, b) | {k: v for k, v in stats.compare_paired(a, b).items() if k != 'n'}
-    assert {k: r[f'ours_arm_{k}'] for k in stats.summary(b)} == stats.summary(b)
-    assert r.paired and (r.welch_low, r.welch_p) == (stats.compare(a, b)['low'], stats.compare(a, b)['p'])
-    assert (r.published_base_mean, r.published_arm_mean, r.published_difference) == pytest.approx((0.623, 0.652, 0.029))
-    assert r.verdict == f'{stats.verdict(r.low, r.high, r.published_difference)} (3 of 12 runs)' and r.seconds == 60
+    r = gap('woof-128-5', make_runs('none', a), make_runs('simple', b))
+    paired = stats.compare_paired(a, b)
+    assert r['difference'].items() >= {k: paired[k] for k in ('difference', 'low', 'high', 'p', 'permutation_p')}.items()
+    assert r['difference'].items() >= {k: stats.compare(a, b)[k] for k in ('student_p', 'g', 'beats')}.items()
+    assert r['ours']['arm'].items() >= stats.summary(b).items()
+    assert r['difference']['paired'] and r['welch'].items() <= stats.compare(a, b).items()
+    said = r['published']
+    assert (said['base']['mean'], said['arm']['mean'], said['difference']['difference']) == pytest.approx((0.623, 0.652, 0.029))
+    assert r['verdict']['verdict'] == stats.verdict(r['difference']['low'], r['difference']['high'], 0.029)
+    assert (r['verdict']['n_runs'], r['verdict']['n_wanted'], r['ours']['seconds']) == (3, 12, 60)
+    assert tables.verdict(r) == r['verdict']['verdict'] + ' (3 of 12 runs)'
 
 
 def test_pairs_need_the_same_seeds():
-    r = gaps('woof-128-5', make_runs('none', [0.6, 0.7]), make_runs('simple', [0.6, 0.75], seed0=1)).loc['simple']
-    assert not r.paired and r.p == r.welch_p == stats.compare([0.6, 0.7], [0.6, 0.75])['p']
+    r = gap('woof-128-5', make_runs('none', [0.6, 0.7]), make_runs('simple', [0.6, 0.75], seed0=1))
+    assert not r['difference']['paired'] and r['difference']['p'] == stats.compare([0.6, 0.7], [0.6, 0.75])['p']
 
 
 def test_of_one_seed_the_first_run_counts():
     first, again = make_runs('simple', [0.6, 0.7]), make_runs('simple', [0.9]).assign(run_id='z', fused=0)
-    r = gaps('woof-128-5', make_runs('none', [0.6, 0.65]), again, first).loc['simple']
-    assert (r.ours_arm_n, r.paired) == (2, True) and r.ours_arm_mean == pytest.approx(0.65)
+    r = gap('woof-128-5', make_runs('none', [0.6, 0.65]), again, first)
+    assert r['ours']['arm']['n'] == 2 and r['difference']['paired'] and r['ours']['arm']['mean'] == pytest.approx(0.65)
 
 
 def test_sagan_is_compared_with_simple_too():
     runs = [make_runs('none', [0.6, 0.62]), make_runs('sagan', [0.61, 0.63, None]), make_runs('simple', [0.66, 0.67])]
-    table = compare.gaps({'woof-128-5': EXPERIMENTS['woof-128-5']}, pd.concat(runs), record.load_published())
-    assert list(zip(table.base, table['arm'])) == [('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')]
-    assert (table.difference[3], table.published_difference[3]) == pytest.approx((0.045, 0.652 - 0.640))
-    assert (table.ours_base_n[3], table.ours_arm_n[3], table.ours_base_diverged[3]) == (2, 2, 1)
+    rows = all_gaps('woof-128-5', *runs)
+    assert [(r['base'], r['arm']) for r in rows] == [('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')]
+    assert rows[3]['difference']['difference'] == pytest.approx(0.045)
+    assert rows[3]['published']['difference']['difference'] == pytest.approx(0.652 - 0.640)
+    sagan = rows[3]['ours']['base']
+    assert (sagan['n'], rows[3]['ours']['arm']['n'], sagan['diverged']) == (2, 2, 1)
     two = replace(EXPERIMENTS['woof-128-5'], arms={a: EXPERIMENTS['woof-128-5'].arms[a] for a in ('sagan', 'simple')})
     assert two.pairs() == [('sagan', 'simple')]
 
@@ -143,34 +162,35 @@ def test_sagan_is_compared_with_simple_too():
 def test_a_published_difference_whose_interval_holds_0_is_no_claim():
     settings = dict(arch='xresnet18', lr=8e-3, size=256, mixup=0.2)
     a, b = [0.90, 0.902] * 8, [0.901, 0.903] * 8
-    runs = make_runs('none', a, epochs=50, **settings), make_runs('simple', b, epochs=47, **settings)
-    r = gaps('woof-256-50-r18-mixup', *runs).loc['simple']
-    assert r.published_low < 0 < r.published_high and r.published_difference < 0 and r.verdict == stats.verdict(r.low, r.high)
+    r = gap('woof-256-50-r18-mixup', make_runs('none', a, epochs=50, **settings), make_runs('simple', b, epochs=47, **settings))
+    said = r['published']['difference']
+    assert said['low'] < 0 < said['high'] and said['difference'] < 0 and np.isnan(r['verdict']['claim'])
+    assert r['verdict']['verdict'] == stats.verdict(r['difference']['low'], r['difference']['high'])
 
 
 def test_a_verdict_on_fewer_runs_than_wanted_says_so():
     runs = [make_runs('none', [0.6, 0.61] * 6), make_runs('simple', [0.65, 0.655] * 5 + [None])]
-    assert gaps('woof-128-5', *runs).loc['simple'].verdict == 'larger than published (11 of 12 runs)'
-    assert gaps('woof-128-5', *runs, make_runs('simple', [0.65], seed0=11)).loc['simple'].verdict == 'larger than published'
-    assert gaps('woof-128-5', runs[0]).loc['simple'].verdict == 'no runs'
-    assert gaps('woof-128-5', runs[0], make_runs('simple', [None])).loc['simple'].verdict == 'no runs'
+    assert tables.verdict(gap('woof-128-5', *runs)) == 'larger than published (11 of 12 runs)'
+    assert tables.verdict(gap('woof-128-5', *runs, make_runs('simple', [0.65], seed0=11))) == 'larger than published'
+    assert tables.verdict(gap('woof-128-5', runs[0])) == 'no runs'
+    assert tables.verdict(gap('woof-128-5', runs[0], make_runs('simple', [None]))) == 'no runs'
 
 
 def test_what_did_not_end_ok_is_counted():
     failed = make_runs('none', [0.1]).assign(status='failed', run_id='x')
-    table = gaps('woof-128-5', make_runs('none', [0.6, 0.62, None]), failed, make_runs('simple', [0.65]))
-    r = table.loc['simple']
-    assert (r.ours_base_n, r.ours_base_diverged, r.ours_base_other, r.ours_arm_diverged) == (2, 1, 1, 0)
-    assert r.ours_base_mean == pytest.approx(0.61) and '61.0 ± 1.4 (2, 1 diverged, 1 unfinished)' in tables.text(table.reset_index())
+    r = gap('woof-128-5', make_runs('none', [0.6, 0.62, None]), failed, make_runs('simple', [0.65]))
+    base = r['ours']['base']
+    assert (base['n'], base['diverged'], base['other'], r['ours']['arm']['diverged']) == (2, 1, 1, 0)
+    assert base['mean'] == pytest.approx(0.61) and '61.0 ± 1.4 (2, 1 diverged, 1 unfinished)' in tables.text([r])
 
 
 def test_last_and_best_epoch_are_never_mixed():
     settings = dict(arch='xresnet18', lr=8e-3)
-    r = gaps('woof-128-50-r18', make_runs('none', [0.7, 0.72], [0.8, 0.82], epochs=50, **settings),
-             make_runs('simple', [0.8], [0.85], epochs=47, **settings)).loc['simple']
-    assert (r.metric, r.ours_base_mean, r.ours_arm_mean) == ('max', pytest.approx(0.81), 0.85)
-    r = gaps('woof-128-5', make_runs('none', [0.6], [0.65]), make_runs('simple', [0.7], [0.75])).loc['simple']
-    assert (r.metric, r.ours_base_mean, r.ours_arm_mean) == ('last', 0.6, 0.7)
+    r = gap('woof-128-50-r18', make_runs('none', [0.7, 0.72], [0.8, 0.82], epochs=50, **settings),
+            make_runs('simple', [0.8], [0.85], epochs=47, **settings))
+    assert r['metric'] == 'max' and [r['ours'][side]['mean'] for side in compare.SIDES] == pytest.approx([0.81, 0.85])
+    r = gap('woof-128-5', make_runs('none', [0.6], [0.65]), make_runs('simple', [0.7], [0.75]))
+    assert r['metric'] == 'last' and [r['ours'][side]['mean'] for side in compare.SIDES] == [0.6, 0.7]
 
 
 @pytest.mark.parametrize('other, verdict', [
@@ -178,10 +198,10 @@ def test_last_and_best_epoch_are_never_mixed():
 ])
 def test_other_images_are_a_set_of_their_own(other, verdict):
     ours, others = [[make_runs('none', [0.6, 0.61], **s), make_runs('simple', [0.7, 0.712], **s)] for s in ({}, other)]
-    table = gaps('woof-128-5', *ours, *others).loc['simple']
-    assert len(table) == 2 and table.ours_base_n.tolist() == [2, 2]
-    assert table.published_difference.notna().tolist() == [True, 'source' in other] and table.verdict.iloc[1].startswith(verdict)
-    assert len({compare.title(r) for _, r in table.iterrows()}) == 2
+    rows = gaps('woof-128-5', *ours, *others)
+    assert [r['ours']['base']['n'] for r in rows] == [2, 2] and tables.verdict(rows[1]).startswith(verdict)
+    assert [not np.isnan(r['published']['difference']['difference']) for r in rows] == [True, 'source' in other]
+    assert len({tables.title(r) for r in rows}) == 2
 
 
 @pytest.mark.parametrize('other', [
@@ -189,57 +209,61 @@ def test_other_images_are_a_set_of_their_own(other, verdict):
     dict(wd=0.5), dict(label_smoothing=0.), dict(dataset='digits'), dict(size=64), dict(sa_at='1,2'),
 ])
 def test_runs_of_other_settings_are_not_of_the_experiment(other):
-    table = gaps('woof-128-5', make_runs('simple', [0.6], **other), make_runs('none', [0.6])).loc['simple']
-    assert (table.ours_base_n, table.ours_arm_n, table.verdict) == (1, 0, 'no runs')
+    r = gap('woof-128-5', make_runs('simple', [0.6], **other), make_runs('none', [0.6]))
+    assert (r['ours']['base']['n'], r['ours']['arm']['n'], r['verdict']['verdict']) == (1, 0, 'no runs')
 
 
 def test_a_verdict_is_that_of_the_experiment_whatever_the_flags():
     runs = [make_runs(a, values, **s) for s in ({}, dict(source='320'), dict(opt='sgd')) for a, values in
             (('none', [0.6, 0.61]), ('simple', [0.64, 0.646]))]
-    plain, other, sgd = (gaps('woof-128-5', *runs, **flags).loc['simple'] for flags in ({}, dict(source='320'), dict(opt='sgd')))
-    assert len(plain) == 2 and other.verdict == plain.verdict.iloc[1] == 'no verdict: 320 px archive'
-    assert np.isnan(sgd.published_difference) and sgd.verdict.startswith('difference')  # not the recipe that was published
+    plain, other, sgd = (gaps('woof-128-5', *runs, **flags) for flags in ({}, dict(source='320'), dict(opt='sgd')))
+    assert [tables.verdict(r) for r in plain[1:]] == [tables.verdict(r) for r in other] == ['no verdict: 320 px archive']
+    assert np.isnan(sgd[0]['published']['difference']['difference'])  # it is not the recipe that was published
+    assert sgd[0]['verdict']['verdict'] == 'difference'
 
 
 @pytest.mark.parametrize('same', [dict(data='x', source='160'), dict(loader='device'), dict(fused=0), dict(meta='x')])
 def test_runs_that_differ_in_speed_alone_are_repetitions(same):
-    assert gaps('woof-128-5', make_runs('simple', [0.6]), make_runs('simple', [0.7], seed0=1, **same)).loc['simple'].ours_arm_n == 2
+    r = gap('woof-128-5', make_runs('simple', [0.6]), make_runs('simple', [0.7], seed0=1, **same))
+    assert r['ours']['arm']['n'] == 2
 
 
 @pytest.mark.parametrize('column, value', [('precision', 'fp16'), ('data_fingerprint', 'g')])
 def test_sets_are_told_apart(column, value):
     runs = [make_runs(a, [0.6, 0.62]).assign(**c) for a in ('none', 'simple') for c in ({}, {column: value})]
-    table = gaps('woof-128-5', *runs).loc['simple']
-    assert len({compare.title(r) for _, r in table.iterrows()}) == 2 and table.ours_arm_n.tolist() == [2, 2]
+    rows = gaps('woof-128-5', *runs)
+    assert len({tables.title(r) for r in rows}) == 2 and [r['ours']['arm']['n'] for r in rows] == [2, 2]
 
 
 def test_without_runs_the_published_numbers_are_shown(published):
-    table = compare.gaps(EXPERIMENTS, runlog.load('/no/such/file'), published)
-    assert set(table.experiment) == set(EXPERIMENTS) and set(table.verdict) == {'no runs'} and table.p.isna().all()
-    assert len(tables.markdown(table).splitlines()) == len(table) + 2
+    rows = compare.gaps(EXPERIMENTS, runlog.load('/no/such/file'), published)
+    assert {r['experiment'] for r in rows} == set(EXPERIMENTS) and {tables.verdict(r) for r in rows} == {'no runs'}
+    assert all(np.isnan(r['difference']['p']) for r in rows)
+    assert len(tables.markdown(rows).splitlines()) == len(rows) + 2
 
 
 def test_holm_is_over_the_rows_shown():
     runs = [make_runs('none', [0.6, 0.62, 0.64]), make_runs('simple', [0.66, 0.67, 0.69]), make_runs('sagan', [0.61, 0.66, 0.65])]
-    table = compare.gaps({'woof-128-5': EXPERIMENTS['woof-128-5']}, pd.concat(runs), record.load_published())
-    assert table.holm_p.tolist() == pytest.approx(stats.holm(table.p).tolist(), nan_ok=True)
-    assert table.holm_p[0] == 3 * table.p[0]
-    assert f'{table.p[0]:.2g} ({table.holm_p[0]:.2g})' in tables.markdown(table)
+    rows = all_gaps('woof-128-5', *runs)
+    p, holm_p = ([r['difference'][key] for r in rows] for key in ('p', 'holm_p'))
+    assert holm_p == pytest.approx(stats.holm(p).tolist(), nan_ok=True) and holm_p[0] == 3 * p[0]
+    assert f'{p[0]:.2g} ({holm_p[0]:.2g})' in tables.markdown(rows)
 
 
-def test_predictions_give_the_share_of_the_images(tmp_path):
+def test_predictions_give_the_share_of_the_images(tmp_path, published):
     rng = np.random.default_rng(0)
     targets = rng.integers(10, size=500)
     runs = pd.concat([make_runs('none', [0.5] * 3), make_runs('simple', [0.5] * 3)])
     logits = {i: rng.random((500, 10)) for i in runs.run_id}
-    for i, values in logits.items(): runlog.write_predictions(i, tmp_path, logits=values, targets=targets, files=np.array(['f'] * 500))
+    files = np.array(['f'] * 500)
+    for i, values in logits.items(): runlog.write_predictions(i, tmp_path, logits=values, targets=targets, files=files)
     right = {arm: np.array([logits[f'{arm}1285-{i}'].argmax(1) == targets for i in range(3)]) for arm in ('none', 'simple')}
     exp = {'woof-128-5': EXPERIMENTS['woof-128-5']}
-    r = compare.gaps(exp, runs, record.load_published(), tmp_path).iloc[0]
-    assert r.ours_arm_images_share == stats.validation_noise(right['simple'])['share']
-    assert r.images_low == stats.image_bootstrap(right['none'], right['simple'])['low']
+    r = compare.gaps(exp, runs, published, tmp_path)[0]
+    assert r['ours']['arm']['images_share'] == stats.validation_noise(right['simple'])['share']
+    assert r['images']['low'] == stats.image_bootstrap(right['none'], right['simple'])['low']
     (tmp_path / 'predictions' / 'none1285-0.npz').unlink()
-    assert np.isnan(compare.gaps(exp, runs, record.load_published(), tmp_path).iloc[0].images_low)
+    assert np.isnan(compare.gaps(exp, runs, published, tmp_path)[0]['images']['low'])
 
 
 def test_recorded_is_the_same_configuration_seed_and_data():
@@ -253,32 +277,40 @@ def test_recorded_is_the_same_configuration_seed_and_data():
 def test_plan_and_narrow_enough():
     rng = np.random.default_rng(0)
     runs = [make_runs(a, list(m + 0.01 * rng.standard_normal(40))) for a, m in (('none', 0.6), ('simple', 0.62))]
-    exp = replace(EXPERIMENTS['woof-128-5'], arms={a: EXPERIMENTS['woof-128-5'].arms[a] for a in ('none', 'simple')})
-    table = compare.gaps({'woof-128-5': exp}, pd.concat(runs), record.load_published())
-    needed = stats.runs_needed(table.published_difference[0], tables._pooled(table[['ours_base_sd', 'ours_arm_sd']].iloc[0]))
-    assert f'published +2.9 needs {needed}, ' in tables.plan(table) and needed > 1
+    r = gap('woof-128-5', *runs)
+    sd = np.sqrt(np.mean([r['ours'][side]['sd']**2 for side in compare.SIDES]))
+    needed = stats.runs_needed(0.652 - 0.623, sd)
+    assert f'published +2.9 needs {needed}, ' in tables.plan([r]) and needed > 1
     arms = [compare.values(r, 'last')[0] for r in runs]
     assert compare.narrow_enough([arms], 1.) and not compare.narrow_enough([arms], 0.3)
     assert not compare.narrow_enough([arms, [arms[0], arms[1] * 3]], 1.)  # each pair
     assert not compare.narrow_enough([[a[:5] for a in arms]], 5.)  # too few to stop, however close
-    assert 'sd 0.9 (published)' in tables.plan(gaps('woof-128-50-r18', runs[0][:0]).reset_index())
-    sd = record.single_runs_sd(exp.arms['simple'], record.load_published_runs())
+    assert 'sd 0.9 (published)' in tables.plan(gaps('woof-128-50-r18', runs[0][:0]))
+    sd = record.single_runs_sd(EXPERIMENTS['woof-128-5'].arms['simple'], record.load_published_runs())
     assert sd == pytest.approx(0.014156, abs=1e-6)  # the fork's 30; of none two notebooks' 20, and 20 from full-size images
-    plan = tables.plan(gaps('woof-128-5', runs[0][:0]).reset_index())
-    assert f'sd {100 * tables._pooled([0.01790, sd]):.1f} (single runs published)' in plan
+    plan = tables.plan(gaps('woof-128-5', runs[0][:0]))
+    assert f'sd {100 * np.sqrt((0.01790**2 + sd**2) / 2):.1f} (single runs published)' in plan
 
 
 def test_runs_done_are_those_of_the_latest_planned_set():
     runs = [make_runs('none', [0.6, None, 0.62]), make_runs('simple', [0.65]), make_runs('none', [0.6] * 9, split='v2')]
-    exp, table = EXPERIMENTS['woof-128-5'], gaps('woof-128-5', *runs).reset_index()
-    assert set(table.planned) == {True, False} and compare.done(exp, table) == dict(none=3, simple=1, sagan=0, simple_sym=0)
-    assert set(compare.done(exp, table[~table.planned]).values()) == {0}
+    exp, rows = EXPERIMENTS['woof-128-5'], all_gaps('woof-128-5', *runs)
+    assert {r['planned'] for r in rows} == {True, False}
+    assert compare.done(exp, rows) == dict(none=3, simple=1, sagan=0, simple_sym=0)
+    assert set(compare.done(exp, [r for r in rows if not r['planned']]).values()) == {0}
 
 
 def test_a_plan_of_another_split_is_that_of_its_runs():
     runs = [make_runs(a, values, split='v2') for a, values in (('none', [0.6, 0.62]), ('simple', [0.64, 0.66]))]
-    lines = tables.plan(gaps('woof-128-5', *runs, split='v2').reset_index()).splitlines()
-    assert lines[0].startswith('woof-128-5, split v2, archive 160, fp32, data f  simple - none: seen +4.0 needs') and len(lines) == 3
+    line, *others = tables.plan(all_gaps('woof-128-5', *runs, split='v2')).splitlines()
+    assert line.startswith('woof-128-5, split v2, archive 160, fp32, data f  simple - none: seen +4.0 needs') and len(others) == 3
+
+
+def test_a_flat_frame_has_a_column_for_each_number_and_no_name_twice():
+    flat = tables.frame(all_gaps('woof-128-5', make_runs('none', [0.6, 0.62]), make_runs('simple', [0.65, 0.66]))).iloc[0]
+    names = ['ours_base_mean', 'published_arm_mean', 'published_difference', 'difference', 'difference_low', 'verdict', 'verdict_n_wanted']
+    assert flat[names].tolist() == pytest.approx([0.61, 0.652, 0.029, 0.045, flat.difference_low, flat.verdict, 12])
+    assert not any(isinstance(value, dict) for value in flat)
 
 
 # --- files ---
@@ -286,16 +318,17 @@ def test_a_plan_of_another_split_is_that_of_its_runs():
 def test_the_same_rows_give_the_same_bytes(tmp_path, published):
     runs = pd.concat([make_runs('none', [0.60, 0.64, None]), make_runs('simple', [0.65, 0.66])])
     for i in runs.run_id[:2]: runlog.write_curve(i, [dict(epoch=e, accuracy=0.1 * e) for e in (1, 2)], tmp_path)
-    table = compare.gaps(EXPERIMENTS, runs, published)
+    rows = compare.gaps(EXPERIMENTS, runs, published)
     files = []
     for _ in range(2):
-        main.write(table, runs, tmp_path, published)
+        main.write(rows, runs, tmp_path, published)
         files.append({f.relative_to(tmp_path): f.read_bytes() for d in ('tables', 'figures') for f in sorted((tmp_path / d).iterdir())})
     assert files[0] == files[1]
     assert {f.name for f in files[0]} == {'gaps.csv', 'gaps.md', 'set_right.csv', 'set_right.md', 'forest.png', 'forest.svg',
                                           'woof-128-5.png', 'woof-128-5.svg'}
     back = pd.read_csv(tmp_path / 'tables' / 'gaps.csv')
-    assert len(back) == len(table) and back.difference.dropna().tolist() == pytest.approx(table.difference.dropna().tolist(), rel=1e-5)
+    differences = [row['difference']['difference'] for row in rows]
+    assert back.difference.tolist() == pytest.approx(differences, rel=1e-5, nan_ok=True)
 
 
 def test_figures_show_every_run_and_every_difference(published, tmp_path):
@@ -305,8 +338,8 @@ def test_figures_show_every_run_and_every_difference(published, tmp_path):
     shown = {m: sum(len(line.get_xdata()) for line in axes[0].lines if line.get_marker() == m) for m in 'os*'}
     assert shown == {'o': 2, 's': 1, '*': 3}  # runs without and with, three published means
     assert sum(len(line.get_xdata()) for line in axes[2].lines) == 3
-    table = compare.gaps({'woof-128-5': exp}, runs, published)
-    marks = [line.get_marker() for line in figures.forest(table).axes[0].lines]
+    rows = compare.gaps({'woof-128-5': exp}, runs, published)
+    marks = [line.get_marker() for line in figures.forest(rows).axes[0].lines]
     assert marks.count('s') == 3 and marks.count('o') == 1
     with pytest.raises(UsageError, match='no runs'): figures.experiment('woof-128-5', exp, runs[:0], published, tmp_path)
 
