@@ -277,7 +277,7 @@ def _experiments():
         'adding multiple layers made results worse', attentions(r18, 'simple', 'simple@1.0,1', 'simple@1,2', 'simple@1,2,3,4'), 10)
     replication = Config(dataset='imagewoof', lr=4e-3, mom=0.95, opt='ranger', schedule='flat_cos', ann_start=0.72, act='mish')
     yield 'woof-128-5-ranger', Experiment('an independent replication of 2019, with Ranger and Mish: the layer helps', attentions(
-        replace(replication, split='v1'), *two), 20)
+        replace(replication, split='v1', source='full'), *two), 20, ('ranger-mish',))
     yield 'woof-64-5-r18-ranger', Experiment('nothing is published: does the layer help in the recipe of the replication too?', attentions(
         replace(replication, split='v2', size=64, arch='xresnet18'), *two), 8)
     yield 'digits', Experiment('nothing is published: shows that the way from files to verdict works', attentions(

@@ -1,4 +1,7 @@
-"""The published record: the means and single runs of 2019, and what is wrong with them."""
+"""The published record: the means and single runs of 2019, what is known of their recipes, and what is wrong with them.
+
+All of it is of split v1, but for the leaderboard. Accuracies are fractions in data frames and percent in texts.
+"""
 from pathlib import Path
 
 import numpy as np
@@ -9,83 +12,256 @@ from experiments import Config
 from report import stats
 
 FOLDER = runlog.RESULTS / 'published'
-VARIED = ['dataset', 'split', 'size', 'epochs', 'arch', 'mixup', 'lr', 'bs']  # the settings that the published rows differ in
+RECIPES = 'documented', 'assumed', 'other script'  # what is known of how a published number was made: the most first
+BLANKS = {name: getattr(Config, name) for name in ('lr', 'bs', 'opt', 'schedule', 'ann_start', 'mom', 'act')}
+VARIED = ['dataset', 'split', 'size', 'epochs', 'arch', 'mixup', *BLANKS]  # what the published rows differ in
+FORK = 'mgrankin:Imagenette Simple Symmetric Self Attention'  # two notebooks: one layer, and one layer a stage
 
+
+# --- the means and the single runs ---
 
 def load_published(folder=FOLDER):
-    """One row per published mean: table, settings, variant, metric, n, mean, sd (fractions); blank settings are the defaults.
+    """Returns one row per published mean: table, settings, variant, metric, n, mean, sd, recipe.
 
-    Those of aggregates.csv, with the sd of the single runs where these are published too; and as table `fork` those of
-    the fork's runs with the layer in one stage and in all four.
+    The rows are those of aggregates.csv, with the sd of the single runs where these are published too. The means of the
+    fork's single runs, with the layer in one stage and in all four, follow as table `fork`. A setting that is blank in
+    the file has its default here. For lr and bs of a row whose `recipe` is not documented this is a guess: that the row
+    was made as the documented ones.
     """
-    df = pd.read_csv(Path(folder) / 'aggregates.csv').fillna({'lr': Config.lr, 'bs': Config.bs})
-    df = df.rename(columns={'source': 'publication', 'attention': 'variant', 'n_runs': 'n'}).assign(
-        mean=lambda d: d.mean_pct / 100, sd=lambda d: d.stdev_pct / 100).drop(columns=['mean_pct', 'stdev_pct'])
+    means = pd.read_csv(Path(folder) / 'aggregates.csv')
+    means = means.rename(columns={'source': 'publication', 'attention': 'variant', 'n_runs': 'n'})
+    means = means.assign(mean=means.mean_pct / 100, sd=means.stdev_pct / 100).drop(columns=['mean_pct', 'stdev_pct'])
     runs = load_published_runs(folder)
     first = runs[runs.source == 'sdoria:v0.1'].groupby('variant').accuracy.std()
-    here = (df.table == 'main') & (df.dataset == 'imagewoof') & (df['size'] == 256) & (df.epochs == 5)
-    df.loc[here, 'sd'] = df.variant.map(first)
-    fork = runs[runs.source.str.startswith('mgrankin:Imagenette Simple Symmetric')].groupby(
-        ['dataset', 'split', 'size', 'epochs', 'arch', 'lr', 'bs', 'metric', 'variant']).accuracy
-    fork = fork.agg(n='size', mean='mean', sd='std').reset_index().assign(table='fork', mixup=0., publication='mgrankin')
-    return pd.concat([df, fork], ignore_index=True)
+    of_first = (means.table == 'main') & (means.dataset == 'imagewoof') & (means['size'] == 256) & (means.epochs == 5)
+    means.loc[of_first, 'sd'] = means.variant.map(first)
+    return pd.concat([means, _fork_means(runs)], ignore_index=True).fillna(BLANKS)
+
+
+def _fork_means(runs):
+    "Returns the means of the fork's single runs, as rows of `load_published`."
+    keys = ['dataset', 'split', 'size', 'epochs', 'arch', 'lr', 'bs', 'metric', 'variant']
+    means = runs[runs.source.str.startswith(FORK)].groupby(keys).accuracy.agg(n='size', mean='mean', sd='std')
+    return means.reset_index().assign(table='fork', mixup=0., publication='mgrankin', recipe='documented')
 
 
 def load_published_runs(folder=FOLDER):
-    "The 1,256 single runs, accuracy as a fraction, variant as in EXPERIMENTS."
-    df = pd.read_csv(Path(folder) / 'runs.csv')
-    everywhere = df.placement == 'last block of stages 1-4'
-    return df.assign(accuracy=df.accuracy_pct / 100, variant=df.attention.where(~everywhere, df.attention + '@1,2,3,4'))
+    "Returns the single runs: accuracy as a fraction, the variant and the schedule by the names that EXPERIMENTS has."
+    runs = pd.read_csv(Path(folder) / 'runs.csv').fillna({'act': Config.act})
+    in_every_stage = runs.placement == 'last block of stages 1-4'
+    variant = runs.attention.where(~in_every_stage, runs.attention + '@1,2,3,4')
+    schedule = runs.schedule.replace('flat_and_anneal', 'flat_cos')
+    return runs.assign(accuracy=runs.accuracy_pct / 100, variant=variant, schedule=schedule)
 
 
 def published_mean(exp, arm, published):
-    "The published row (a Series) that an arm of one of EXPERIMENTS answers to, or None."
+    "Returns the published row (a Series) that an arm of one of EXPERIMENTS answers to, or None."
     cfg = exp.arms[arm]
-    here = published[published.table.isin(exp.tables) & (published.variant == variant(cfg))]
-    here = here[(here[VARIED] == [getattr(cfg, key) for key in VARIED]).all(axis=1)]
-    return here.iloc[0] if len(here) else None
+    rows = published[published.table.isin(exp.tables) & (published.variant == variant(cfg))]
+    rows = rows[(rows[VARIED] == [getattr(cfg, key) for key in VARIED]).all(axis=1)]
+    return rows.iloc[0] if len(rows) else None
 
 
 def published_metric(exp, published):
-    "'last' or 'max': what the published means of one of EXPERIMENTS are of; last where there are none."
-    return next((p.metric for arm in exp.arms if (p := published_mean(exp, arm, published)) is not None), 'last')
+    "Returns what the published means of one of EXPERIMENTS are of, 'last' or 'max' epoch; 'last' where there are none."
+    for arm in exp.arms:
+        row = published_mean(exp, arm, published)
+        if row is not None: return row.metric
+    return 'last'
+
+
+def weakest_recipe(*rows):
+    "Returns the recipe, among those of published rows (or None), of which the least is known; '' without any."
+    recipes = [row.recipe for row in rows if row is not None]
+    return max(recipes, key=RECIPES.index, default='')
+
+
+def variant(cfg):
+    "Returns the name of the attention of `cfg`, with its places where they are not the usual one: simple@1,2,3,4."
+    usual = cfg.attention == 'none' or cfg.sa_at == Config.sa_at
+    return cfg.attention if usual else f'{cfg.attention}@{cfg.sa_at}'
 
 
 def single_runs_sd(cfg, runs):
-    "The sd within the sources of the single published `runs` (load_published_runs) of the settings of an arm; nan if there are none."
-    settings = [key for key in VARIED if key != 'mixup']  # the single runs are without
-    here = (runs[settings] == [getattr(cfg, key) for key in settings]).all(axis=1) & (runs.opt == cfg.opt) & (runs.variant == variant(cfg))
-    groups = runs[here & (cfg.mixup == 0)].groupby('source').accuracy
-    return float(np.sqrt(((groups.count() - 1) * groups.var()).sum() / n)) if (n := (groups.count() - 1).sum()) else float('nan')
+    """Returns the sd, within their sources, of the published single `runs` that have the settings of an arm, or nan.
+
+    None of these runs is with mixup, and the file does not say their momentum or where their annealing starts.
+    """
+    if cfg.mixup: return float('nan')
+    settings = [key for key in VARIED if key in runs]
+    same = (runs[settings] == [getattr(cfg, key) for key in settings]).all(axis=1)
+    batches = runs[same & (runs.variant == variant(cfg))].groupby('source').accuracy
+    freedom = batches.count() - 1
+    return float(np.sqrt((freedom * batches.var()).sum() / freedom.sum())) if freedom.sum() else float('nan')
 
 
-def variant(cfg): return cfg.attention + (f'@{cfg.sa_at}' if cfg.attention != 'none' and cfg.sa_at != Config.sa_at else '')
+# --- whether the recipe that is assumed can be the one that was used ---
 
+def source_against_fork(folder=FOLDER):
+    """Returns, for each mean of the main table with the layer, its difference from the fork's single runs; fractions.
+
+    Both are of the same code. The fork's recipe is public: lr 3e-3, bs 64, no mixup. The same is assumed of the source.
+    As the spread of the source is not published, the standard error takes that of the fork for both. `z` is the
+    difference in standard errors.
+    """
+    means = load_published(folder)
+    keys = ['dataset', 'size', 'epochs']
+    source = means[(means.table == 'main') & (means.variant == 'simple')][[*keys, 'recipe', 'mean', 'n']]
+    fork = means[(means.table == 'fork') & (means.variant == 'simple')][[*keys, 'mean', 'sd', 'n']]
+    both = source.merge(fork, on=keys, suffixes=('', '_fork')).rename(columns={'sd': 'sd_fork'})
+    error = both.sd_fork * (1 / both.n + 1 / both.n_fork)**0.5
+    difference = both['mean'] - both.mean_fork
+    return both.assign(difference=difference, standard_error=error, z=difference / error)
+
+
+def source_against_fork_text(folder=FOLDER):
+    "Returns `source_against_fork` as a frame of texts, in percent."
+    def cells(row):
+        where = f'{row.dataset.capitalize()} {row["size"]} px, {row.epochs} epochs'
+        source = f'{100 * row["mean"]:.2f} ({row.n:.0f})'
+        fork = f'{100 * row.mean_fork:.2f} ± {100 * row.sd_fork:.2f} ({row.n_fork:.0f})'
+        return [where, row.recipe, source, fork, f'{100 * row.difference:+.1f}', f'{row.z:+.1f}']
+    names = ['with the layer', "source's recipe", 'source (runs)', 'fork ± sd (runs)', 'difference', 'standard errors']
+    return pd.DataFrame([cells(row) for _, row in source_against_fork(folder).iterrows()], columns=names)
+
+
+# --- what is wrong ---
 
 def set_right(folder=FOLDER):
-    "What the published record says and what its own single runs say: one row each (said, found), recomputed from runs.csv."
-    runs = load_published_runs(folder)
-    def pick(source, **settings):
-        same = runs.source.str.startswith(source)
-        for key, value in settings.items(): same &= runs[key] == value
-        return 100 * runs.accuracy[same].to_numpy()
-    def gap(a, b): return '{difference:+.2f} [{low:.2f}, {high:.2f}], P = {p:.2g}'.format(**stats.compare(a, b))
-    fork, bs64 = 'mgrankin:Imagenette Simple Symmetric Self Attention.ipynb', 'mgrankin:Imagewoof_128_5_epoch-bs64'
-    woof = dict(dataset='imagewoof', epochs=5, lr=0.003)
-    plain, sym = (pick(s, variant='simple', size=256, **woof) for s in ('sdoria:v0.1', fork))
-    small, full = (pick(s, size=128, **woof) for s in ('sdoria-resize:Imagewoof_128.ipynb', 'sdoria-resize:Imagewoof_128.ipynb ['))
-    small = small[:len(small) - len(full)]  # the shorter name begins the longer one's
-    batches = pick(bs64, size=128, **woof)
-    long, other = pick(fork, epochs=400), pick(fork, size=128, **woof)
-    chance = runs[runs.accuracy_pct == 10].groupby(['size', 'epochs', 'lr']).size()
-    return pd.DataFrame([
-        ('sym=1: a small improvement', f'the option has no effect in that code; 256 px, 5 epochs, sym=1 ({len(sym)} runs) against plain '
-         f'({len(plain)}): {gap(plain, sym)}'),
-        ('400 epochs, one layer (fork): mean 69.88', f'the {len(long)} runs have {long.mean():.2f}; with the {len(other)} of 128 px, '
-         f'5 epochs, among them it is {np.concatenate([long, other]).mean():.2f}'),
-        ('128 px is 128 px', f'from full-size images ({len(full)} runs) against the 160 px archive ({len(small)}): {gap(small, full)}'),
-        ('the same settings give the same mean', f'{len(batches)} runs in one repository, {len(small)} in another: '
-         f'{batches.mean():.2f} and {small.mean():.2f}, {gap(batches, small)}'),
-        ('every run is a run', f'{chance.sum()} of {len(runs):,} published runs ended at 10.0 % (chance): '
-         + ', '.join(f'{n} at {size} px, {epochs} epochs, lr {lr:g}' for (size, epochs, lr), n in chance.items())),
-    ], columns=['said', 'found'])
+    """Returns what the published record says, what its own single runs say, and what this can show: one row each.
+
+    The columns are `said`, `found` and `shows`. All numbers are computed from the files in `folder`.
+    """
+    runs, means = load_published_runs(folder), load_published(folder)
+    leaderboard = pd.read_csv(Path(folder) / 'leaderboard.csv')
+    return pd.DataFrame(columns=['said', 'found', 'shows'], data=[
+        _recipes(means, source_against_fork(folder)),
+        _baseline_at_400(means),
+        _symmetry(runs),
+        _several_layers(runs),
+        _other_places(runs),
+        _mean_at_400(runs),
+        _archive(runs),
+        _batches(runs),
+        _chance(runs),
+        _metrics(means),
+        _leaderboard(leaderboard),
+    ])
+
+
+def _percent(runs, source, **settings):
+    "Returns the accuracies, in percent, of the runs of a source (the start of its name) with these settings."
+    same = runs.source.str.startswith(source)
+    for key, value in settings.items(): same &= runs[key] == value
+    return 100 * runs.accuracy[same].to_numpy()
+
+
+def _gap(a, b):
+    "Returns the difference b - a of two arrays in words, with Welch's interval and P."
+    test = stats.compare(a, b)
+    return f'{test["difference"]:+.2f} [{test["low"]:.2f}, {test["high"]:.2f}], P = {test["p"]:.2g}'
+
+
+# Each of these returns one row of `set_right`.
+
+def _recipes(means, against):
+    main = means[means.table == 'main']
+    documented = (main.recipe == 'documented').sum()
+    apart = against[against.z.abs() > 3]
+    def words(row):
+        where = f'{row.dataset} {row["size"]} px, {row.epochs} epochs'
+        return f'{100 * row.difference:+.1f} points ({row.z:+.1f}) at {where}'
+    differences = ', '.join(words(row) for _, row in apart.iterrows())
+    return ('one recipe (lr 3e-3, bs 64, no mixup) made the main table',
+            f'it is public for {documented} of {len(main)} means; with the layer, {len(apart)} of the others are more '
+            f"than 3 standard errors from the fork's runs with it: {differences}",
+            'ours can meet or miss such a row because of its recipe: it is reproduced under the assumed one at most')
+
+
+def _baseline_at_400(means):
+    row = means[(means.recipe == 'other script')].iloc[0]
+    return (f'{100 * row["mean"]:.1f} is the baseline at 256 px, {row.epochs} epochs',
+            'it is an entry of the leaderboard of May 2019, by another script: lr 1e-2, mixup 0.2, 4 GPUs',
+            'no difference can be taken from it: the 91.0 with the layer has no baseline')
+
+
+def _symmetry(runs):
+    settings = dict(variant='simple', size=256, dataset='imagewoof', epochs=5, lr=0.003)
+    plain, symmetric = _percent(runs, 'sdoria:v0.1', **settings), _percent(runs, f'{FORK}.ipynb', **settings)
+    return ('sym=1: a small improvement',
+            f'256 px, 5 epochs, sym=1 ({len(symmetric)} runs) against plain ({len(plain)}): {_gap(plain, symmetric)}',
+            'the option has no effect in that code: both are the same layer, run by two people')
+
+
+def _several_layers(runs):
+    def change(dataset, size, epochs):
+        settings = dict(dataset=dataset, size=size, epochs=epochs)
+        one, four = (_percent(runs, FORK, variant=variant, **settings) for variant in ('simple', 'simple@1,2,3,4'))
+        return f'{dataset} {size} px, {epochs} epochs: {_gap(one, four)}'
+    cases = [('imagewoof', 128, 5), ('imagewoof', 256, 5), ('imagenette', 128, 5), ('imagenette', 256, 5),
+             ('imagewoof', 256, 20), ('imagenette', 256, 20), ('imagewoof', 256, 80)]
+    return ('adding several layers makes results worse',
+            "the fork's 30 runs with four layers minus its 30 with one: " + '; '.join(change(*case) for case in cases),
+            'the opposite at 5 epochs, and no loss later; the two arms are two notebooks, not run in turn')
+
+
+def _other_places(runs):
+    single = runs.placement.nunique() - 2  # without none and all stages
+    return ('other positions have been tested with worse results',
+            f'no number is published: all runs with one layer have it in {single} place; the source itself added later '
+            'that this "hasn\'t been really tested thoroughly"',
+            'nothing; the experiment woof-64-5-r18-places asks it')
+
+
+def _mean_at_400(runs):
+    own = _percent(runs, f'{FORK}.ipynb', epochs=400)
+    left_over = _percent(runs, f'{FORK}.ipynb', dataset='imagewoof', size=128, epochs=5)
+    mixed = np.concatenate([own, left_over]).mean()
+    return ('400 epochs, one layer (fork): mean 69.88',
+            f'the {len(own)} runs have {own.mean():.2f}; with the {len(left_over)} of 128 px, 5 epochs, among them '
+            f'it is {mixed:.2f}',
+            'the mean is of a list that was not emptied before these runs')
+
+
+def _archive(runs):
+    settings = dict(dataset='imagewoof', size=128, epochs=5)
+    from_160 = _percent(runs[~runs.source.str.contains('full-size')], 'sdoria-resize', **settings)
+    from_full = _percent(runs[runs.source.str.contains('full-size')], 'sdoria-resize', **settings)
+    return ('128 px is 128 px',
+            f'from full-size images ({len(from_full)} runs) against the 160 px archive ({len(from_160)}): '
+            f'{_gap(from_160, from_full)}',
+            'the two batches were made on different machines: whether the archive or the machine did it cannot be told')
+
+
+def _batches(runs):
+    settings = dict(dataset='imagewoof', size=128, epochs=5, opt='adam')
+    first = _percent(runs, 'mgrankin:Imagewoof_128_5_epoch-bs64', **settings)
+    second = _percent(runs[~runs.source.str.contains('full-size')], 'sdoria-resize', **settings)
+    return ('the same settings give the same mean',
+            f'two batches of {len(first)} and {len(second)} runs have {first.mean():.2f} and {second.mean():.2f}: '
+            f'{_gap(first, second)}',
+            'both batches are of one person, the machines and versions are not published. Batches of the same settings '
+            'can differ, so arms have to run in turn')
+
+
+def _chance(runs):
+    at_chance = runs[runs.accuracy_pct == 10].sort_values(['size', 'epochs'])
+    where = [f'{run["size"]} px, {run.epochs} epochs, lr {run.lr:g}, {run.opt}' for _, run in at_chance.iterrows()]
+    return ('every run is a run',
+            f'{len(at_chance)} of {len(runs):,} published runs ended at 10.0 %, which is chance: {"; ".join(where)}',
+            'that they ended so, not why: a loss that is not a number is one possible cause, and not documented')
+
+
+def _metrics(means):
+    source = means[means.publication.str.startswith('SimpleSelfAttention')]
+    counts = source.metric.value_counts()
+    return ('the tables of the source show average accuracy',
+            f'{counts["last"]} means are of the last epoch, which is documented for Imagewoof 256 px, 5 epochs alone; '
+            f'{counts["max"]} later ones are of the best epoch on the validation images',
+            'a best epoch is no lower than a last one: the two are never compared here')
+
+
+def _leaderboard(leaderboard):
+    return ('the records of the leaderboards use the layer',
+            f'so do all {len(leaderboard)}, as far as their pages show; none has a run without it beside it',
+            'nothing about what the layer adds to them')

@@ -53,26 +53,6 @@ def gap(name, *runs, **overrides):
 
 # --- experiments ---
 
-def test_every_published_mean_is_an_arm_of_an_experiment(published):
-    met = {row.name for exp in EXPERIMENTS.values() for arm in exp.arms if (row := record.published_mean(exp, arm, published)) is not None}
-    assert met == set(published.index) and len(published) == 34 + 16
-
-
-def test_experiments_answer_to_the_tables_they_name(published):
-    unpublished = ('attention', 'woof-64-5-r18',
-                   'woof-64-5-r18-places', 'woof-64-5-r18-stages', 'woof-64-5-r18-ranger', 'woof-128-5-ranger',
-                   'attention', 'digits')
-    for name, exp in EXPERIMENTS.items():
-        assert (name in unpublished) == (not exp.tables) and len(exp.arms) > 1 and exp.claim
-        said = {arm: record.published_mean(exp, arm, published) for arm in exp.arms}
-        assert {arm for arm, row in said.items() if row is None} <= (set(exp.arms) if not exp.tables else {'simple_sym'}), name
-        runs = {arm: row.n for arm, row in said.items() if row is not None and not np.isnan(row.n)}
-        assert runs == {arm: exp.wanted(arm) for arm in runs}, name
-    small = [cfg for name, exp in EXPERIMENTS.items() if 'r18' in name and '-lr' not in name for cfg in exp.arms.values()]
-    assert {(c.size, c.epochs, c.mixup) for c in small} == {(128, 50, 0), (128, 47, 0), (128, 100, 0), (128, 94, 0), (128, 100, .2),
-                                                            (128, 94, .2), (256, 50, .2), (256, 47, .2), (64, 5, 0)}
-
-
 def test_arms_take_turns_with_the_same_seeds():
     arms = attentions(Config(), 'none', 'simple', 'simple@1,2', epochs=4)
     assert [(a, c.seed) for a, c in planned_runs(Experiment('', arms, 2), 5)] == [(a, s) for s in (5, 6) for a in arms]
@@ -93,30 +73,6 @@ def test_contrasts_named_beforehand_are_what_is_compared():
     assert replace(exp, arms=fewer).pairs() == [('none', 'simple')]
     for name, exp in EXPERIMENTS.items():
         assert all(len(pair) == 2 and exp.arms.keys() >= set(pair) for pair in exp.contrasts), name
-
-
-# --- the published record ---
-
-def test_published_runs_have_the_published_means():
-    "The 10 runs of the first release, read from its notebook, against its README."
-    runs = record.load_published_runs()
-    first = runs[runs.source == 'sdoria:v0.1'].groupby('variant').accuracy.agg(['size', 'mean'])
-    assert first['size'].tolist() == [10, 10] and first['mean'].round(3).to_dict() == {'none': 0.619, 'simple': 0.676}
-
-
-def test_the_published_t_tests_are_met(published):
-    for name, difference, p in [('woof-128-50-r18', 0.007, 0.0157), ('woof-128-100-r18', 0.006, 0.0153)]:
-        exp = EXPERIMENTS[name]
-        a, b = (record.published_mean(exp, arm, published) for arm in ('none', 'simple'))
-        test = stats.compare_summaries(a['mean'], a.sd, a.n, b['mean'], b.sd, b.n)
-        assert round(test['difference'], 3) == difference and test['student_p'] == pytest.approx(p, abs=2e-4)
-
-
-def test_what_is_wrong_in_the_published_record_is_recomputed():
-    found = record.set_right().found.tolist()
-    words = ('-0.17 [', 'the 6 runs have 89.10; with the 30 of 128 px, 5 epochs, among them it is 69.88', '+2.64 [', '62.51 and 61.25',
-             '2 of 1,256')
-    for part, text in zip(words, found, strict=True): assert part in text
 
 
 # --- comparisons ---
