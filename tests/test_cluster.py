@@ -42,7 +42,7 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
     plain = start('plain', '--epochs', 8)
     assert plain.wait(300) == 0
     process = start('ray', '--epochs', 8, '--ray')
-    line = read_to(process, r'\(train pid=\d+\).* epoch 2 ')
+    line = read_to(process, r'\(train_run pid=\d+\).* epoch 2 ')
     os.kill(int(re.search(r'pid=(\d+)', line)[1]), signal.SIGKILL)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and 'goes on after epoch' in out and '4/4 ' in out and out.rindex('none → simple:') > 0, err
@@ -92,7 +92,7 @@ def task(tree, tmp_path):
         (tmp_path / 'results').mkdir(exist_ok=True)
         if shared: (tmp_path / 'results' / 'mark').touch()
         cfg = Config(dataset='digits', data=str(tree), size=32, bs=6, arch='xresnet18', epochs=1, workers=0)
-        return cluster.train(cfg, tmp_path / 'results', 'mark', None)
+        return cluster.train_run(cfg, tmp_path / 'results', 'mark', None)
     return call
 
 

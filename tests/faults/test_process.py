@@ -140,7 +140,7 @@ def _main(argv):
 
 def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tree, tmp_path):
     context = mp.get_context('forkserver')
-    context.set_forkserver_preload(['training'])
+    context.set_forkserver_preload(['training.run'])
     argv = list(map(str, ['--data', tree, *TINY, '--sa', '--epochs', 4, '--runs', 5, '--checkpoint-every', 1, '--resume']))
     def start(results):
         process = context.Process(target=_main, args=([*argv, '--results', str(results), os.environ['FASTAI_HOME']],), daemon=True)
