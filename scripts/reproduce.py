@@ -117,7 +117,7 @@ class Loop:
         for done, (arm, cfg, error) in enumerate(self.each(todo, self.args.checkpoint_every), 1):
             if isinstance(error, Busy):
                 self.left += 1
-                print(f'{error}: left to it', file=sys.stderr)
+                print(f'{error}: skipped', file=sys.stderr)
             elif error:
                 self.failed += 1
                 print(f'reproduce.py: {arm} seed {cfg.seed} failed: {error}; going on', file=sys.stderr)

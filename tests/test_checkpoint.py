@@ -64,9 +64,9 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, comm
     (tmp_path / 'results').rename(tmp_path / 'whole')
     out = stopped(*argv, epoch=1)
     run_id = record(tmp_path / 'results').run_id[0]
-    assert 'interrupted after 1 of 3 epochs' in out and '--resume goes on with it' in out
+    assert 'interrupted after 1 of 3 epochs' in out and '--resume continues from it' in out
     code, out, err = command(*argv, '--resume')
-    assert code == 0 and f'{run_id}: goes on after epoch 1 of 3' in out, err
+    assert code == 0 and f'{run_id}: continues after epoch 1 of 3' in out, err
     assert_same_run(tmp_path / 'whole', tmp_path / 'results')
     row = record(tmp_path / 'results').iloc[0]
     assert (row.run_id, row.resumed, row.epochs_done) == (run_id, 1, 3)
@@ -94,7 +94,7 @@ def test_short_runs_keep_no_checkpoint_unless_asked(tree, command, stopped, tmp_
         stopped(*argv, *options, epoch=1)
         assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == kept
         shutil.rmtree(tmp_path / 'results')
-    monkeypatch.setattr(checkpoint, 'SHORT', 0)
+    monkeypatch.setattr(checkpoint, 'SHORT_SECONDS', 0)
     stopped(*argv, epoch=1)
     assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == 1
 
@@ -103,10 +103,10 @@ def test_resume_skips_what_is_recorded_and_starts_anew_where_nothing_is(tree, co
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     assert command(*argv)[0] == 0
     stopped(*argv, '--seed', 1, epoch=1)
-    assert 'nothing to go on with: starts anew' in command(*argv, '--resume', '--lr', 1e-3)[1]  # another run
+    assert 'there is no checkpoint of this run: it starts from the beginning' in command(*argv, '--resume', '--lr', 1e-3)[1]  # another run
     code, out, _ = command(*argv, '--resume', '--runs', 3)
     df = record(tmp_path / 'results')
-    assert code == 0 and out.count('(recorded already)') == 1 and out.count('goes on after epoch 1 of 2') == 1
+    assert code == 0 and out.count('(recorded already)') == 1 and out.count('continues after epoch 1 of 2') == 1
     assert set(df.status) == {'ok'} and sorted(zip(df.seed, df.lr, df.resumed)) == [(0, 1e-3, 0), (0, 3e-3, 0), (1, 3e-3, 1), (2, 3e-3, 0)]
 
 
@@ -132,7 +132,7 @@ def test_what_a_run_goes_on_without_is_told(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
     code, out, err = command(*argv, '--resume', '--channels-last', 0, '--loader', 'device')
-    assert code == 0 and 'goes on after epoch 1' in out and 'its epochs so far had loader workers, channels_last 1; the row' in err
+    assert code == 0 and 'continues after epoch 1' in out and 'its epochs so far had loader workers, channels_last 1; the row' in err
     assert record(tmp_path / 'results').channels_last.tolist() == [0]
 
 
@@ -162,20 +162,42 @@ def test_what_a_run_killed_after_its_row_leaves_is_removed(tree, command, tmp_pa
 def test_a_checkpoint_that_another_process_is_done_with_is_no_damage(tree, command, stopped, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
-    load, lock = checkpoint.load, checkpoint.lock
+    peek, lock = checkpoint.peek, checkpoint.lock
 
-    def gone(file, *args, **options):
+    def finished_before_the_look(file):
         file.unlink()
-        return load(file, *args, **options)
+        return peek(file)
+
+    def finished_before_the_lock(file):
+        held = lock(file)
+        file.unlink(missing_ok=True)
+        return held
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, 'lock', lambda file: [lock(file), file.unlink(missing_ok=True)][0])
+        m.setattr(checkpoint, 'lock', finished_before_the_lock)
         code, _, err = command(*argv, '--resume')
     assert code == 2 and err.endswith('is gone, another process has just finished this run\n') and err.count('\n') == 1
+    assert not list(tmp_path.glob('results/checkpoints/*'))
     stopped(*argv, epoch=1)
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, 'load', gone)
+        m.setattr(checkpoint, 'peek', finished_before_the_look)
         code, out, err = command(*argv, '--resume')
-    assert code == 0 and 'starts anew' in out and not err
+    assert code == 0 and 'it starts from the beginning' in out and not err
+
+
+def test_the_checkpoint_that_went_furthest_is_read_whole_and_once(tree, command, stopped, tmp_path, monkeypatch):
+    argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
+    stopped(*argv, epoch=1)
+    stopped(*argv, '--seed', 1, epoch=2)  # another run
+    stopped(*argv, epoch=2)
+    furthest = record(tmp_path / 'results').run_id.iloc[-1]
+    load, seen = checkpoint.load, []
+
+    def count(file, device):
+        seen.append(file.stem)
+        return load(file, device)
+    monkeypatch.setattr(checkpoint, 'load', count)
+    code, out, err = command(*argv, '--resume')
+    assert code == 0 and f'{furthest}: continues after epoch 2 of 3' in out and seen == [furthest], err
 
 
 def test_a_checkpoint_of_other_code_is_told(tree, command, stopped, tmp_path):
@@ -195,7 +217,7 @@ def test_other_images_are_another_run(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
     shutil.copy(next(tree.glob('train/*/*train3.JPEG')), next((tree / 'train').iterdir()) / 'more.JPEG')
-    assert 'nothing to go on with' in command(*argv, '--resume')[1]
+    assert 'there is no checkpoint of this run' in command(*argv, '--resume')[1]
     assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == 1  # left for the images it is of
 
 
@@ -206,11 +228,11 @@ def flip_a_bit(file):
 
 
 @pytest.mark.parametrize('spoil, words', [
-    (lambda f: os.truncate(f, f.stat().st_size // 2), 'cut off or no checkpoint'),
-    (lambda f: f.write_bytes(b''), 'cut off or no checkpoint'),
-    (lambda f: f.write_text('not a checkpoint'), 'cut off or no checkpoint'),
-    (lambda f: torch.save(dict(config={}, model={}), f), 'not a checkpoint of this version'),
-    (lambda f: torch.save(os.system, f), 'cut off or no checkpoint'),  # never run what a foreign file says
+    (lambda f: os.truncate(f, f.stat().st_size // 2), 'is cut off or not a checkpoint'),
+    (lambda f: f.write_bytes(b''), 'is cut off or not a checkpoint'),
+    (lambda f: f.write_text('not a checkpoint'), 'is cut off or not a checkpoint'),
+    (lambda f: torch.save(dict(config={}, model={}), f), 'is not a checkpoint of this version'),
+    (lambda f: torch.save(os.system, f), 'is cut off or not a checkpoint'),  # never run what a foreign file says
     (flip_a_bit, 'its checksum is wrong'),  # in a tensor: the file can be read all the same
 ])
 def test_a_checkpoint_that_cannot_be_read_is_told_and_the_run_starts_anew(spoil, words, tree, command, stopped, tmp_path):
@@ -221,7 +243,7 @@ def test_a_checkpoint_that_cannot_be_read_is_told_and_the_run_starts_anew(spoil,
     with pytest.raises(UsageError, match=words): checkpoint.load(file)
     spoiled = file.read_bytes()
     code, out, err = command(*argv, '--resume')
-    assert code == 0 and f'{file}: ' in err and words in err and err.count('\n') == 1 and 'starts anew' in out
+    assert code == 0 and f'{file}: ' in err and words in err and err.count('\n') == 1 and 'it starts from the beginning' in out
     assert file.read_bytes() == spoiled and sorted(record(tmp_path / 'results').status) == ['interrupted', 'ok']
 
 
@@ -245,7 +267,7 @@ time.sleep(60)
     code, _, err = command(*argv, '--resume')
     other.kill()
     other.wait()
-    assert code == 2 and err.endswith(f'train_imagenette.py: {file}: another process is at this run\n')
+    assert code == 2 and err.endswith(f'train_imagenette.py: {file}: another process is already training this run\n')
     assert command(*argv, '--resume')[0] == 0  # the lock went with its process
 
 
@@ -256,7 +278,7 @@ def test_a_checkpoint_of_a_recorded_run_is_removed(tree, command, stopped, tmp_p
     shutil.copy(file, tmp_path / 'copy.pt')
     assert command(*argv, '--resume')[0] == 0
     shutil.copy(tmp_path / 'copy.pt', file)  # as kill -9 between the row and the removal leaves it
-    assert 'nothing to go on with' in command(*argv, '--resume', '--seed', 7)[1] and not file.exists()
+    assert 'there is no checkpoint of this run' in command(*argv, '--resume', '--seed', 7)[1] and not file.exists()
 
 
 def test_a_diverged_run_is_done(tree, command, tmp_path):

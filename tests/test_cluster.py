@@ -45,7 +45,7 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
     line = read_to(process, r'\(train_run pid=\d+\).* epoch 2 ')
     os.kill(int(re.search(r'pid=(\d+)', line)[1]), signal.SIGKILL)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and 'goes on after epoch' in out and '4/4 ' in out and out.rindex('none → simple:') > 0, err
+    assert process.returncode == 0 and 'continues after epoch' in out and '4/4 ' in out and out.rindex('none → simple:') > 0, err
     here, there = rows(tmp_path / 'plain'), rows(tmp_path / 'ray')
     assert here[SAME].equals(there[SAME]) and set(here.status) == {'ok'} and there.run_id.is_unique
     assert sorted(there.resumed) == [0, 0, 0, 1] and not list((tmp_path / 'ray' / 'checkpoints').iterdir())
@@ -66,7 +66,7 @@ def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(st
     assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
     out, err = start('results', '--epochs', 40).communicate(timeout=300)
     df = rows(tmp_path / 'results')
-    assert out.count('goes on after epoch') == len(left) and set(df.status) == {'ok'} and 'epochs so far had git_commit' not in err, err
+    assert out.count('continues after epoch') == len(left) and set(df.status) == {'ok'} and 'epochs so far had git_commit' not in err, err
     assert len(df) == 4 and set(left.run_id) < set(df.run_id)
 
 
@@ -116,7 +116,7 @@ def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, mo
     assert out.row['status'] == 'failed' and out.error == "RuntimeError('broken')" and not out.mistake
     out = fails(UsageError('no such image'))
     assert out.row['status'] == 'failed' and out.mistake == 'no such image' and not out.error
-    assert fails(Busy('another process is at this run')).busy == 'another process is at this run'
+    assert fails(Busy('another process is already training this run')).busy == 'another process is already training this run'
     monkeypatch.undo()
     before_fit = training.measure.Measure.before_fit
 
@@ -138,5 +138,5 @@ def test_a_full_disk_for_the_files_of_a_run_loses_no_row(task, tmp_path, monkeyp
     assert 'its curve or predictions could not be written' in capsys.readouterr().err
     assert rows(tmp_path / 'driver').status.tolist() == ['ok']
     assert driver.receive(out) is None and len(rows(tmp_path / 'driver')) == 1  # handed over twice, it is one row
-    assert isinstance(driver.receive(cluster.Outcome(busy='another process is at this run')), Busy)
+    assert isinstance(driver.receive(cluster.Outcome(busy='another process is already training this run')), Busy)
     assert {f'{f.parent.name}/{f.name}' for f in tmp_path.glob('driver/*/*')} == set(out.files)

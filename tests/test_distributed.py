@@ -89,7 +89,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped_and_lr_is_scaled_on
     line = ['--data', str(data), *TINY, '--sa', '--epochs', '3', '--checkpoint-every', '1', '--scale-lr']
     whole, parts = (['--results', str(tmp_path / name)] for name in ('whole', 'parts'))
     code, out, err = launch([*line, *whole], ['STOP=1', *line, *parts], [*line, *parts, '--resume'], [*line, *parts, '--resume'])
-    assert code == 0 and out.count('goes on after epoch 1 of 3') == 1 and out.count('(recorded already)') == 1, err
+    assert code == 0 and out.count('continues after epoch 1 of 3') == 1 and out.count('(recorded already)') == 1, err
     rows = pd.read_csv(tmp_path / 'parts' / 'runs.csv')
     assert rows.status.tolist() == ['interrupted', 'ok'] and rows.run_id.nunique() == 1 and rows.lr.tolist() == [6e-3, 6e-3]
     a, b = (record(tmp_path / name).iloc[0] for name in ('whole', 'parts'))
@@ -133,7 +133,7 @@ def test_the_death_of_a_process_leaves_no_whole_row_and_a_checkpoint(rank, data,
     (file,) = results.glob('checkpoints/*.pt')
     out, err = spawn(*argv).communicate(timeout=300)
     df = record(results)
-    assert 'goes on after epoch' in out and df.status.tolist() == ['ok'] and df.run_id[0] == file.stem and df.epochs_done[0] == 12, err
+    assert 'continues after epoch' in out and df.status.tolist() == ['ok'] and df.run_id[0] == file.stem and df.epochs_done[0] == 12, err
 
 
 @pytest.mark.parametrize('n, code', [(1, 0), (2, 1)])

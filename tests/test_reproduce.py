@@ -105,12 +105,12 @@ def claimed(tree, tmp_path, monkeypatch):
 def test_until_takes_other_seeds_than_another_loop(loop, claimed, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, 'narrow_enough', lambda pairs, points: list(map(len, pairs[0])) == [1, 1])
     with claimed('none'), claimed('simple'): code, _, err = loop('--runs', 1, '--until', 5)
-    assert code == 0 and err.count('left to it') == 4 and rows(tmp_path).seed.tolist() == [1, 1]
+    assert code == 0 and err.count('this run: skipped') == 4 and rows(tmp_path).seed.tolist() == [1, 1]
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(loop, claimed, tmp_path):
     with claimed('simple'): code, _, err = loop('--runs', 1)
-    assert code == 0 and 'another process is at this run: left to it' in err and rows(tmp_path).attention.tolist() == ['none']
+    assert code == 0 and 'another process is already training this run: skipped' in err and rows(tmp_path).attention.tolist() == ['none']
     assert loop('--runs', 1)[0] == 0 and rows(tmp_path).attention.tolist() == ['none', 'simple']
     assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
 
@@ -182,6 +182,6 @@ def test_a_stopped_run_goes_on_by_itself_under_its_id(loop, tmp_path, monkeypatc
     stopped = rows(tmp_path)
     monkeypatch.setattr(training.measure.Heed, 'before_batch', before_batch)
     code, out, _ = loop(*argv)
-    assert code == 0 and f'{stopped.run_id[0]}: goes on after epoch 1 of 2' in out
+    assert code == 0 and f'{stopped.run_id[0]}: continues after epoch 1 of 2' in out
     df = rows(tmp_path)
     assert df.run_id[0] == stopped.run_id[0] and df.status.tolist() == ['ok', 'ok'] and df.resumed.tolist() == [1, 0]

@@ -1,7 +1,7 @@
-"""Where a run stands after an epoch, kept in results/checkpoints/<run_id>.pt until the run is recorded.
+"""The checkpoint of a run: its state after an epoch, kept in results/checkpoints/<run_id>.pt until the run is recorded.
 
-The random numbers of an epoch are a function of (seed, epoch), so weights, optimizer and what was measured so far are all
-there is to a run: continued, it is the run that was never stopped, to the bit on a CPU.
+The random numbers of an epoch are a function of (seed, epoch). So the weights, the optimizer and the measurements so
+far are the whole state: a run that was stopped and continued is the run that was never stopped, to the bit on a CPU.
 """
 import hashlib
 import io
@@ -10,39 +10,50 @@ import zipfile
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
-from fastai.torch_core import rank_distrib
 from filelock import FileLock, Timeout
 
 import runlog
 from command import Busy, UsageError
 from experiments import knobs
+from training import distributed
 
 FORMAT = 'checkpoint 1'
 MADE_WITH = 'device', 'torch', 'git_commit'
-SHORT = 60  # seconds: shorter runs keep no checkpoint unless asked to
-KEPT = knobs(for_life=True)  # a run keeps these for life; its images are known by their fingerprint
+SHORT_SECONDS = 60  # Runs that take less keep no checkpoint unless one is asked for.
+FOR_LIFE = knobs(for_life=True)  # A run keeps these for life. Its images are known by their fingerprint.
+
+
+class Found(NamedTuple):
+    "A checkpoint that a run continues from."
+    file: Path
+    state: dict
+    held: FileLock | None  # the lock of the file; of several processes the first one alone has it
 
 
 class Checkpoint(Callback):
-    """Keeps the state of the fit in `file` after every `every` epochs but the last; `resume`: starts from what is there.
+    """Writes the state of the fit to `file` after every `every` epochs but the last; continues from a checkpoint.
 
-    `every`: None is each epoch of a run of more than a minute in all; 0 is never. `identity`: what the file says of the run
-    beside the state; what of it was another when the file was written is told. A state that cannot be written is told, and the one
-    before it stays. Of several processes the first writes.
-    Raises UsageError if another run of this machine or file system is at the file, or if it cannot be read.
+    identity  what the file says of the run beside its state; on resume, whatever has changed since is printed
+    every     None: after each epoch, in runs of more than a minute in all; 0: never
+    found     the checkpoint to continue from; None: the fit starts from the beginning
+
+    Of several processes the first one writes. It prints that a state could not be written, the state before stays,
+    and the fit goes on. It raises Busy if another process of this machine or file system holds the lock of the file.
     """
-    order = ProgressCallback.order + 20  # after what it keeps the state of
-    def __init__(self, file, identity, every=None, resume=False, device='cpu'):
+    order = ProgressCallback.order + 20  # It comes after all callbacks whose state it keeps.
+
+    def __init__(self, file, identity, every=None, found=None):
         self.file, self.identity, self.every = file, identity, every
-        self.held = lock(file) if resume and not rank_distrib() else None
-        if resume and not file.exists(): raise UsageError(f'{file}: is gone, another process has just finished this run')
-        self.state = load(file, device) if resume else None
-        if resume and not rank_distrib() and (changed := differences(self.state, identity)):
-            print(f'{file}: its epochs so far had {changed}; the row will have what it goes on with', file=sys.stderr)
+        self.state = found.state if found else None
+        self.held = found.held if found else None
+        changed = differences(found.state, identity) if found else ''
+        if changed and distributed.is_rank_0():
+            print(f'{file}: its epochs so far had {changed}; the row will have the new values', file=sys.stderr)
 
     def before_fit(self):
         if not self.state: return
@@ -53,63 +64,66 @@ class Checkpoint(Callback):
             if self.state['scaler']: self.learn.scaler.load_state_dict(self.state['scaler'])
         except (RuntimeError, ValueError, KeyError) as e:
             why = ' '.join(str(e).split())[:200]
-            raise UsageError(f'{self.file}: does not fit this code ({why}); without it the run starts anew') from None
+            raise UsageError(f'{self.file}: does not fit this code ({why}); remove it to start the run anew') from None
         smooth = self.learn.recorder.smooth_loss
         smooth.count, smooth.val = self.state['smooth_loss']
         self.learn.measure.restore(self.state['measured'])
-        self.state = None  # as large as the model and its optimizer
+        self.state = None  # It is as large as the model and its optimizer.
 
     def after_epoch(self):
-        if self.due() and not rank_distrib(): self.write()
+        if self.is_due() and distributed.is_rank_0(): self.write()
 
-    def due(self):
-        "Whether to keep this epoch's state."
+    def is_due(self):
+        "Returns whether the state of this epoch is to be written."
         done, measure = self.epoch + 1, self.learn.measure
         if done == self.n_epoch or measure.diverged: return False
-        if self.every is None: return measure.seconds() / done * self.n_epoch >= SHORT
+        if self.every is None: return measure.total_seconds() / done * self.n_epoch >= SHORT_SECONDS
         return self.every > 0 and done % self.every == 0
 
     def write(self):
-        learn, smooth, scaler = self.learn, self.learn.recorder.smooth_loss, getattr(self.learn, 'scaler', None)
-        state = dict(epoch=self.epoch + 1, model=learn.model.state_dict(), optimizer=optimizer_state(learn.opt), scaler=
-                     scaler.state_dict() if scaler else {}, smooth_loss=(smooth.count, smooth.val), measured=learn.measure.state())
-        buffer = io.BytesIO()  # torch.save to a file tells of a full disk in riddles
+        "Writes the state of the fit after this epoch, or prints why it could not be written."
+        smooth, scaler = self.learn.recorder.smooth_loss, getattr(self.learn, 'scaler', None)
+        state = dict(
+            epoch=self.epoch + 1, model=self.learn.model.state_dict(), optimizer=optimizer_state(self.learn.opt),
+            scaler=scaler.state_dict() if scaler else {}, smooth_loss=(smooth.count, smooth.val),
+            measured=self.learn.measure.state())
+        buffer = io.BytesIO()  # Where torch.save writes to a file itself, it does not say that the disk is full.
         torch.save(dict(format=FORMAT, **self.identity, **state), buffer)
         try:
-            self.held = self.held or lock(self.file)
+            if not self.held: self.held = lock(self.file)
             with runlog.replacing(self.file, 'wb') as f: f.write(buffer.getbuffer())
-        except OSError as e: print(f'{self.file}: not written ({e}); going on', file=sys.stderr)
+        except OSError as e: print(f'{self.file}: could not be written ({e}); the run goes on', file=sys.stderr)
 
     def release(self):
-        "Let another process have the run."
+        "Lets other processes have the run."
         if self.held: self.held.release()
 
 
 def path(results, run_id): return Path(results) / 'checkpoints' / f'{run_id}.pt'
 
 
-def remove(file):
-    "A checkpoint and its lock, as far as they can be removed."
-    for each in (file, file.with_suffix('.lock')):
-        with suppress(OSError): each.unlink(missing_ok=True)
-
+# --- one process at a time ---
 
 def lock(file, wait=10):
-    """The lock of a checkpoint, taken; the system takes it back from a process that dies. Raises Busy if it is held.
+    """Returns the lock of a checkpoint, held; raises Busy if another process holds it.
 
-    `wait`: seconds, as the loader processes of a run that was killed hold it for some more.
+    The system takes the lock back from a process that dies. `wait`: seconds, since the loader processes of a run that
+    was killed hold it for a while longer.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     held = FileLock(file.with_suffix('.lock'), timeout=wait)
     try: held.acquire()
-    except Timeout: raise Busy(f'{file}: another process is at this run') from None
+    except Timeout: raise Busy(f'{file}: another process is already training this run') from None
     return held
 
 
 @contextmanager
 def claim(cfg, digest, results):
-    "Have the run of a settled `cfg` on the data `digest`, whichever its id: of several loops one trains it. Raises Busy."
-    name = hashlib.sha256(repr([digest, *(getattr(cfg, key) for key in KEPT)]).encode()).hexdigest()[:12]
+    """Keeps other processes from the run of a settled `cfg` on the data `digest`; raises Busy if one has it.
+
+    The id of the run does not matter. So of several loops over the same runs, each run is trained by one.
+    """
+    name = hashlib.sha256(repr([digest, *(getattr(cfg, key) for key in FOR_LIFE)]).encode()).hexdigest()[:12]
     file = Path(results) / 'checkpoints' / f'{name}.claim'
     held = lock(file)
     try: yield
@@ -118,72 +132,113 @@ def claim(cfg, digest, results):
         held.release()
 
 
-def load(file, device='cpu', check=True):
-    """The state in a checkpoint; UsageError if it is cut off, damaged or no checkpoint at all.
+def remove(file):
+    "Removes a checkpoint, or a claim, and its lock, as far as they can be removed."
+    for each in (file, file.with_suffix('.lock')):
+        with suppress(OSError): each.unlink(missing_ok=True)
 
-    `check`: read all of it now; else it is read where it is used, and damage in it goes unseen.
+
+# --- finding and reading ---
+
+def tidy(runs, results):
+    "Removes the checkpoints of those `runs` of the record that are done: kill -9 after the row leaves one."
+    done = set(runs.run_id[runs.status.isin(runlog.DONE)])
+    for file in (Path(results) / 'checkpoints').glob('*.pt'):
+        if file.stem in done: remove(file)
+
+
+def find(cfg, digest, runs, results, device='cpu'):
+    """Returns the checkpoint of the run of a settled `cfg` on the data `digest` that went furthest, or None.
+
+    `runs`: the record; the checkpoint of a run that is done there does not count. The one that is returned has been
+    read whole, with its tensors on `device`, and its lock is held. A file that cannot be read is named and left
+    alone. Raises Busy if another process is training the run, or has just finished it.
     """
-    try:
-        if check and zipfile.ZipFile(file).testzip(): raise zipfile.BadZipFile('its checksum is wrong')
-        state = torch.load(file, map_location=device, weights_only=True, mmap=not check)
-    except Exception as e:  # what a damaged file makes torch and pickle raise has no end: also AssertionError, TypeError, AttributeError
-        raise UsageError(f'{file}: cut off or no checkpoint ({str(e).splitlines()[0] if str(e) else type(e).__name__})') from None
-    if not isinstance(state, dict) or state.get('format') != FORMAT: raise UsageError(f'{file}: not a checkpoint of this version')
+    done = set(runs.run_id[runs.status.isin(runlog.DONE)])
+    epochs = {}
+    for file in sorted((Path(results) / 'checkpoints').glob('*.pt')):
+        try: state = peek(file)
+        except UsageError as e:
+            if file.exists(): print(f'{e}; it is left alone', file=sys.stderr)  # else its run has just been finished
+            continue
+        same_data = state['data_fingerprint'] == digest
+        same_config = all(state['config'].get(key) == getattr(cfg, key) for key in FOR_LIFE)
+        if same_data and same_config and state['run_id'] not in done: epochs[file] = state['epoch']
+    for file in sorted(epochs, key=epochs.get, reverse=True):
+        held = lock(file)
+        try: return Found(file, load(file, device), held)
+        except UsageError as e:
+            held.release()
+            if not file.exists():
+                remove(file)
+                raise Busy(f'{file}: is gone, another process has just finished this run') from None
+            print(f'{e}; it is left alone', file=sys.stderr)
+    return None
+
+
+def load(file, device='cpu'):
+    "Returns what a checkpoint holds, its tensors on `device`; raises UsageError if it is damaged or not a checkpoint."
+    def read():
+        content = io.BytesIO(file.read_bytes())
+        if zipfile.ZipFile(content).testzip(): raise zipfile.BadZipFile('its checksum is wrong')
+        content.seek(0)
+        return torch.load(content, map_location=device, weights_only=True)
+    return _checked(file, read)
+
+
+def peek(file):
+    "Returns what a checkpoint holds, as `load` does, but leaves the tensors unread: damage in them goes unseen."
+    return _checked(file, lambda: torch.load(file, weights_only=True, mmap=True, map_location='cpu'))
+
+
+def _checked(file, read):
+    "Returns what read() returns; raises UsageError unless that is the content of a checkpoint."
+    try: state = read()
+    except Exception as e:  # A damaged file makes torch and pickle raise anything, also AssertionError.
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UsageError(f'{file}: is cut off or not a checkpoint ({why})') from None
+    if not isinstance(state, dict) or state.get('format') != FORMAT:
+        raise UsageError(f'{file}: is not a checkpoint of this version')
     return state
 
 
+# --- the identity of a run ---
+
 def identity(cfg, row):
-    "Which run a checkpoint is of and what it was made with: settings, data, id and start, the code and the machine."
-    return dict(config=asdict(cfg)) | {key: row[key] for key in ('data_fingerprint', 'run_id', 'started', 'resumed', *MADE_WITH)}
+    "Returns which run a checkpoint is of, and with which code and on which machine it was made."
+    names = 'data_fingerprint', 'run_id', 'started', 'resumed', *MADE_WITH
+    return dict(config=asdict(cfg)) | {name: row[name] for name in names}
 
 
 def differences(old, new):
-    "What of an `identity` a run may change on its way, and did: 'loader workers, torch 2.13.0', the `old` ones."
+    """Returns what differs between two identities of a run, with the old values: 'loader workers, torch 2.13.0'.
+
+    Only what a run may change on its way is compared. A value that is not known is no difference.
+    """
     pairs = [(key, old['config'].get(key), new['config'][key]) for key in knobs(role='speed') if key != 'workers']
     pairs += [(key, old.get(key), new[key]) for key in MADE_WITH]
-    return ', '.join(f'{key} {a}' for key, a, b in pairs if a != b and None not in (a, b) and '' not in (a, b))  # blank: not known
-
-
-def find(cfg, digest, results):
-    """(file, what it holds) of the run of a settled `cfg` on the data `digest` that went furthest; None if there is none.
-
-    A file that cannot be read is told and left alone. A checkpoint whose run is recorded already is removed.
-    """
-    folder, fits = Path(results) / 'checkpoints', []
-    files = sorted(folder.glob('*.pt')) if folder.exists() else []
-    record = runlog.load(Path(results) / 'runs.csv') if files else None
-    for file in files:
-        try: state = load(file, check=False)
-        except UsageError as e:
-            if file.exists(): print(f'{e}; left alone', file=sys.stderr)  # else its run has just been finished by another process
-            continue
-        if state['run_id'] in set(record.run_id[record.status.isin(runlog.DONE)]): remove(file)
-        elif state['data_fingerprint'] == digest and all(state['config'].get(k) == getattr(cfg, k) for k in KEPT):
-            fits.append((file, state))
-    for file, state in sorted(fits, key=lambda fit: -fit[1]['epoch']):
-        try: load(file)
-        except UsageError as e: print(f'{e}; left alone', file=sys.stderr)
-        else: return file, state
-    return None
+    known = [(key, a, b) for key, a, b in pairs if not {a, b} & {None, ''}]
+    return ', '.join(f'{key} {a}' for key, a, b in known if a != b)
 
 
 # --- the optimizer ---
 
-HYPERPARAMETERS = 'hypers', 'param_groups'  # set by the schedule at each step
+HYPERPARAMETERS = 'hypers', 'param_groups'  # The schedule sets them at each step, so they are no part of the state.
 
 
 def optimizer_state(opt):
-    "What an optimizer of fastai or torch keeps of each parameter, as dicts, lists and tensors."
+    "Returns what an optimizer of fastai or torch keeps of each parameter, as dicts, lists and tensors."
     return _plain({key: value for key, value in opt.state_dict().items() if key not in HYPERPARAMETERS})
 
 
 def load_optimizer_state(opt, state):
+    "Puts an `optimizer_state` back into `opt`, whose hyperparameters stay."
     now = opt.state_dict()
     opt.load_state_dict(state | {key: now[key] for key in HYPERPARAMETERS if key in now})
 
 
 def _plain(x):
-    "`x` with fastcore's L and other sequences as lists."
+    "Returns `x` with fastcore's L and other sequences as lists."
     if isinstance(x, dict): return {key: _plain(value) for key, value in x.items()}
     if isinstance(x, torch.Tensor) or not hasattr(x, '__iter__'): return x
     return [_plain(value) for value in x]

@@ -18,7 +18,7 @@ from command import UsageError
 
 
 def n_processes(): return max(1, num_distrib())
-def is_first(): return rank_distrib() == 0
+def is_rank_0(): return rank_distrib() == 0
 
 
 def join(device):
@@ -40,15 +40,15 @@ def local_device():
 @contextmanager
 def first_goes_first():
     "The block, in the first process before the others: what it downloads they find."
-    if n_processes() > 1 and not is_first(): dist.barrier()
+    if n_processes() > 1 and not is_rank_0(): dist.barrier()
     yield
-    if n_processes() > 1 and is_first(): dist.barrier()
+    if n_processes() > 1 and is_rank_0(): dist.barrier()
 
 
 def agreed(value):
     "The first process's `value`, in all of them."
     if n_processes() == 1: return value
-    box = [value if is_first() else None]
+    box = [value if is_rank_0() else None]
     dist.broadcast_object_list(box)
     return box[0]
 

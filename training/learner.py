@@ -197,11 +197,11 @@ def get_learner(cfg, dls, model, cbs=()):
     groups = dict(splitter=decay_groups, wd=[cfg.wd, 0.]) if is_fused(cfg) else dict(wd=cfg.wd)
     k = min(5, len(dls.vocab))
     metrics = [distributed.Mean('accuracy', lambda learn: accuracy(learn.pred, learn.y)),
-               distributed.Mean('top_k_accuracy', lambda learn: top_k_accuracy(learn.pred, learn.y, k=k))]
+               distributed.Mean('top5_accuracy', lambda learn: top_k_accuracy(learn.pred, learn.y, k=k))]
     learn = EpochLearner(dls, model, LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg), **groups,
                          metrics=metrics, cbs=cbs)
     learn.recorder.loss, learn.recorder.smooth_loss = distributed.Mean('loss', lambda learn: learn.loss), SmoothLoss()
-    if not distributed.is_first(): learn.remove_cb(ProgressCallback)
+    if not distributed.is_rank_0(): learn.remove_cb(ProgressCallback)
     elif not (sys.stdout.isatty() or IN_NOTEBOOK):  # in a log file a bar is a line per step: write a line per epoch instead
         learn.remove_cb(ProgressCallback)
         learn.logger = partial(print_epoch, learn)
@@ -210,10 +210,11 @@ def get_learner(cfg, dls, model, cbs=()):
 
 
 def print_epoch(learn, values):
-    "A line of the names and values that a progress bar's table would show."
-    epoch, *losses_and_metrics, seconds = values
-    names = learn.recorder.metric_names[1:]
-    print(f'epoch {epoch + 1}  ' + '  '.join(f'{name} {v:.4f}' for name, v in zip(names, losses_and_metrics)) + f'  {seconds}', flush=True)
+    "Prints a line of what a progress bar's table would show: names and values."
+    shown = dict(zip(learn.recorder.metric_names, values))
+    epoch, seconds = shown.pop('epoch') + 1, shown.pop('time')
+    metrics = '  '.join(f'{name} {value:.4f}' for name, value in shown.items())
+    print(f'epoch {epoch}  {metrics}  {seconds}', flush=True)
 
 
 def fit(learn, cfg):

@@ -1,4 +1,4 @@
-"""What a run measures of itself: losses, accuracies, seconds, memory; and what ends it early."""
+"""What a run measures of itself: losses, accuracies, seconds and memory; and the callbacks that end it early."""
 import collections
 import contextlib
 import gc
@@ -16,9 +16,11 @@ from fastai.callback.progress import ProgressCallback
 from command import Stopped
 from training import distributed
 
+METRICS = 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'  # the names that the Learner gives them
+
 
 class FiniteLoss:
-    "Tells whether the losses that have reached the host are finite, without waiting for those on their way."
+    "Returns whether the losses that have reached the host are finite, without waiting for those on their way."
     def __init__(self): self.sent = collections.deque()
 
     def __call__(self, loss):
@@ -32,19 +34,26 @@ class FiniteLoss:
 
 
 class Heed(Callback):
-    "Ends the fit after a signal whose exception was lost, as it is in a __del__ or a hook of fork."
+    "Ends the fit after a signal whose exception was lost, as it is in a __del__ or in a hook of fork."
     def before_batch(self):
         if Stopped.by: raise Stopped
 
 
 class Measure(Callback):
-    "What a run measures of itself. Ends the fit at the first loss that is not finite."
-    order = ProgressCallback.order + 10  # after Recorder
+    """Collects the curve, the predictions, the seconds and the memory of a run; ends the fit once a loss is not finite.
+
+    `on_epoch` is called with the curve so far, a list of {column of runlog.CURVE: value}, after each epoch.
+    """
+    order = ProgressCallback.order + 10  # It comes after Recorder, whose values it reads.
+
     def __init__(self, on_epoch):
-        # of several processes none may end alone: the others would wait for it
-        self.on_epoch, self.finite = on_epoch, FiniteLoss() if distributed.n_processes() == 1 else lambda loss: True
-        self.curve, self.diverged, self.n_images, self.train_seconds, self.started = [], False, 0, 0., time.perf_counter()
-        self.earlier = dict(seconds=0., peak_memory_mb=0.)  # of the parts before this one, if the run is continued
+        self.on_epoch = on_epoch
+        # Of several processes none may end alone, since the others would wait for it.
+        self.is_finite = FiniteLoss() if distributed.n_processes() == 1 else lambda loss: True
+        self.diverged = False
+        self.curve, self.n_images, self.train_seconds = [], 0, 0.
+        self.earlier = dict(seconds=0., peak_memory_mb=0.)  # of the parts before this one, where the run was continued
+        self.started = time.perf_counter()
 
     def before_fit(self):
         self.started = time.perf_counter()
@@ -55,7 +64,7 @@ class Measure(Callback):
     def before_validate(self): self.logits, self.targets = [], []
 
     def after_batch(self):
-        if not self.finite(self.loss):
+        if not self.is_finite(self.loss):
             self.diverged = True
             raise CancelFitException
         if self.training: self.epoch_images += len(self.x)
@@ -64,56 +73,81 @@ class Measure(Callback):
             self.targets.append(self.y)
 
     def after_train(self):
-        self.diverged |= not math.isfinite(self.recorder.smooth_loss.value.item())  # also of the last steps' losses
+        smooth_loss = self.recorder.smooth_loss.value.item()  # waits for the device: it holds all losses
+        if not math.isfinite(smooth_loss): self.diverged = True
         if self.diverged: raise CancelFitException
         self.n_images += self.epoch_images * distributed.n_processes()
         self.train_seconds += time.perf_counter() - self.train_started
 
     def after_epoch(self):
-        values = list(zip(('train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'), self.recorder.values[-1]))
+        recorded = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))  # The first name is the epoch's.
         seconds = round(time.perf_counter() - self.epoch_started, 3)
-        self.diverged |= not all(math.isfinite(v) for _, v in values[:2])
-        self.curve.append(dict(epoch=self.epoch + 1, **{k: round(v, 6) for k, v in values}, seconds=seconds))
+        if not all(math.isfinite(recorded[name]) for name in ('train_loss', 'valid_loss')): self.diverged = True
+        metrics = {name: round(recorded[name], 6) for name in METRICS}
+        self.curve.append(dict(epoch=self.epoch + 1, **metrics, seconds=seconds))
         self.on_epoch(self.curve)
 
-    def seconds(self): return self.earlier['seconds'] + time.perf_counter() - self.started
-    def peak_memory_mb(self): return max(self.earlier['peak_memory_mb'], peak_memory_mb(self.dls.device))
+    def total_seconds(self):
+        "Returns the seconds of the fit so far, those of earlier parts of the run included."
+        return self.earlier['seconds'] + time.perf_counter() - self.started
+
+    def total_peak_memory_mb(self):
+        "Returns the peak memory of the fit so far in MiB, earlier parts of the run included."
+        return max(self.earlier['peak_memory_mb'], peak_memory_mb(self.dls.device))
 
     def state(self):
-        "What a checkpoint keeps of it."
-        return dict(curve=self.curve, n_images=self.n_images, train_seconds=self.train_seconds,
-                    earlier=dict(seconds=self.seconds(), peak_memory_mb=self.peak_memory_mb()))
+        "Returns what a checkpoint keeps of the measurements, for `restore`."
+        earlier = dict(seconds=self.total_seconds(), peak_memory_mb=self.total_peak_memory_mb())
+        return dict(curve=self.curve, n_images=self.n_images, train_seconds=self.train_seconds, earlier=earlier)
 
-    def restore(self, state): self.__dict__.update(state)
+    def restore(self, state):
+        self.curve, self.n_images = state['curve'], state['n_images']
+        self.train_seconds, self.earlier = state['train_seconds'], state['earlier']
 
     def predictions(self):
-        "dict(logits (n_val, n_classes), targets (n_val,)) of the last validation, of all processes, in the order of the files."
+        """Returns dict(logits (n_val, n_classes), targets (n_val,)) of the last validation, in the order of the files.
+
+        They are of all processes, and NumPy arrays.
+        """
         parts = dict(logits=self.logits, targets=self.targets)
         return {name: distributed.interleaved(torch.cat(batches)).cpu().numpy() for name, batches in parts.items()}
 
     def results(self, whole):
-        "The columns of runlog.MEASURED that are known; accuracies and losses only of a `whole` run."
-        out = dict(epochs_done=len(self.curve), fit_seconds=round(self.seconds(), 2), peak_memory_mb=round(self.peak_memory_mb()))
-        if self.curve: out |= dict(median_epoch_seconds=round(statistics.median(e['seconds'] for e in self.curve), 2),
-                                   images_per_second=round(self.n_images / self.train_seconds, 1))
+        "Returns the columns of runlog.MEASURED that are known: accuracies and losses are of a `whole` run only."
+        out = dict(epochs_done=len(self.curve), fit_seconds=round(self.total_seconds(), 2),
+                   peak_memory_mb=round(self.total_peak_memory_mb()))
+        if self.curve:
+            out['median_epoch_seconds'] = round(statistics.median(row['seconds'] for row in self.curve), 2)
+            out['images_per_second'] = round(self.n_images / self.train_seconds, 1)
         if whole:
-            last, best = self.curve[-1], max(self.curve, key=lambda e: e['accuracy'])
-            out |= {k: last[k] for k in ('accuracy', 'top5_accuracy', 'valid_loss', 'train_loss')}
+            last, best = self.curve[-1], max(self.curve, key=lambda row: row['accuracy'])
+            out |= {name: last[name] for name in METRICS}
             out |= dict(max_accuracy=best['accuracy'], max_accuracy_epoch=best['epoch'])
             if len(self.dls.vocab) <= 5: del out['top5_accuracy']
         return out
 
 
+# --- memory ---
+
 def reset_peak_memory(device):
-    "Let the peak of `peak_memory_mb` start from here (on a CPU where Linux lets a process do so); what runs before left is freed."
+    """Frees what earlier runs left, and lets `peak_memory_mb` start from here.
+
+    On a CPU the peak starts anew only where Linux lets a process do so.
+    """
     gc.collect()
     if device.type == 'cuda': return torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
 
 
 def peak_memory_mb(device):
-    "Peak memory in MiB: allocated on a CUDA device; on a CPU, resident in this process, its loader processes apart."
+    """Returns the peak memory in MiB: on a CUDA device, what was allocated there.
+
+    On a CPU it is what was resident in this process, without its loader processes.
+    """
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**20
     with contextlib.suppress(OSError, StopIteration):
-        return int(next(s for s in Path('/proc/self/status').read_text().splitlines() if s.startswith('VmHWM')).split()[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == 'darwin' else 2**10)
+        lines = Path('/proc/self/status').read_text().splitlines()
+        peak = next(line for line in lines if line.startswith('VmHWM'))  # 'VmHWM:   123456 kB'
+        return int(peak.split()[1]) / 2**10
+    unit = 2**20 if sys.platform == 'darwin' else 2**10  # bytes there, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit

@@ -1,7 +1,7 @@
 """One run: Config -> DataLoaders -> model -> Learner -> a row of results/runs.csv.
 
-    row = run(Config(dataset='digits', size=32, arch='xresnet18', attention='simple'))
-    model, vocab = load_model('digits.pt')      # where run(..., save='digits.pt') left it, ready for inference
+    row = run(Config(dataset='digits', size=32, arch='xresnet18', attention='simple'), save='digits.pt')
+    model, class_names = load_model('digits.pt')
 """
 import contextlib
 import json
@@ -32,7 +32,7 @@ from xresnet import xresnet
 
 
 def get_model(cfg, n_classes):
-    "The network of `cfg`."
+    "Returns the network of `cfg`."
     return xresnet(cfg.arch, n_classes, ATTENTION[cfg.attention], cfg.places, cfg.stem, cfg.act, cfg.pool)
 
 
@@ -40,7 +40,7 @@ def n_parameters(module): return sum(p.numel() for p in module.parameters())
 
 
 def prepare(cfg, device):
-    "(cfg as it will run, its DataLoaders, its model): the model's weights are a function of the seed."
+    "Returns (`cfg` as it will run, its DataLoaders, its model); the weights of the model are a function of the seed."
     torch.backends.cudnn.benchmark = True
     cfg = settle(cfg, device)
     if device.type == 'cpu': keep_memory(bool(cfg.keep_memory))
@@ -52,39 +52,87 @@ def prepare(cfg, device):
 
 
 def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, checkpoint_every=None, hand_over=None):
-    """Train once and append a row to runs.csv; returns the row {column: value}.
+    """Trains once and appends a row to runs.csv; returns the row {column: value}.
 
-    `save`: a file for the model. `resume`: a run that is recorded is not trained again, one that was stopped goes on from
-    its checkpoint, under its id. `checkpoint_every`: epochs; see checkpoint.Checkpoint. `hand_over`: takes the row instead of runs.csv.
-    Whatever ends the training leaves its row: ok, diverged (a loss not finite), interrupted, failed; the exception
-    that ended the last two goes on to the caller. Of several processes the first one writes.
+    save              the file for the trained model
+    resume            a run that is recorded is not trained again, and its row is returned; a run that was stopped
+                      is continued from its checkpoint, under its id
+    checkpoint_every  epochs, see checkpoint.Checkpoint
+    hand_over         is called with the row in place of appending it
+
+    Whatever ends the training leaves its row, with the status ok, diverged (a loss was not finite), interrupted or
+    failed. The exception behind the last two is raised again after that. Of several processes the first one writes.
     """
-    first = distributed.is_first()
+    first = distributed.is_rank_0()
     if first: runlog.check(results)
     device = device or get_device()
     cfg, dls, model = prepare(cfg, device)
-    with checkpoint.claim(cfg, dls.fingerprint, results) if resume and first else contextlib.nullcontext():
-        begun = distributed.agreed(begin(cfg, dls.fingerprint, results, resume) if first else None)
+    claimed = checkpoint.claim(cfg, dls.fingerprint, results) if resume and first else contextlib.nullcontext()
+    with claimed:
+        begun, found = begin(cfg, dls, results, resume)
         if begun['status']:
-            if save and first: print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
+            if save and first:
+                print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
             return begun
         row = begun | asdict(cfg) | runlog.provenance() | dict(
             n_train=len(dls.train.dataset.labels), n_val=len(dls.valid_files), n_parameters=n_parameters(model),
             device=device_name(device), data_fingerprint=dls.fingerprint)
-        return fit_and_hand_over(cfg, dls, model, row, Path(results), save, checkpoint_every, hand_over or partial(record, results=results))
+        file = checkpoint.path(results, row['run_id'])
+        saver = checkpoint.Checkpoint(file, checkpoint.identity(cfg, row), checkpoint_every, found)
+        hand_over = hand_over or partial(record, results=results)
+        try: return fit_and_hand_over(cfg, dls, model, row, saver, Path(results), save, hand_over)
+        finally: saver.release()
 
 
-def fit_and_hand_over(cfg, dls, model, row, results, save, checkpoint_every, hand_over):
-    "Fit `model`, and hand over `row` with what came of it, whatever ends it; returns it."
-    run_id, first = row['run_id'], distributed.is_first()
+def begin(cfg, dls, results, resume):
+    """Returns (the first columns of the run's row, its status still blank; the checkpoint it continues from, or None).
+
+    Where `resume` finds the run recorded, the columns are its whole row. Every process gets what the first one finds.
+    """
+    begun, found = None, None
+    if distributed.is_rank_0(): begun, found = look_up(cfg, dls, results) if resume else (new_row(results), None)
+    begun = distributed.agreed(begun)
+    continues = not begun['status'] and begun['resumed'] > 0
+    if continues and not found:
+        file = checkpoint.path(results, begun['run_id'])
+        found = checkpoint.Found(file, checkpoint.load(file, dls.device), held=None)
+    return begun, found
+
+
+def new_row(results):
+    "Returns the first columns of the row of a run that starts now."
+    run_id, started = runlog.new_run(results)
+    return dict(run_id=run_id, started=started, status='', resumed=0)
+
+
+def look_up(cfg, dls, results):
+    "Looks for the run in the record, then for its checkpoint, and prints what it finds; returns what `begin` does."
+    runs = runlog.load(Path(results) / 'runs.csv')
+    checkpoint.tidy(runs, results)
+    done = runlog.recorded(runs, cfg, dls.fingerprint)
+    if len(done):
+        print(f'{summary(done.iloc[0])}  (recorded already)', flush=True)
+        return done.iloc[0].to_dict(), None
+    found = checkpoint.find(cfg, dls.fingerprint, runs, results, dls.device)
+    if not found:
+        print('there is no checkpoint of this run: it starts from the beginning', flush=True)
+        return new_row(results), None
+    run_id, state = found.state['run_id'], found.state
+    print(f'{run_id}: continues after epoch {state["epoch"]} of {cfg.epochs}', flush=True)
+    times = [*runs.resumed[runs.run_id == run_id], state.get('resumed', 0)]  # A part that was killed has left no row.
+    return dict(run_id=run_id, started=state['started'], status='', resumed=1 + int(max(times))), found
+
+
+def fit_and_hand_over(cfg, dls, model, row, saver, results, save, hand_over):
+    "Fits `model`, adds what came of it to `row`, whatever ended the fit, and hands the row over; returns it."
+    run_id, first = row['run_id'], distributed.is_rank_0()
     measure = Measure(partial(write_curve, run_id, results=results) if first else lambda curve: None)
-    kept = checkpoint.Checkpoint(checkpoint.path(results, run_id), checkpoint.identity(cfg, row), checkpoint_every, row['resumed'] > 0,
-                                 dls.device)
-    learn = get_learner(cfg, dls, model, [measure, Heed(), kept])
+    learn = get_learner(cfg, dls, model, [measure, Heed(), saver])
     row['status'] = 'failed'
     try:
         fit(learn, cfg)
-        predictions = {} if measure.diverged else measure.predictions()  # they may fail too, as the other processes are asked
+        # The predictions are part of the run: to collect them asks the other processes, which may be gone.
+        predictions = {} if measure.diverged else measure.predictions()
         row['status'] = 'diverged' if measure.diverged else 'ok'
     except BaseException as e:
         if is_stop(e): row['status'] = 'interrupted'
@@ -96,75 +144,66 @@ def fit_and_hand_over(cfg, dls, model, row, results, save, checkpoint_every, han
             row |= measure.results(whole)
             if first and whole: write_predictions(run_id, results, files=np.array(dls.valid_files), **predictions)
             if first and whole and save: write_model(save, cfg, dls.vocab, model)
-            try:
-                if first: hand_over(row)
-            finally: kept.release()
+            if first: hand_over(row)
     return row
 
 
-def begin(cfg, digest, results, resume):
-    "The first columns of a run's row, its status still blank; the whole row where `resume` finds it recorded."
-    if resume:
-        record = runlog.load(Path(results) / 'runs.csv')
-        done, found = runlog.recorded(record, cfg, digest), checkpoint.find(cfg, digest, results)  # removes those that are done with
-        if len(done):
-            print(f'{summary(done.iloc[0])}  (recorded already)', flush=True)
-            return done.iloc[0].to_dict()
-        print(f'{found[1]["run_id"]}: goes on after epoch {found[1]["epoch"]} of {cfg.epochs}' if found else
-              'nothing to go on with: starts anew', flush=True)
-        if found:
-            begun = {key: found[1][key] for key in ('run_id', 'started')}
-            parts = record.resumed[record.run_id == begun['run_id']]
-            return begun | dict(status='', resumed=1 + int(max([*parts, found[1].get('resumed', 0)])))
-    return dict(zip(('run_id', 'started'), runlog.new_run(results)), status='', resumed=0)
-
+# --- what a run writes ---
 
 def record(row, results):
-    "Append `row` and say so; remove its checkpoint, which stays if the run is not done or its row could not be written."
+    """Appends `row` and prints a line about it; removes the checkpoint of a run that is done.
+
+    The checkpoint stays where the run is not done, or its row could not be written.
+    """
     file = checkpoint.path(results, row['run_id'])
     try:
-        print(f'{summary(row)}  -> {os.path.relpath(write(row, results))}', flush=True)
+        written_to = append(row, results)
+        print(f'{summary(row)}  -> {os.path.relpath(written_to)}', flush=True)
         if row['status'] in runlog.DONE: checkpoint.remove(file)
     finally:
-        if file.exists(): print(f'its checkpoint is kept: --resume goes on with it ({os.path.relpath(file)})', flush=True)
+        if file.exists():
+            print(f'the checkpoint is kept, and --resume continues from it ({os.path.relpath(file)})', flush=True)
 
 
-def write(row, results):
-    "Append `row`, or print it where that fails: it is not lost. Returns the path."
+def append(row, results):
+    "Appends `row` and returns the path of its file; where that fails, the row stands in the UsageError that is raised."
     try: return runlog.append(row, results)
     except (OSError, UsageError) as e:
         raise UsageError(f'{results}: the row could not be written ({e}); it is {json.dumps(row)}') from None
 
 
 def write_curve(run_id, rows, results):
-    "The curve so far. One that cannot be written is told: the next epoch writes all of it again."
+    "Writes the curve so far, or prints why it could not be written: the next epoch writes all of it again."
     try: runlog.write_curve(run_id, rows, results)
-    except OSError as e: print(f'{run_id}: its curve could not be written ({e}); going on', file=sys.stderr)
+    except OSError as e: print(f'{run_id}: its curve could not be written ({e}); the run goes on', file=sys.stderr)
 
 
 def write_predictions(run_id, results, **arrays):
-    "Those of the last epoch. What cannot be written is told: the row is worth more."
+    "Writes the predictions of the last epoch, or prints why they could not be written: the row is worth more."
     try: runlog.write_predictions(run_id, results, **arrays)
     except OSError as e: print(f'{run_id}: its predictions could not be written ({e})', file=sys.stderr)
 
 
 def write_model(file, cfg, vocab, model):
-    "For load_model. One that cannot be written is told: the row is worth more."
+    "Writes the model for `load_model`, or prints why it could not be written: the row is worth more."
+    saved = dict(config=asdict(cfg), vocab=vocab, model=model.state_dict())
     try:
-        with runlog.replacing(file, 'wb') as f: torch.save(dict(config=asdict(cfg), vocab=vocab, model=model.state_dict()), f)
+        with runlog.replacing(file, 'wb') as f: torch.save(saved, f)
     except (OSError, RuntimeError) as e: print(f'--save {file}: could not be written ({e})', file=sys.stderr)
 
 
 def summary(row):
-    "A row in one line."
+    "Returns a row as one line of text."
     model = Config(arch=row['arch'], attention=row['attention']).model
     what = '{dataset} {split} {size}px {model} seed {seed}  {fit_seconds:.0f} s'.format(**row, model=model)
     if row['status'] != 'ok': return '{status} after {epochs_done} of {epochs} epochs  '.format(**row) + what
     return 'accuracy {accuracy:.3f}  (max {max_accuracy:.3f} at epoch {max_accuracy_epoch})  '.format(**row) + what
 
 
+# --- the model of a run ---
+
 def load_model(file):
-    "(model in eval mode on the CPU, class names) from a file that `run(..., save=file)` wrote."
+    "Returns (model in eval mode on the CPU, class names) from a file that `run(..., save=file)` wrote."
     saved = torch.load(file, map_location='cpu', weights_only=True)
     model = get_model(Config(**saved['config']), len(saved['vocab']))
     model.load_state_dict(saved['model'])
@@ -172,33 +211,51 @@ def load_model(file):
 
 
 def dump(cfg):
-    "The model of `cfg` as text: a line per module, its output shape for one image and its parameters."
-    classes = {f.split('/')[1] for f in find_images(Path(cfg.data)) if f.startswith('train/')} if cfg.data else range(10)
-    model = get_model(cfg, len(classes)).eval()
+    "Returns the model of `cfg` as text: a line per module, with its output shape for one image and its parameters."
+    n_classes = 10
+    if cfg.data:
+        files = find_images(Path(cfg.data))
+        n_classes = len({file.split('/')[1] for file in files if file.startswith('train/')})
+    model = get_model(cfg, n_classes).eval()
     shapes = {}
-    def keep(name): return lambda m, i, o: shapes.update({name: tuple(o.shape)})
-    for name, m in model.named_modules(): m.register_forward_hook(keep(name))
+    def keep_shape(name): return lambda module, inputs, output: shapes.update({name: tuple(output.shape)})
+    for name, module in model.named_modules(): module.register_forward_hook(keep_shape(name))
     with torch.no_grad(): model(torch.zeros(1, 3, cfg.size, cfg.size))
     lines = [f'{"module":34}{"type":22}{"output":22}{"parameters":>12}']
-    for name, m in model.named_modules():
-        if name: lines.append(f'{name:34}{type(m).__name__:22}{shapes.get(name, "")!s:22}{n_parameters(m):>12,}')
+    for name, module in model.named_modules():
+        if not name: continue  # It is the model itself.
+        shape = str(shapes.get(name, ''))
+        lines.append(f'{name:34}{type(module).__name__:22}{shape:22}{n_parameters(module):>12,}')
     return '\n'.join([*lines, f'{cfg.model}: {n_parameters(model):,} parameters'])
 
 
+# --- a learning rate for a run ---
+
 def find_lr(cfg, results=runlog.RESULTS, device=None):
-    "(suggested learning rate, PNG of the plot) by fastai's lr_find, 'valley' rule; trains nothing that is kept."
+    """Returns (suggested learning rate, PNG file of the plot), by fastai's lr_find and its rule 'valley'.
+
+    It trains nothing that is kept. Raises UsageError where the loss is not finite from the start.
+    """
     import matplotlib
     matplotlib.use('Agg')
     runlog.check(results)
     cfg, dls, model = prepare(cfg, device or get_device())
     learn = get_learner(cfg, dls, model)
     learn.recorder.smooth_loss = AvgSmoothLoss()  # on the host, where the plot wants it
-    special = [f'-{k}{getattr(cfg, k)}' for k in ('sa_at', 'opt', 'mom', 'wd', 'mixup') if getattr(cfg, k) != getattr(Config, k)]
-    file = Path(results) / 'lr_find' / f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}{"".join(special)}.png'
+    file = Path(results) / 'lr_find' / f'{lr_plot_name(cfg)}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:  # lr_find keeps the first weights in a file there
-        learn.path = Path(folder)
+    with tempfile.TemporaryDirectory() as folder:
+        learn.path = Path(folder)  # lr_find keeps the first weights in a file there.
         try: lr = learn.lr_find(suggest_funcs=valley).valley
-        except IndexError: raise UsageError('--lrfinder: the loss is not finite from the start, so there is no suggestion') from None
+        except IndexError:
+            raise UsageError('--lrfinder: the loss is not finite from the start, so there is no suggestion') from None
         matplotlib.pyplot.savefig(file, dpi=120)
     return lr, file
+
+
+def lr_plot_name(cfg):
+    "Returns a name for the plot of `cfg`, such as digits-32-xresnet18-bs64-optsgd, with the knobs off their defaults."
+    name = f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}'
+    for knob in ('sa_at', 'opt', 'mom', 'wd', 'mixup'):
+        if getattr(cfg, knob) != getattr(Config, knob): name += f'-{knob}{getattr(cfg, knob)}'
+    return name

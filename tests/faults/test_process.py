@@ -124,11 +124,11 @@ def test_a_loader_process_that_dies_leaves_a_failed_row_and_the_run_goes_on_from
     kill_children(process)
     out, err = process.communicate()
     assert process.returncode == 1 and err.startswith('train_imagenette.py: DataLoader worker (pid') and err.count('\n') == 1, err
-    assert 'failed after' in out and 'its checkpoint is kept: --resume goes on with it' in out
+    assert 'failed after' in out and 'the checkpoint is kept, and --resume continues from it' in out
     row = record(tmp_path).iloc[0]
     assert row.status == 'failed' and 2 <= row.epochs_done < 8 and math.isnan(row.accuracy)
     code, out, err = command(*argv, '--workers', 0, '--resume')
-    assert code == 0 and f'{row.run_id}: goes on after epoch {row.epochs_done} of 8' in out and not err
+    assert code == 0 and f'{row.run_id}: continues after epoch {row.epochs_done} of 8' in out and not err
     assert record(tmp_path)[['run_id', 'status', 'epochs_done', 'resumed']].values.tolist() == [[row.run_id, 'ok', 8, 1]]
     assert pd.read_csv(tmp_path / 'results' / 'runs.csv').status.tolist() == ['failed', 'ok'] and not list(tmp_path.rglob('*.pt'))
 

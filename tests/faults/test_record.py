@@ -109,8 +109,8 @@ def test_a_disk_full_for_a_checkpoint_and_a_curve_lets_the_run_go_on(small_disk,
         if self.epoch == 1: (results / 'filler').unlink()  # the row has room again
     monkeypatch.setattr(training.measure.Measure, 'after_epoch', and_free)
     code, _, err = command('--data', tree, *TINY[:-4], '--epochs', 3, '--checkpoint-every', 1)
-    assert code == 0 and 'its curve could not be written ([Errno 28] No space left on device); going on' in err
-    assert '.pt: not written ([Errno 28] No space left on device); going on' in err and 'Traceback' not in err
+    assert code == 0 and 'its curve could not be written ([Errno 28] No space left on device); the run goes on' in err
+    assert '.pt: could not be written ([Errno 28] No space left on device); the run goes on' in err and 'Traceback' not in err
     df = runlog.load(results / 'runs.csv')
     assert df.status.tolist() == ['ok']
     assert len((results / 'curves' / f'{df.run_id[0]}.csv').read_text().splitlines()) == 4  # the last epoch's holds all
@@ -130,7 +130,7 @@ def test_a_disk_full_for_the_row_keeps_the_record_prints_the_row_and_keeps_the_c
     monkeypatch.undo()
     (results / 'filler').unlink()
     code, out, err = command(*argv, '--resume')
-    assert code == 0 and 'goes on after epoch 1 of 2' in out, err
+    assert code == 0 and 'continues after epoch 1 of 2' in out, err
     df = runlog.load(results / 'runs.csv')
     assert len(df) == 31 and df.status.iloc[-1] == 'ok' and (results / 'runs.csv').read_bytes().startswith(before.split(b'\n')[0])
     assert df.accuracy.iloc[:30].tolist() == [0.5] * 30
