@@ -1,5 +1,9 @@
-"""What all commands share: mistakes in one line, exit codes, and the end by a signal. Imports nothing else of this repository."""
+"""What all commands share: mistakes in one line, exit codes, and the end by a signal.
+
+It imports nothing else of this repository.
+"""
 import argparse
+import gc
 import os
 import signal
 import sys
@@ -9,51 +13,52 @@ from difflib import get_close_matches
 
 
 class UsageError(Exception):
-    "A mistake of the user, in one line that says what to do."
+    "Reports a mistake of the user, in one line that says what to do."
     def __init__(self, message):
-        message = message.rstrip().rsplit('UsageError: ')[-1]  # a loader process wraps it in its traceback
+        message = message.rstrip().rsplit('UsageError: ')[-1]  # A loader process wraps the message in its traceback.
         super().__init__(''.join(c if c.isprintable() else repr(c)[1:-1] for c in message))
 
-    def __str__(self): return self.args[0].rsplit(':\n\t')[-1]  # fastai puts the name of the callback before it
+    def __str__(self): return self.args[0].rsplit(':\n\t')[-1]  # fastai puts the callback's name before the message.
 
 
 class Busy(UsageError):
-    "Another process is already training the run."
+    "Says that another process is already training the run, or has just finished it."
 
 
 class Stopped(KeyboardInterrupt):
-    """The end by Ctrl-C or SIGTERM.
+    """Ends a command after Ctrl-C or SIGTERM.
 
-    `Stopped.by` is the number of the signal that came, 0 before one does. Every exception after a signal follows from it:
-    the signal ends the loader processes too.
+    `Stopped.by` is the number of the signal that came, or 0. Every exception after a signal follows from it, since the
+    signal ends the loader processes too.
     """
     by = 0
 
 
 def is_stop(e):
-    "Returns whether an exception means Ctrl-C or SIGTERM, also where torch first reports that SIGTERM ended a loader process."
-    return isinstance(e, KeyboardInterrupt) or Stopped.by > 0 or 'killed by signal: Terminated' in str(e)
+    "Returns whether an exception follows from Ctrl-C or SIGTERM."
+    if isinstance(e, KeyboardInterrupt) or Stopped.by: return True
+    return 'killed by signal: Terminated' in str(e)  # SIGTERM ended a loader process first, and torch says so.
 
 
 def nearest(name, names):
-    "Returns a hint at the name that was meant, ' (did you mean ...?)', or ''."
+    "Returns the hint ' (did you mean ...?)' at the one of `names` that is like `name`, or ''."
     close = get_close_matches(name, names, n=1, cutoff=0.4)
     return f' (did you mean {close[0]}?)' if close else ''
 
 
 class Parser(argparse.ArgumentParser):
-    "An ArgumentParser that raises UsageError on a mistake."
+    "Parses a command line, and raises UsageError on a mistake."
     def error(self, message): raise UsageError(message)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        for arg in args:  # Python 3.11 makes an empty list of --flag=--
+        for arg in args:  # Python 3.11 would take --flag=-- for an empty list.
             if arg.startswith('--') and arg.endswith('=--'): raise UsageError(f'{arg}: expected an argument')
         return super().parse_known_args(args, namespace)
 
 
-def is_first_process():
-    "Returns whether this is the first, or only, process of a run on this machine."
+def is_local_rank_0():
+    "Returns whether this is the first process of a run on this machine, or the only one."
     return os.environ.get('LOCAL_RANK', '0') == '0'
 
 
@@ -63,14 +68,16 @@ ENDING = signal.SIGINT, signal.SIGTERM
 
 
 def stop_on_signals():
-    "Lets Ctrl-C and SIGTERM end this process by Stopped; loader processes, which inherit the handler, just end."
+    "Lets Ctrl-C and SIGTERM raise Stopped in this process; loader processes inherit the handler, and just end."
     main, Stopped.by = os.getpid(), 0
 
-    def stop(number, _):
+    def stop(number, frame):
         if os.getpid() != main: os._exit(0)
         Stopped.by = number
-        signal.signal(signal.SIGCHLD, lambda *_: None)  # torch's would raise for the loader processes that the signal ends too,
-        sys.unraisablehook = lambda *_: None            # and its half-made iterators complain when they are deleted
+        # The signal ends the loader processes too: torch's handler would raise for each of them, and its half-made
+        # iterators complain when they are deleted.
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        sys.unraisablehook = lambda unraisable: None
         raise Stopped
 
     for number in ENDING: signal.signal(number, stop)
@@ -78,24 +85,27 @@ def stop_on_signals():
 
 @contextmanager
 def restored():
-    "Puts back the signal handlers and the hook that the block sets."
-    hook, handlers = sys.unraisablehook, {number: signal.getsignal(number) for number in (*ENDING, signal.SIGCHLD)}
+    "Puts back what `stop_on_signals` changes in the block: the signal handlers, the hook and `Stopped.by`."
+    hook = sys.unraisablehook
+    handlers = {number: signal.getsignal(number) for number in (*ENDING, signal.SIGCHLD)}
     try: yield
     finally:
-        if not Stopped.by: del handlers[signal.SIGCHLD]  # no signal came: it is torch's, which is set once for good
-        sys.unraisablehook = hook
-        for number, handler in handlers.items(): signal.signal(number, handler)
+        if Stopped.by: gc.collect()  # While torch's iterators are deleted, the hook keeps them silent.
+        else: del handlers[signal.SIGCHLD]  # The handler there may be torch's, which it sets once in a process.
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != handler: signal.signal(number, handler)
+        sys.unraisablehook, Stopped.by = hook, 0
 
 
 @contextmanager
 def undisturbed():
     "Lets Ctrl-C and SIGTERM wait for the end of the block: they stop what comes after it."
-    if threading.current_thread() is not threading.main_thread(): return (yield)
+    if threading.current_thread() is not threading.main_thread(): return (yield)  # Signals go to the main thread only.
     came = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in ENDING}
+    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in ENDING}
     try: yield
-    except BaseException:  # it may hold a row: it goes on, and the signal is only noted
-        if came: Stopped.by = came[0]
+    except BaseException:
+        if came: Stopped.by = came[0]  # The exception may hold a row, so it goes on, and the signal is only noted.
         raise
     finally:
         for number, handler in before.items(): signal.signal(number, handler)
@@ -105,21 +115,23 @@ def undisturbed():
 # --- exit codes ---
 
 def exit_code(program, work):
-    """Returns the exit code of work(), a whole command; the signal handlers that it sets are put back.
+    """Returns the exit code of work(), a whole command; puts back the signal handlers that it sets.
 
-    0: done; 1: a fault; 2: a mistake of the user; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe.
-    A mistake and the death of a loader process are printed in one line; any other fault is raised with its traceback.
+    The code is 0: done; 1: a fault; 2: a mistake of the user; 130: Ctrl-C; 143: SIGTERM; 141: a closed pipe.
+    A mistake and the death of a loader process are printed in one line. Any other fault is raised with its traceback.
     """
     with restored():
         try: return work()
         except UsageError as e:
-            if is_first_process(): print(f'{program}: {e}', file=sys.stderr)
+            if is_local_rank_0(): print(f'{program}: {e}', file=sys.stderr)
             return 2
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there when it ends
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there.
             return 128 + signal.SIGPIPE
         except (KeyboardInterrupt, Exception) as e:
-            if is_stop(e): return 128 + (Stopped.by or (signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM))
+            if is_stop(e):
+                by_exception = signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM
+                return 128 + (Stopped.by or by_exception)
             if not str(e).startswith('DataLoader worker'): raise
             print(f'{program}: {str(e).strip()} (out of memory? fewer --workers need less)', file=sys.stderr)
             return 1

@@ -10,7 +10,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from command import Parser, UsageError, exit_code, is_first_process, nearest, stop_on_signals
+from command import Parser, UsageError, exit_code, is_local_rank_0, nearest, stop_on_signals
 from experiments import SWITCH, Config, fields, flag
 from training.files import find_images
 
@@ -88,7 +88,7 @@ def parse(argv):
     try:
         if cfg.data: find_images(Path(cfg.data))
     except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
-    if args.save and is_first_process(): probe(args.save)
+    if args.save and is_local_rank_0(): probe(args.save)
     return cfg, args
 
 

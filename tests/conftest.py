@@ -18,7 +18,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from command import Stopped
 from experiments import Config, resolve
 
 REPO = Path(__file__).parent.parent
@@ -86,16 +85,6 @@ def command(capfd, tmp_path):
 def fixed_seed():
     "Seeds torch, where a test file has imported it: tests of the record and the reports start without it."
     if 'torch' in sys.modules: sys.modules['torch'].manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def signals():
-    "Undoes what a command run in this process sets: with its handler of SIGTERM, the end of a Pool can wait for ever."
-    hook, handlers = sys.unraisablehook, {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)}
-    yield
-    if not Stopped.by: del handlers[signal.SIGCHLD]  # no signal came: it is torch's, set once for good
-    sys.unraisablehook, Stopped.by = hook, 0
-    for n, handler in handlers.items(): signal.signal(n, handler)
 
 
 @pytest.fixture

@@ -94,6 +94,7 @@ def test_a_signal_while_a_row_is_written_waits_for_it_and_starts_no_other_run(tr
 
 
 def test_a_signal_while_the_end_of_a_run_breaks_is_not_lost(monkeypatch):
+    monkeypatch.setattr(command.Stopped, 'by', 0)
     with pytest.raises(ValueError, match='broken'), command.undisturbed():
         os.kill(os.getpid(), signal.SIGINT)
         raise ValueError('broken')

@@ -1,0 +1,76 @@
+"""What all commands share: their exit codes, and what they leave of signals behind."""
+import os
+import signal
+import sys
+
+import pytest
+
+import command
+from command import Stopped, UsageError, exit_code, stop_on_signals
+
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD
+
+
+def state(): return [signal.getsignal(number) for number in SIGNALS], sys.unraisablehook, Stopped.by
+
+
+@pytest.fixture
+def before():
+    "The state of signals, put back by hand after the test, should the code under test not do so."
+    handlers, hook, by = state()
+    yield handlers, hook, by
+    for number, handler in zip(SIGNALS, handlers): signal.signal(number, handler)
+    sys.unraisablehook, Stopped.by = hook, by
+
+
+def ended_by(number):
+    def work():
+        stop_on_signals()
+        os.kill(os.getpid(), number)
+    return work
+
+
+def fails(error):
+    def work():
+        stop_on_signals()
+        raise error
+    return work
+
+
+@pytest.mark.parametrize('work, code', [
+    (lambda: stop_on_signals(), None), (ended_by(signal.SIGINT), 130), (ended_by(signal.SIGTERM), 143),
+    (fails(UsageError('no such thing')), 2), (fails(RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed')), 1),
+    (fails(RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated')), 143), (fails(KeyboardInterrupt()), 130),
+])
+def test_a_command_puts_back_what_it_sets(work, code, before):
+    assert exit_code('command', work) == code and state() == before
+
+
+def test_a_command_that_fails_puts_back_what_it_sets(before):
+    with pytest.raises(ValueError, match='broken'): exit_code('command', fails(ValueError('broken')))
+    assert state() == before
+
+
+def test_a_handler_that_is_set_once_in_a_process_stays(before):
+    def as_torch_does(number, frame): pass
+    assert not exit_code('command', lambda: signal.signal(signal.SIGCHLD, as_torch_does))
+    assert signal.getsignal(signal.SIGCHLD) is as_torch_does
+
+
+def test_a_signal_in_an_undisturbed_block_stops_what_comes_after_it(before):
+    done = []
+
+    def work():
+        stop_on_signals()
+        with command.undisturbed():
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append('block')
+        done.append('after')
+    assert exit_code('command', work) == 143 and done == ['block'] and state() == before
+
+
+def test_a_mistake_is_printed_once_and_on_one_line(capsys, monkeypatch):
+    for rank in ('0', '1'):
+        monkeypatch.setenv('LOCAL_RANK', rank)
+        assert exit_code('command', fails(UsageError('a\nb'))) == 2
+    assert capsys.readouterr().err == 'command: a\\nb\n'
