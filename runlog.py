@@ -1,10 +1,11 @@
-"""The record: one row per run in runs.csv, a curve and the validation predictions beside it.
+"""The record: one row per run in runs.csv, with a curve and the validation predictions beside it.
 
-    python runlog.py merge OTHER.csv [--results DIR]     add the rows of another machine, each once
+    python runlog.py merge OTHER.csv [--results DIR]     adds the rows of another machine, each once
 
-Only this module writes into the results folder. Each file is replaced as a whole by one that has already reached the
-disk, runs.csv under a lock: readers and interrupted writers always leave a complete one. A row is written once and
-stays as it is. A run that was interrupted and continued has a row for each of its ends, and its last one counts.
+Only this module writes into the results folder. It replaces each file as a whole by one that has reached the disk,
+and runs.csv under a lock: a reader always finds a complete file, even after a writer that was interrupted. A row is
+written once and stays as it is. A run that was interrupted and continued has a row for each of its ends, and the last
+one counts.
 """
 import csv
 import hashlib
@@ -26,12 +27,13 @@ from experiments import SETTINGS, Config, fields, setting
 
 RESULTS = Path(__file__).parent / 'results'
 STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
-DONE = 'ok', 'diverged'  # those that need no repetition
+DONE = 'ok', 'diverged'  # A run that ended so needs no repetition.
 CONFIG = {f.name: f.type for f in fields(Config)}
-MEASURED = {  # what a run found out; results/README.md says what each column means
+MEASURED = {  # what a run finds out; results/README.md says what each column means
     'n_train': int, 'n_val': int, 'accuracy': float, 'top5_accuracy': float, 'valid_loss': float, 'train_loss': float,
-    'max_accuracy': float, 'max_accuracy_epoch': int, 'epochs_done': int, 'fit_seconds': float, 'median_epoch_seconds': float,
-    'images_per_second': float, 'peak_memory_mb': float, 'n_parameters': int, 'resumed': int,
+    'max_accuracy': float, 'max_accuracy_epoch': int, 'epochs_done': int, 'fit_seconds': float,
+    'median_epoch_seconds': float, 'images_per_second': float, 'peak_memory_mb': float, 'n_parameters': int,
+    'resumed': int,
 }
 PROVENANCE = {
     'device': str, 'python': str, 'torch': str, 'torchvision': str, 'fastai': str,
@@ -42,14 +44,14 @@ CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seco
 
 
 def new_run(results=RESULTS):
-    """(run id, start time in UTC, ISO 8601) of a run that starts now; ids sort by time.
+    """Returns (run id, start time in UTC, ISO 8601) of a run that starts now; ids sort by time.
 
-    The id is this run's alone: its curve, without an epoch yet, is made here, and made by one process only.
+    It writes the curve of the run, still without an epoch. Only one process can create that file, so the id is unique.
     """
     while True:
         now = datetime.now(UTC)
         run_id = f'{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}'
-        file = _curve(run_id, results)
+        file = curve_file(run_id, results)
         file.parent.mkdir(parents=True, exist_ok=True)
         with suppress(FileExistsError), open(file, 'x') as f:
             f.write(','.join(CURVE) + '\n')
@@ -57,20 +59,21 @@ def new_run(results=RESULTS):
 
 
 def timestamp(time=None):
-    "A time (default: now) in UTC, ISO 8601."
+    "Returns a time (by default now) in UTC as ISO 8601."
     return (time or datetime.now(UTC)).isoformat(timespec='seconds').replace('+00:00', 'Z')
 
 
 def provenance():
-    "What the code and the machine were: the columns of PROVENANCE but for the data and the device."
+    "Returns the columns of PROVENANCE but those of the data and the device."
     versions = {package: version(package) for package in ('torch', 'torchvision', 'fastai')}
     return dict(python=platform.python_version(), **versions) | commit(Path(__file__).parent)
 
 
 def commit(repo):
-    """The columns git_commit and git_dirty of the code in `repo`: by git, or in a copy without .git by its file SOURCE_COMMIT.
+    """Returns the columns git_commit and git_dirty of the code in `repo`.
 
-    The file holds the commit and what `git ls-tree -r` says of it, so that the copy is compared as git compares a checkout.
+    They come from git, or in a copy without .git from its file SOURCE_COMMIT. The file holds the commit and the output
+    of `git ls-tree -r` for it, so the copy is compared with the commit as git would do.
     """
     def git(*args):
         command = ['git', '-C', str(repo), *args]
@@ -80,14 +83,15 @@ def commit(repo):
     if file.exists() and not (repo / '.git').exists():
         number, *tree = file.read_text(encoding='utf-8').splitlines() or ['']
         code = [line for line in tree if line.endswith('.py')]
-        return dict(git_commit=number, git_dirty=int(any(_changed(repo, line) for line in code)) if code else None)
+        dirty = int(any(_changed(repo, line) for line in code)) if code else None
+        return dict(git_commit=number, git_dirty=dirty)
     number = git('rev-parse', 'HEAD')
-    dirty = int(bool(git('status', '--porcelain', '--untracked-files=no', '--', '*.py'))) if number else None
-    return dict(git_commit=number, git_dirty=dirty)
+    changes = git('status', '--porcelain', '--untracked-files=no', '--', '*.py')
+    return dict(git_commit=number, git_dirty=int(bool(changes)) if number else None)
 
 
 def _changed(repo, line):
-    "Whether a file is not what a line of `git ls-tree -r` says: mode, kind and hash, a tab, path."
+    "Returns whether a file differs from its line of `git ls-tree -r`: mode, kind and hash, a tab, path."
     description, path = line.split('\t')
     try: content = (repo / path).read_bytes()
     except OSError: return True
@@ -98,17 +102,18 @@ def _changed(repo, line):
 
 @contextmanager
 def replacing(path, mode='w'):
-    "A file, of text or ('wb') of bytes, that takes the place of `path` when the block ends well: never half of one."
+    "Opens a file, of text or ('wb') of bytes, that replaces `path` as a whole when the block ends without an error."
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'.{path.name}.part')  # one name, so that what a kill -9 leaves is overwritten; runs.csv has its lock
+    part = path.with_name(f'.{path.name}.part')  # always the same: the next writer overwrites what kill -9 left
+    options = {} if 'b' in mode else dict(newline='', encoding='utf-8')
     try:
-        with open(part, mode, **{} if 'b' in mode else dict(newline='', encoding='utf-8')) as f:
+        with open(part, mode, **options) as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-        with suppress(OSError): _sync_folder(path.parent)  # not all file systems can
+        with suppress(OSError): _sync_folder(path.parent)  # Some file systems cannot do that.
     finally:
         with suppress(OSError): part.unlink(missing_ok=True)
 
@@ -127,41 +132,55 @@ def _write_rows(path, columns, rows):
 
 
 def _read_rows(path):
-    """The rows {column: text} of a runs file; None if it has columns that are not ours. UsageError if it is damaged.
+    """Returns the rows {column: text} of a runs file, or None if it has foreign columns; raises UsageError at damage.
 
-    A setting that the file lacks, because it is older than the setting, is as its knob says for runs before it: that is what ran.
+    A file may be older than a knob of Config, and lack its column. Its runs then have the value that the knob has for
+    runs before it.
     """
     def damage(what): return UsageError(f'{path}: {what}; mend it by hand, nothing of it was changed')
     with open(path, newline='', encoding='utf-8-sig') as f:
         reader = csv.reader(f)
         try:
-            columns, rows = next(reader, ['run_id']), []
+            columns = next(reader, ['run_id'])
             if 'run_id' not in columns or not set(columns) <= COLUMNS.keys(): return None
+            rows = []
             missing = {f.name: str(f.metadata['before']) for f in fields(Config) if f.name not in columns}
             for values in filter(None, reader):
-                if values[0].startswith(('<<<<<<<', '=======', '>>>>>>>')): raise damage(f'line {reader.line_num}: a merge conflict')
-                if len(values) != len(columns): raise damage(f'line {reader.line_num} has {len(values)} of {len(columns)} columns')
+                line = f'line {reader.line_num}'
+                if values[0].startswith(('<<<<<<<', '=======', '>>>>>>>')): raise damage(f'{line}: a merge conflict')
+                if len(values) != len(columns): raise damage(f'{line} has {len(values)} of {len(columns)} columns')
                 rows.append(missing | dict(zip(columns, values)))
-                if wrong := _no_number(rows[-1]): raise damage(f'line {reader.line_num}: {wrong}')
+                wrong = _wrong_number(rows[-1])
+                if wrong: raise damage(f'{line}: {wrong}')
         except UnicodeError as e: raise damage(f'not UTF-8 ({e})') from None
         except csv.Error as e: raise damage(f'line {reader.line_num}: {e}') from None
     if not _ends_its_line(path): raise damage('its last line has no end, it may be cut off')
     return rows
 
 
-def _no_number(row):
-    "The first value of a row {column: text} that is not of its column's type, in words; None if there is none."
+def _read_ours(path):
+    "Returns the rows {column: text} of a runs file; raises UsageError if it cannot be read, is damaged or not of ours."
+    try: rows = _read_rows(path)
+    except OSError as e: raise UsageError(f'{path}: cannot be read ({e})') from None
+    if rows is None: raise UsageError(f'{path}: not a runs file of this repository (foreign columns, or no run_id)')
+    return rows
+
+
+def _wrong_number(row):
+    "Returns what is wrong with the first value of a row {column: text} that does not fit its column's type, or None."
     for name, text in row.items():
-        if text and (kind := COLUMNS[name]) is not str:
-            try: value = float(text if '_' not in text else 'none')  # Python alone reads 1_0
-            except ValueError: value = math.nan
-            if not math.isfinite(value): return f'{name} {text!r} is not a number'
-            if kind is int and not (value.is_integer() and abs(value) < 2**53): return f'{name} {text!r} is not an integer'
+        kind = COLUMNS[name]
+        if kind is str or not text: continue
+        try: value = float(text)
+        except ValueError: value = math.nan
+        is_number = math.isfinite(value) and '_' not in text  # Only Python reads 1_0 as a number.
+        if not is_number: return f'{name} {text!r} is not a number'
+        if kind is int and not (value.is_integer() and abs(value) < 2**53): return f'{name} {text!r} is not an integer'
     return None
 
 
 def _ends_its_line(path):
-    "Whether the last byte of a file, if it has one, ends a line."
+    "Returns whether the last byte of a file, if it has one, ends a line."
     with open(path, 'rb') as f:
         size = f.seek(0, os.SEEK_END)
         f.seek(max(0, size - 1))
@@ -169,8 +188,11 @@ def _ends_its_line(path):
 
 
 def _writable(results):
-    """(runs file to append to, its rows, what is wrong with those before it): runs.csv, or where that cannot be added to
-    without changing what is not ours or is damaged, the first runs-N.csv that can."""
+    """Returns (the runs file to append to, its rows, what is wrong with each file before it).
+
+    That is runs.csv; where it is damaged or has foreign columns, it stays as it is, and the first good runs-N.csv is
+    taken.
+    """
     wrong = []
     for name in ['runs.csv', *(f'runs-{n}.csv' for n in range(2, 1000))]:
         path = Path(results) / name
@@ -179,28 +201,37 @@ def _writable(results):
             if rows is not None: return path, rows, wrong
             wrong.append(f'{path} has other columns')
         except UsageError as e: wrong.append(str(e))
-    raise UsageError(f'{results}: no runs file with our columns, and no name left for one')
+    raise UsageError(f'{results}: there is no runs file with the columns of this version, and no name left for one')
 
 
 def _key(row): return row['run_id'], str(row.get('resumed') or 0)
 
 
-def _differ(a, b): return any(_text(a[k]) != _text(b[k]) for k in a.keys() & b.keys() if k != 'resumed')
+def _differ(a, b):
+    "Returns whether two rows of one run and one end have different values in a column that both have."
+    both = (a.keys() & b.keys()) - {'resumed'}
+    return any(_text(a[name]) != _text(b[name]) for name in both)
 
 
 def _text(value): return '' if value is None else str(value)
 
 
 def _append(rows, results):
-    "Add those `rows` that are not there yet; returns (path, how many were added, ids of those that differ from what is there)."
+    """Adds those `rows` that are not there yet to the runs file.
+
+    Returns (path, how many were added, ids of the runs whose rows differ from those that are there). Raises ValueError
+    at a column or a status that does not exist.
+    """
     for row in rows:
-        if row.keys() - COLUMNS.keys(): raise ValueError(f'no such columns: {sorted(map(str, row.keys() - COLUMNS.keys()))}')
+        foreign = row.keys() - COLUMNS.keys()
+        if foreign: raise ValueError(f'no such columns: {sorted(map(str, foreign))}')
         if row.get('status') not in STATUSES: raise ValueError(f'no such status: {row.get("status")!r}')
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
-    with FileLock(results / '.runs.lock', timeout=60):  # of a process that hangs: the row is told instead
+    with FileLock(results / '.runs.lock', timeout=60):  # A process that hangs does not hold up this one for ever.
         path, old, wrong = _writable(results)
-        known, new, clash = {_key(row): row for row in old}, [], []
+        known = {_key(row): row for row in old}
+        new, clash = [], []
         for row in rows:
             there = known.setdefault(_key(row), row)
             if there is row: new.append(row)
@@ -211,11 +242,12 @@ def _append(rows, results):
 
 
 def _refuse(path, clash):
+    "Raises UsageError if there is a clash: ids of runs whose rows differ from those in the file."
     if clash: raise UsageError(f'{path}: has another row of run {", ".join(clash)}, which stays as it is')
 
 
 def check(results=RESULTS):
-    "Raise UsageError unless a row can be written to `results`: asked before a run, not after it."
+    "Raises UsageError unless a row can be written to `results`; a run calls it before it trains."
     results = Path(results)
     try:
         results.mkdir(parents=True, exist_ok=True)
@@ -228,20 +260,20 @@ def check(results=RESULTS):
 
 
 def append(row, results=RESULTS):
-    "Add the row {column: value} of one run (blank where it has no value) to runs.csv; returns the path written to."
+    "Adds the row {column: value} of one run to runs.csv, blank where it has no value; returns the path of the file."
     path, _, clash = _append([row], results)
     _refuse(path, clash)
     return path
 
 
 def merge(other, results=RESULTS):
-    """Add the rows of another runs file, each once, with their curves and predictions; returns (path, how many were new).
+    """Adds the rows of another runs file, each once, with curves and predictions; returns (path, how many were new).
 
-    The curve of a run that is here already gives way to one with more epochs, that of a later end of the run.
+    A curve with more epochs, which is of a later end of the run, replaces the one that is here. Raises UsageError if
+    the other file is damaged or foreign, or if its row of a run differs from the row here; all other rows are added
+    then.
     """
-    try: rows = _read_rows(other)
-    except OSError as e: raise UsageError(f'{other}: cannot be read ({e})') from None
-    if rows is None: raise UsageError(f'{other}: not a runs file of this repository (foreign columns, or no run_id)')
+    rows = _read_ours(other)
     try: path, new, clash = _append(rows, results)
     except ValueError as e: raise UsageError(f'{other}: {e}') from None
     for run_id in dict.fromkeys(row['run_id'] for row in rows if row['run_id'] not in clash):
@@ -251,27 +283,27 @@ def merge(other, results=RESULTS):
 
 
 def write_curve(run_id, rows, results=RESULTS):
-    "curves/<run_id>.csv: one row {column of CURVE: value} per epoch."
-    _write_rows(_curve(run_id, results), CURVE, rows)
+    "Writes curves/<run_id>.csv, one row {column of CURVE: value} per epoch."
+    _write_rows(curve_file(run_id, results), CURVE, rows)
 
 
-def _curve(run_id, results): return Path(results) / 'curves' / f'{run_id}.csv'
+def curve_file(run_id, results): return Path(results) / 'curves' / f'{run_id}.csv'
 
 
 def write_predictions(run_id, results=RESULTS, **arrays):
-    "predictions/<run_id>.npz with `arrays`; kept out of git."
+    "Writes `arrays` to predictions/<run_id>.npz, which is kept out of git."
     import numpy as np
     with replacing(Path(results) / 'predictions' / f'{run_id}.npz', 'wb') as f: np.savez_compressed(f, **arrays)
 
 
 def files_of(run_id, results):
-    "{name: bytes} of the curve and the predictions that a results folder has of a run."
+    "Returns {name: bytes} of the curve and the predictions that a results folder has of a run."
     files = {name: Path(results) / name for name in (f'curves/{run_id}.csv', f'predictions/{run_id}.npz')}
     return {name: file.read_bytes() for name, file in files.items() if file.exists()}
 
 
 def write_files(files, results=RESULTS):
-    "Add `files_of` a run from elsewhere; of two curves of a run the longer one is the later and stays."
+    "Writes the `files_of` a run from elsewhere. A file that is here and not shorter stays: it is as late, or later."
     for name, content in files.items():
         here = Path(results) / name
         if here.exists() and here.stat().st_size >= len(content): continue
@@ -281,22 +313,21 @@ def write_files(files, results=RESULTS):
 # --- reading ---
 
 def load(path=RESULTS / 'runs.csv'):
-    "runs.csv as a DataFrame with typed columns, a row per run: its last; an empty one if there is no file."
+    "Returns runs.csv as a DataFrame with typed columns and the last row of each run; an empty one if there is no file."
     import pandas as pd
-    try: rows = _read_rows(path) if Path(path).exists() else []
-    except OSError as e: raise UsageError(f'{path}: cannot be read ({e})') from None
-    if rows is None: raise UsageError(f'{path}: not a runs file of this repository (foreign columns, or no run_id)')
+    rows = _read_ours(path) if Path(path).exists() else []
     df = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
+    dtypes = {str: str, int: 'Int64', float: float}  # Int64 has blanks.
     for name, kind in COLUMNS.items():
         values = df[name].fillna('')
-        df[name] = values.astype(str) if kind is str else pd.to_numeric(values).astype({int: 'Int64', float: float}[kind])
+        df[name] = (values if kind is str else pd.to_numeric(values)).astype(dtypes[kind])
     df['resumed'] = df.resumed.fillna(0)
     if df.run_id.is_unique: return df
     return df.loc[sorted(df.groupby('run_id').resumed.idxmax())].reset_index(drop=True)
 
 
 def by_setting(runs, names=SETTINGS):
-    "Returns {values of the columns `names`: the runs with them}; `none` is one setting, wherever the layer would be."
+    "Returns {values of the columns `names`: the runs with them}; without attention its place makes no difference."
     if runs.empty: return {}
     settings = runs[list(names)]
     if 'sa_at' in names: settings = settings.assign(sa_at=runs.sa_at.where(runs.attention != 'none', Config.sa_at))
@@ -310,12 +341,16 @@ def of_config(runs, cfg):
 
 
 def recorded(runs, cfg, digest):
-    "The runs, ok or diverged, of a settled `cfg`, its seed included, on the data with that fingerprint (None: on any)."
+    "Returns the runs of a settled `cfg` that are done, its seed included, on the data `digest` (None: on any)."
     runs = of_config(runs, cfg)
-    return runs[(runs.seed == cfg.seed) & ((runs.data_fingerprint == digest) | (digest is None)) & runs.status.isin(DONE)]
+    runs = runs[(runs.seed == cfg.seed) & runs.status.isin(DONE)]
+    return runs if digest is None else runs[runs.data_fingerprint == digest]
 
 
-def work(argv):
+# --- the command ---
+
+def merge_command(argv):
+    "Does what the command line asks for."
     ap = Parser(description='Merge run files.', allow_abbrev=False)
     sub = ap.add_subparsers(dest='command', required=True)
     m = sub.add_parser('merge', help='add the rows of OTHER.csv to runs.csv, each once')
@@ -326,7 +361,7 @@ def work(argv):
     except OSError as e: raise UsageError(f'{args.results}: no row can be written there ({e})') from None
 
 
-def main(argv=None): return exit_code('runlog.py', lambda: work(argv))
+def main(argv=None): return exit_code('runlog.py', lambda: merge_command(argv))
 
 
 if __name__ == '__main__': sys.exit(main())
