@@ -16,7 +16,8 @@ from training import cluster
 
 ray = pytest.importorskip('ray', reason='needs ray: pip install -r requirements-cluster.txt')
 TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
-SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint', 'git_commit', 'git_dirty']
+SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint',
+        'git_commit', 'git_dirty']
 
 
 @pytest.fixture
@@ -45,11 +46,13 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
     line = read_to(process, r'\(train_run pid=\d+\).* epoch 2 ')
     os.kill(int(re.search(r'pid=(\d+)', line)[1]), signal.SIGKILL)
     out, err = process.communicate(timeout=300)
-    assert process.returncode == 0 and 'continues after epoch' in out and '4/4 ' in out and out.rindex('none → simple:') > 0, err
+    assert process.returncode == 0 and 'continues after epoch' in out, err
+    assert '4/4 ' in out and 'none → simple:' in out, err
     here, there = rows(tmp_path / 'plain'), rows(tmp_path / 'ray')
     assert here[SAME].equals(there[SAME]) and set(here.status) == {'ok'} and there.run_id.is_unique
     assert sorted(there.resumed) == [0, 0, 0, 1] and not list((tmp_path / 'ray' / 'checkpoints').iterdir())
-    for name in ('curves', 'predictions'): assert {f.stem for f in (tmp_path / 'ray' / name).iterdir()} == set(there.run_id)
+    for name in ('curves', 'predictions'):
+        assert {f.stem for f in (tmp_path / 'ray' / name).iterdir()} == set(there.run_id)
     assert not list((tmp_path / 'ray').glob('.ray-*'))
     assert '0 runs to do, 4 recorded' in start('ray', '--epochs', 8, '--dry-run').communicate()[0]
 
@@ -57,7 +60,8 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
 def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(start, tmp_path):
     process = start('results', '--epochs', 40, '--ray')
     begun = set()
-    while len(begun) < 2: begun.add(re.search(r'pid=(\d+)', read_to(process, 'epoch 2 '))[1])  # both workers have a checkpoint
+    while len(begun) < 2:  # both workers have a checkpoint then
+        begun.add(re.search(r'pid=(\d+)', read_to(process, 'epoch 2 '))[1])
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=300)
     left = rows(tmp_path / 'results')
@@ -66,21 +70,47 @@ def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(st
     assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
     out, err = start('results', '--epochs', 40).communicate(timeout=300)
     df = rows(tmp_path / 'results')
-    assert out.count('continues after epoch') == len(left) and set(df.status) == {'ok'} and 'epochs so far had git_commit' not in err, err
+    assert out.count('continues after epoch') == len(left) and set(df.status) == {'ok'}, err
+    assert 'epochs so far had git_commit' not in err, err
     assert len(df) == 4 and set(left.run_id) < set(df.run_id)
 
 
 def test_what_cannot_be_is_told_in_one_line(start, tmp_path):
     (tmp_path / 'ray.py').write_text('raise ImportError')
-    for argv, env, words in [(['--ray'], dict(PYTHONPATH=str(tmp_path)), '--ray: needs ray: pip install -r requirements-cluster.txt'),
-                             (['--ray', '127.0.0.1:1'], {}, '--ray 127.0.0.1:1: no Ray there'),
-                             (['--ray', 'x y'], {}, '--ray x y: no Ray there'),
-                             (['--ray', '--cpus-per-run', '999'], {}, '--cpus-per-run 999: this machine has'),
-                             (['--ray', '--gpus-per-run', '1'], dict(CUDA_VISIBLE_DEVICES=''), '--gpus-per-run 1: this machine has 0')]:
+    no_ray, no_gpu = dict(PYTHONPATH=str(tmp_path)), dict(CUDA_VISIBLE_DEVICES='')
+    for argv, env, words in [
+        (['--ray'], no_ray, '--ray: needs ray: pip install -r requirements-cluster.txt'),
+        (['--ray', '127.0.0.1:1'], {}, '--ray 127.0.0.1:1: no Ray there'),
+        (['--ray', 'x y'], {}, '--ray x y: no Ray there'),
+        (['--ray', '--cpus-per-run', '999'], {}, '--cpus-per-run 999: this machine has'),
+        (['--ray', '--gpus-per-run', '1'], no_gpu, '--gpus-per-run 1: this machine has 0'),
+    ]:
         process = start('results', *argv, **env)
         _, err = process.communicate(timeout=200)
         assert process.returncode == 2 and err.startswith(f'reproduce.py: {words}') and err.count('\n') == 1, err
     assert not (tmp_path / 'results' / 'runs.csv').exists()
+
+
+def test_a_node_gets_the_code_that_trains_and_nothing_else(spawn, tmp_path):
+    code = f'''
+import sys
+sys.path.insert(0, {str(REPO)!r})
+from training.cluster import Cluster
+
+def look():
+    import os
+    import training.run
+    return os.listdir(), os.path.dirname(training.run.__file__), os.getcwd()
+
+here = Cluster(None, {str(tmp_path)!r})
+files, training, folder = here.ray.get(here.ray.remote(num_cpus=1)(look).remote())
+print(training == folder + '/training', *files)
+'''
+    out, err = spawn('-c', code, cwd=tmp_path).communicate(timeout=300)
+    assert out.startswith('True '), err
+    sent = set(out.split()[1:])
+    assert {'training', 'layers.py', 'xresnet.py', 'experiments.py', 'runlog.py', 'command.py'} <= sent
+    assert not sent & {'results', 'tests', 'report', 'notebooks', '.git', '.venv'}
 
 
 # --- the task, in this process ---
@@ -116,7 +146,7 @@ def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, mo
     assert out.row['status'] == 'failed' and out.error == "RuntimeError('broken')" and not out.mistake
     out = fails(UsageError('no such image'))
     assert out.row['status'] == 'failed' and out.mistake == 'no such image' and not out.error
-    assert fails(Busy('another process is already training this run')).busy == 'another process is already training this run'
+    assert fails(Busy('another process has it')).busy == 'another process has it'
     monkeypatch.undo()
     before_fit = training.measure.Measure.before_fit
 
@@ -131,12 +161,13 @@ def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, mo
 def test_a_full_disk_for_the_files_of_a_run_loses_no_row(task, tmp_path, monkeypatch, capsys):
     def full(*args): raise OSError(28, 'No space left on device')
     out, driver = task(shared=False), cluster.Cluster.__new__(cluster.Cluster)
-    driver.ray, driver.results, driver.provenance = SimpleNamespace(get=lambda ref: ref, exceptions=ray.exceptions), tmp_path / 'driver', {}
+    driver.ray = SimpleNamespace(get=lambda ref: ref, exceptions=ray.exceptions)
+    driver.results, driver.provenance = tmp_path / 'driver', {}
     with monkeypatch.context() as m:
         m.setattr(runlog, 'write_files', full)
         assert driver.receive(out) is None
     assert 'its curve or predictions could not be written' in capsys.readouterr().err
     assert rows(tmp_path / 'driver').status.tolist() == ['ok']
     assert driver.receive(out) is None and len(rows(tmp_path / 'driver')) == 1  # handed over twice, it is one row
-    assert isinstance(driver.receive(cluster.Outcome(busy='another process is already training this run')), Busy)
+    assert isinstance(driver.receive(cluster.Outcome(busy='another process has it')), Busy)
     assert {f'{f.parent.name}/{f.name}' for f in tmp_path.glob('driver/*/*')} == set(out.files)

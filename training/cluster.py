@@ -1,9 +1,11 @@
-"""The runs of an experiment on Ray, a task a run: on this machine, or on a cluster.
+"""The runs of an experiment on Ray, one task per run: on this machine, or on a cluster.
 
-A task trains as `run.run` does, with its curve, predictions and checkpoint in the results folder where its node shares
-that, and hands its row to the process that asked for it, which alone writes runs.csv. Ray tries a run again whose worker
-or node has died: from its last checkpoint where the folder is shared, else anew. A run has as many threads as cores of its
-own, or OMP_NUM_THREADS: on a CPU its numbers are those of a plain run with as many, to the bit.
+A task trains as `run.run` does and hands its row to the process that asked for it, which alone writes runs.csv. Where
+its node shares the results folder, the task writes the curve, the predictions and the checkpoint there. Where a worker
+or a node dies, Ray starts the run again: from its last checkpoint where the folder is shared, else from the beginning.
+
+A run has as many threads as it has cores, or OMP_NUM_THREADS of them. On a CPU its numbers are those of a plain run
+with as many threads, to the bit.
 """
 import os
 import signal
@@ -15,63 +17,73 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import runlog
-from command import Busy, Stopped, UsageError, is_stop, undisturbed
+from command import Busy, Stopped, UsageError, is_stop, restored, undisturbed
 
 TRIES = 4  # of a run whose workers die
-PATIENCE = 120  # seconds for the runs under way to hand over their rows at the end by a signal
+PATIENCE_SECONDS = 120  # After a signal, the runs under way have so long to hand over their rows.
 
 
 @dataclass
 class Outcome:
-    "What a task hands over. `files`: {path in the results folder: bytes}, where the task could not write them there itself."
+    "Holds what a task hands over."
     row: dict = None
-    files: dict = field(default_factory=dict)
-    error: str = None    # why the run failed
-    mistake: str = None  # of the user: no other run would do better
-    busy: str = None     # another process is at the run
+    files: dict = field(default_factory=dict)  # {path in the results folder: bytes}, where the task cannot write there
+    error: str = None    # says why the run failed
+    mistake: str = None  # says what the user did wrong: no other run would do better
+    busy: str = None     # says that another process is training the run
 
 
 class Cluster:
-    """Ray at `address` (None: one of this machine's own, for as long as this process lives), with that much of it for a run.
+    """Trains runs on the Ray cluster at `address`, or on one of this machine that lives as long as this process.
 
-    `cpus`: cores, for the threads and the loader processes of a run, each; `gpus`: may be a fraction, of a GPU that runs share; None:
-    one, where there is any. Raises UsageError without ray, or where there is no cluster at `address`.
+    cpus  cores of a run: it has as many threads, and as many loader processes
+    gpus  GPUs of a run, or the fraction of one that runs share; None: one GPU, where there is any
+
+    Raises UsageError where ray is not installed, and where there is no cluster at `address`.
     """
+
     def __init__(self, address, results, cpus=1, gpus=None):
-        os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # it would report to its makers
+        os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')  # Ray would report to its makers.
         try:
             import ray
         except ImportError: raise UsageError('--ray: needs ray: pip install -r requirements-cluster.txt') from None
         self.ray, self.results, self.cpus = ray, Path(results).resolve(), cpus
-        here = {key: os.environ[key] for key in ('FASTAI_HOME', 'OMP_NUM_THREADS') if key in os.environ}
-        code = dict(working_dir=str(Path(__file__).parent.parent), excludes=['/*/', '!/training/', '*.pt'], env_vars=here)
-        own = {} if address else dict(include_dashboard=False)
+        options = dict(runtime_env=environment(), log_to_driver=True, logging_level='error')
         try:
-            if address: reach(address)
-            ray.init(address=address or 'local', runtime_env=code, log_to_driver=True, logging_level='error', **own)
-        except Exception as e:  # ray raises that too, where it gives up
+            if address:
+                reach(address)
+                ray.init(address=address, **options)
+            else: ray.init(address='local', include_dashboard=False, **options)
+        except Exception as e:  # Where Ray gives up, it raises Exception itself too.
             where = f'{address}: no Ray there' if address else 'Ray does not start here'
             raise UsageError(f'--ray {where} ({" ".join(str(e).split())})') from None
-        resources = ray.cluster_resources()
-        self.gpus = gpus if gpus is not None else min(1, resources.get('GPU', 0))
-        for what, wanted in (('CPU', cpus), ('GPU', self.gpus)):
-            if not address and wanted > (there := resources.get(what, 0)):
-                raise UsageError(f'--{what.lower()}s-per-run {wanted:g}: this machine has {there:g}')
-        self.provenance = {key: value for key, value in runlog.provenance().items() if key.startswith('git_')}  # nodes get no .git
+        there = ray.cluster_resources()
+        self.gpus = gpus if gpus is not None else min(1, there.get('GPU', 0))
+        if not address:
+            for resource, flag, wanted in (('CPU', '--cpus-per-run', cpus), ('GPU', '--gpus-per-run', self.gpus)):
+                n = there.get(resource, 0)
+                if wanted > n: raise UsageError(f'{flag} {wanted:g}: this machine has {n:g}')
+        # The nodes get no .git, so the commit is known here alone.
+        self.provenance = {key: value for key, value in runlog.provenance().items() if key.startswith('git_')}
 
     @property
     def device(self):
-        "What the runs are on."
+        "Returns the kind of device that the runs train on."
         import torch
         return torch.device('cuda' if self.gpus else 'cpu')
 
     def each(self, todo, checkpoint_every=None):
-        """Train `todo`, [(arm, Config)], as many at once as there is room for; yields (arm, cfg, the error of a run that failed or was
-        not begun, or None) as each ends. Left early, it stops the runs under way and takes their rows."""
+        """Trains `todo`, [(arm, Config)], as many runs at once as there is room for.
+
+        As each run ends, yields (arm, cfg, error); the error is None, or why the run failed or was not begun. Where the
+        caller leaves early, it stops the runs under way and takes their rows.
+        """
         task = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=TRIES - 1, max_calls=1)(train_run)
         with self.mark() as mark:
-            pending = {task.remote(self.for_node(cfg), self.results, mark, checkpoint_every): (arm, cfg) for arm, cfg in todo}
+            pending = {}  # {reference of a task: its (arm, Config)}
             try:
+                for arm, cfg in todo:
+                    pending[task.remote(self.for_node(cfg), self.results, mark, checkpoint_every)] = arm, cfg
                 while pending:
                     (ref,), _ = self.ray.wait(list(pending))
                     with undisturbed():
@@ -81,57 +93,78 @@ class Cluster:
             finally: self.stop(list(pending))
 
     def stop(self, refs):
-        "Stop tasks, and take the rows of those that had begun."
+        "Stops tasks, and takes the rows of those that have begun."
+        if not refs: return
         with undisturbed():
             for ref in refs: self.ray.cancel(ref)
-            ended, silent = self.ray.wait(refs, num_returns=len(refs), timeout=PATIENCE) if refs else ([], [])
+            ended, silent = self.ray.wait(refs, num_returns=len(refs), timeout=PATIENCE_SECONDS)
             for ref in ended:
                 try: self.receive(ref)
                 except UsageError as e: print(e, file=sys.stderr)
-            if silent: print(f'{len(silent)} runs did not end in {PATIENCE} s: they have no row', file=sys.stderr)
+            if silent:
+                print(f'{len(silent)} runs did not end in {PATIENCE_SECONDS} s: they have no row', file=sys.stderr)
 
     def for_node(self, cfg):
-        "`cfg` for a node: an absolute folder, as many loader processes as cores."
+        "Returns `cfg` for a node, with an absolute folder and as many loader processes as cores."
         workers = cfg.workers if cfg.workers >= 0 else max(1, int(self.cpus))
         return replace(cfg, workers=workers, data=str(Path(cfg.data).resolve()) if cfg.data else '')
 
     @contextmanager
     def mark(self):
-        "The name of a file in the results folder, by which a node tells whether it shares the folder."
+        "Makes a file in the results folder and gives its name: a node that finds it shares the folder."
         self.results.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.results, prefix='.ray-') as f: yield Path(f.name).name
 
     def receive(self, ref):
-        "Record what a task hands over, the row first; returns the error of a run that failed or was not begun, or None."
-        from training.run import record  # needs torch, which takes seconds
+        """Records what a task hands over, the row first; returns why the run failed or was not begun, or None.
+
+        Raises UsageError after a mistake of the user.
+        """
+        from training.run import record  # It needs torch, which takes seconds.
         try: out = self.ray.get(ref)
-        except self.ray.exceptions.TaskCancelledError: return None  # had not begun
+        except self.ray.exceptions.TaskCancelledError: return None  # It had not begun.
         except self.ray.exceptions.RayError as e: return f'{type(e).__name__}: {str(e).splitlines()[0]}'
         if out.row: record(out.row | self.provenance, self.results)
         try: runlog.write_files(out.files, self.results)
-        except OSError as e: print(f'{out.row["run_id"]}: its curve or predictions could not be written ({e})', file=sys.stderr)
+        except OSError as e:
+            print(f'{out.row["run_id"]}: its curve or predictions could not be written ({e})', file=sys.stderr)
         if out.mistake: raise UsageError(out.mistake)
         return Busy(out.busy) if out.busy else out.error
 
 
+def environment():
+    """Returns what Ray gives each node: the top files of this repository, training/ and some variables.
+
+    All other folders stay here, such as results/ and .venv/, and so do the files of models.
+    """
+    code = dict(working_dir=str(Path(__file__).parent.parent), excludes=['/*/', '!/training/', '*.pt'])
+    names = 'FASTAI_HOME', 'OMP_NUM_THREADS'
+    return code | dict(env_vars={name: os.environ[name] for name in names if name in os.environ})
+
+
 def reach(address, wait=10):
-    "Raise OSError where nothing answers at host:port, in `wait` seconds: Ray would try for minutes."
+    "Raises OSError unless something answers at host:port within `wait` seconds; Ray would try for minutes."
     host, _, port = address.removeprefix('ray://').rpartition(':')
     if host and port.isdigit(): socket.create_connection((host.strip('[]'), int(port)), wait).close()
 
 
 def train_run(cfg, results, mark, checkpoint_every):
-    "The task, in a process of its own on a node: an Outcome."
+    "Trains a run in a process of its own on a node; returns an Outcome."
     from training.run import run
-    signal.signal(signal.SIGINT, lambda number, _: setattr(Stopped, 'by', number))  # Ray cancels by it: the run ends before its next batch
-    out, shared = Outcome(), (results / mark).exists()
-    with nullcontext(results) if shared else tempfile.TemporaryDirectory() as folder:
-        def hand_over(row):
-            out.row = row
-            if not shared: out.files = runlog.files_of(row['run_id'], folder)
+    out, is_shared = Outcome(), (results / mark).exists()
+
+    def hand_over(row):
+        out.row = row
+        if not is_shared: out.files = runlog.files_of(row['run_id'], folder)
+
+    with restored(), nullcontext(results) if is_shared else tempfile.TemporaryDirectory() as folder:
+        signal.signal(signal.SIGINT, stop_at_next_batch)  # Ray cancels a task by SIGINT.
         try: run(cfg, folder, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
         except Busy as e: out.busy = str(e)
         except UsageError as e: out.mistake = str(e)
         except BaseException as e:
             if not is_stop(e): out.error = repr(e)
     return out
+
+
+def stop_at_next_batch(number, frame): Stopped.by = number
