@@ -10,7 +10,7 @@ from PIL import Image
 
 from command import UsageError
 from training import images
-from training.images import Pixels, crop_boxes, epoch_draws, filters, read_image, stack, train_image, valid_image
+from training.images import Pixels, crop_boxes, epoch_draws, filters, read_image, stack_valid_images, train_image, valid_image
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA'))]
 
@@ -130,7 +130,7 @@ def test_filters_are_pillows_for_one_row(length):
 
 
 def test_stacked_validation_images_are_pillows_to_the_bit(files):
-    assert all(np.array_equal(a, valid_image(read_image(f), 40)) for a, f in zip(stack(files, 40), files, strict=True))
+    assert all(np.array_equal(a, valid_image(read_image(f), 40)) for a, f in zip(stack_valid_images(files, 40), files, strict=True))
 
 
 def test_a_set_that_does_not_fit_is_not_decoded(files, monkeypatch):
@@ -140,5 +140,5 @@ def test_a_set_that_does_not_fit_is_not_decoded(files, monkeypatch):
 
 def test_an_unreadable_file_of_a_set_is_named(files):
     files[2].write_bytes(files[2].read_bytes()[:200])
-    for read in (lambda: Pixels(files, 'cpu'), lambda: stack(files, 32)):
+    for read in (lambda: Pixels(files, 'cpu'), lambda: stack_valid_images(files, 32)):
         with pytest.raises(UsageError, match=r'2\.png: cannot be read'): read()

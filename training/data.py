@@ -1,10 +1,10 @@
-"""Imagenette, Imagewoof and digits as the 2019 source fed them: `get_dls(cfg)` gives fastai DataLoaders.
+"""Imagenette, Imagewoof and digits as the 2019 source fed them: `get_dls(cfg)` returns fastai DataLoaders.
 
-Two loaders of the same images (images.py): `workers` decodes and crops with Pillow in loader processes; `device` keeps
-the decoded images on the device and crops there. Both normalise with ImageNet's statistics.
+There are two loaders of the same images (images.py): `workers` decodes and crops with Pillow in loader processes;
+`device` keeps the decoded images on the device and crops there. Both normalise with ImageNet's statistics.
 
-All that is random in an epoch (order, crops, flips) is drawn at once from (seed, epoch), so it depends neither on
-the loader, nor on the number of its processes, nor on the epochs before it.
+All that is random in an epoch (order, crops, flips) is drawn at once from (seed, epoch). So it depends neither on the
+loader, nor on the number of its processes, nor on the epochs before.
 """
 import gzip
 import os
@@ -28,11 +28,15 @@ from PIL import Image
 from command import UsageError
 from experiments import N_IMAGES
 from training.files import find_images, fingerprint, noisy_labels, split_files
-from training.images import Pixels, crop_boxes, epoch_draws, read_image, stack, train_image, valid_image
+from training.images import Pixels, crop_boxes, epoch_draws, read_image, stack_valid_images, train_image, valid_image
 
 ARCHIVES = {  # (dataset, source): URL
-    ('imagenette', '160'): URLs.IMAGENETTE_160, ('imagenette', '320'): URLs.IMAGENETTE_320, ('imagenette', 'full'): URLs.IMAGENETTE,
-    ('imagewoof', '160'): URLs.IMAGEWOOF_160, ('imagewoof', '320'): URLs.IMAGEWOOF_320, ('imagewoof', 'full'): URLs.IMAGEWOOF,
+    ('imagenette', '160'): URLs.IMAGENETTE_160,
+    ('imagenette', '320'): URLs.IMAGENETTE_320,
+    ('imagenette', 'full'): URLs.IMAGENETTE,
+    ('imagewoof', '160'): URLs.IMAGEWOOF_160,
+    ('imagewoof', '320'): URLs.IMAGEWOOF_320,
+    ('imagewoof', 'full'): URLs.IMAGEWOOF,
 }
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -40,45 +44,50 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # --- files ---
 
 def find_data(cfg):
-    "The folder `cfg` trains on, downloaded or written first where need be."
+    """Returns the folder that `cfg` trains on; downloads and extracts it, or writes it, where it is not there yet.
+
+    Raises UsageError if the archive cannot be had or is damaged.
+    """
     if cfg.data: return Path(cfg.data)
     if cfg.dataset == 'digits': return digits()
     url = ARCHIVES[cfg.dataset, cfg.source]
     archive, folder = fastai_path('archive') / Path(url).name, fastai_path('data') / Path(url).stem
     if folder.exists(): return folder
     try:
-        with whole(folder) as part:
+        with filled(folder) as part:
             untar_data(url, base=part.parent, archive=archive.parent, data=part.parent)
             n, expected = len(find_images(part)), sum(N_IMAGES[cfg.dataset, cfg.split])
-            if n != expected: raise tarfile.ReadError(f'{n:,} of {expected:,} images')  # at a damaged header tarfile ends in silence
+            if n != expected:  # At a damaged header tarfile ends without an error.
+                raise tarfile.ReadError(f'{n:,} of {expected:,} images')
     except (EOFError, UsageError, gzip.BadGzipFile, shutil.ReadError, tarfile.TarError, zlib.error) as e:
         raise UsageError(f'{archive}: damaged ({_brief(e)}); remove it, and it is downloaded anew') from None
-    except Exception as e:  # urllib, ssl, a full disk: all mean that there is no archive
+    except Exception as e:  # Whatever urllib, ssl or a full disk raise, there is no archive.
         hint = f'try again, put the archive at {archive}, or name an extracted folder with --data'
         raise UsageError(f'cannot get {url} ({_brief(e)}): {hint}') from None
     return folder
 
 
 def _brief(e):
-    "What went wrong, in a line: without the body of an HTTP error, or all the files that could not be copied."
-    if isinstance(e, shutil.Error): return e.args[0][0][-1]  # of [(from, to, reason)]
-    if 'ContentTooShortError' in str(e): return 'the download broke off'  # a NameError, where fastcore forgets to import it
+    "Returns what went wrong in a line: without the body of an HTTP error, or the list of files that were not copied."
+    if isinstance(e, shutil.Error): return e.args[0][0][-1]  # e.args[0] is [(from, to, reason)].
+    if 'ContentTooShortError' in str(e): return 'the download broke off'  # fastcore forgets to import that error.
     return next(iter(str(e).splitlines()), type(e).__name__)[:200]
 
 
 @contextmanager
-def whole(folder):
-    "A path for the block to fill, which then takes the place of `folder`, if that is not there by now: never half of it."
+def filled(folder):
+    "Gives a path for the block to fill and renames it to `folder`, unless another process was first: never half of it."
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f'{folder.name}.', dir=folder.parent) as beside:
-        yield (part := Path(beside) / folder.name)
+        part = Path(beside) / folder.name
+        yield part
         try: part.rename(folder)
-        except OSError:  # another process was first
-            if not folder.exists(): raise
+        except OSError:
+            if not folder.exists(): raise  # Else another process was first.
 
 
 def find_set(cfg):
-    "(folder, {path: bytes}, fingerprint) of the images `cfg` trains and validates on, downloaded first where need be."
+    "Returns (folder, {path: bytes}, fingerprint) of the images of `cfg`; downloads them where they are not there yet."
     try:
         path = find_data(cfg)
         files = find_images(path)
@@ -87,16 +96,16 @@ def find_set(cfg):
 
 
 def digits():
-    "scikit-learn's 1,797 handwritten digits as PNGs, written once: every fifth one is in val."
+    "Returns the folder of scikit-learn's 1,797 digits as PNGs, and writes it once: every fifth one is in val."
     path = fastai_path('data') / 'digits'
     if path.exists(): return path
     from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
-    with whole(path) as part:
+    with filled(path) as part:
         for i, (image, label) in enumerate(zip(images, labels)):
             file = part / ('train' if i % 5 else 'val') / str(label) / f'{i:04d}.png'
             file.parent.mkdir(parents=True, exist_ok=True)
-            image = np.pad(image.reshape(8, 8) * (255 / 16), 2)  # the margin is what the centre crop takes off again
+            image = np.pad(image.reshape(8, 8) * (255 / 16), 2)  # The centre crop takes the margin off again.
             Image.fromarray(image.round().astype(np.uint8)).save(file)
     return path
 
@@ -104,53 +113,60 @@ def digits():
 # --- datasets ---
 
 class Images:
-    """Labelled images (uint8 (3, size, size)); with `seed`, training images: order, crops and flips as drawn for the epoch.
+    """Holds the order of labelled images, and the crops and flips of an epoch; an image is uint8 (3, size, size).
 
-    `share`: (r, n) for the r-th of n processes. It has every n-th image of the order; of training images all have as many.
+    labels  classes (n,), as integers
+    seed    that of training images, whose order, crops and flips are random; None: validation images
+    share   (rank, number n of processes): a process has every n-th image of the order; all have as many training images
     """
     def __init__(self, labels, size, seed=None, share=(0, 1)):
-        self.labels, self.size, self.seed, (self.first, self.step) = labels, size, seed, share
-        self.order = range(len(labels))[self.first::self.step]
+        self.labels, self.size, self.seed = labels, size, seed
+        self.rank, self.n_processes = share
+        self.order = range(len(labels))[self.rank::self.n_processes]
         self.set_epoch(0)
 
     def __len__(self): return len(self.order)
 
     def set_epoch(self, epoch):
-        "Draw order, crops and flips of `epoch`; without a seed nothing is random."
+        "Draws order, crops and flips of `epoch`; without a seed nothing is random."
         if self.seed is None: return
         n = len(self.labels)
         order, self.u, self.flip = epoch_draws(self.seed, epoch, n)
-        self.order = order[self.first:n - n % self.step:self.step]
+        self.order = order[self.rank:n - n % self.n_processes:self.n_processes]
 
 
 class ImageFiles(Images, torch.utils.data.Dataset):
-    "Read from their files, one (image, label) at a time."
-    def __init__(self, path, files, *args, **kwargs):
-        super().__init__(*args, **kwargs)
+    "Reads its images from `files` in the folder `path`, one (image, label) at a time."
+    def __init__(self, path, files, labels, size, seed=None, share=(0, 1)):
+        super().__init__(labels, size, seed, share)
         self.path, self.files = path, files
 
     def __getitem__(self, i):
         im = read_image(self.path / self.files[i])
-        im = valid_image(im, self.size) if self.seed is None else train_image(im, self.size, self.u[i], self.flip[i])
+        if self.seed is None: im = valid_image(im, self.size)
+        else: im = train_image(im, self.size, self.u[i], self.flip[i])
         return torch.from_numpy(np.array(im)).permute(2, 0, 1), self.labels[i]  # (H, W, C) -> (C, H, W)
 
 
 class DeviceImages(Images):
-    "Decoded on a device, a batch at a time: `pixels` are Pixels for training, ready images (n, size, size, 3) for validation."
-    def __init__(self, pixels, labels, *args, **kwargs):
+    """Makes batches of decoded images on their device.
+
+    `pixels` are Pixels of training images, or validation images that are ready: (n, size, size, 3).
+    """
+    def __init__(self, pixels, labels, size, seed=None, share=(0, 1)):
         self.pixels, self.targets = pixels, torch.tensor(labels).to(pixels.data.device)
-        super().__init__(labels, *args, **kwargs)
+        super().__init__(labels, size, seed, share)
 
     def set_epoch(self, epoch):
         super().set_epoch(epoch)
         if self.seed is not None: self.boxes = crop_boxes(self.u, self.pixels.width, self.pixels.height)
 
     def batch(self, start, stop):
-        "Images (B, 3, size, size) and labels (B,) from `start` to `stop` in the order of the epoch."
+        "Returns images (B, 3, size, size) and labels (B,) from `start` to `stop` in the order of the epoch."
         i = self.order[start:stop]
         if self.seed is None:
             at = slice(i.start, i.stop, i.step)
-            return self.pixels[at].permute(0, 3, 1, 2), self.targets[at]
+            return self.pixels[at].permute(0, 3, 1, 2), self.targets[at]  # (B, H, W, C) -> (B, C, H, W)
         labels = self.targets[torch.from_numpy(i).to(self.targets.device, non_blocking=True)]
         return self.pixels.crops(i, self.boxes[i], self.flip[i], self.size), labels
 
@@ -158,7 +174,7 @@ class DeviceImages(Images):
 # --- batches ---
 
 class ImageLoader(DataLoader):
-    "fastai's DataLoader, in the order that the dataset draws, with the batches normalised on their device."
+    "Loads in the order that the dataset draws, and normalises batches (B, 3, H, W) on their device."
     def __init__(self, dataset, sh=0., **kwargs):
         super().__init__(dataset, **kwargs)
         self.erase = RandomErasing(p=0.3, max_count=3, sh=sh) if sh else None  # as in fastai's example script
@@ -176,12 +192,12 @@ class ImageLoader(DataLoader):
 
 @lru_cache
 def _statistics(device):
-    "ImageNet's mean and standard deviation (3, 1, 1), copied to `device` once: a copy a batch would hold it up."
+    "Returns ImageNet's mean and standard deviation (3, 1, 1), copied to `device` once: it would wait for each copy."
     return [torch.tensor(s, device=device).view(3, 1, 1) for s in (IMAGENET_MEAN, IMAGENET_STD)]
 
 
 class DeviceLoader(ImageLoader):
-    "Batches that a DeviceImages dataset makes: no loader process, and no image decoded twice."
+    "Gives the batches that a DeviceImages dataset makes: it has no loader processes, and decodes no image twice."
     def create_batches(self, samples):
         stop = self.n - self.n % self.bs if self.drop_last else self.n
         for i in range(0, stop, self.bs): yield self.dataset.batch(i, min(i + self.bs, self.n))
@@ -189,75 +205,102 @@ class DeviceLoader(ImageLoader):
 
 @lru_cache(maxsize=1)
 def _decoded(path, files, digest, device):
-    "The Pixels of `files`, kept for the next run of this process on the same data (`digest`)."
+    "Returns the Pixels of `files`, which are kept for the next run of this process on the same data (`digest`)."
     return Pixels([path / f for f in files], device, limit=device_bytes(device))
 
 
 @lru_cache(maxsize=1)
-def _decoded_valid(path, files, digest, device, size): return stack([path / f for f in files], size).to(device)
+def _decoded_valid(path, files, digest, device, size):
+    "Returns the validation images of `files`, kept in the same way: (n, size, size, 3)."
+    return stack_valid_images([path / f for f in files], size).to(device)
 
 
 def device_bytes(device):
-    "Bytes that decoded images may take on `device`: half of the free memory of a GPU, a quarter of the machine's."
+    "Returns the bytes that decoded images may take: half of the free memory of a GPU, a quarter of the machine's."
     if device.type == 'cuda': return torch.cuda.mem_get_info(device)[0] // 2
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
 
 
 def loaders(cfg, path, train, valid, digest, device):
-    """(training loader, validation loader, name of the kind) from lists of (file, label).
+    """Returns (training loader, validation loader, the name of their kind) for lists of (file, label).
 
-    auto: `device` on a GPU that holds the set; on a CPU `workers`, whose Pillow is several times faster there.
+    `auto` is `device` on a GPU that holds the images. On a CPU it is `workers`, since Pillow is several times faster
+    there.
     """
-    (train, train_labels), (valid, valid_labels) = (map(tuple, zip(*pairs)) for pairs in (train, valid))
+    train, train_labels = map(tuple, zip(*train))
+    valid, valid_labels = map(tuple, zip(*valid))
     share = rank_distrib(), cfg.processes
-    kind = cfg.loader if cfg.loader != 'auto' else 'device' if device.type == 'cuda' else 'workers'
+    kind = cfg.loader
+    if kind == 'auto': kind = 'device' if device.type == 'cuda' else 'workers'
     if kind == 'device':
         try: pixels = _decoded(path, train, digest, device)
         except MemoryError as e:
-            if cfg.loader == 'device': raise UsageError(f'--loader device: no room for {e}; take --loader workers') from None
+            if cfg.loader == 'device':
+                raise UsageError(f'--loader device: no room for {e}; take --loader workers') from None
             kind = 'workers'
     if kind == 'device':
         ready = _decoded_valid(path, valid, digest, device, cfg.size)
-        sets = DeviceImages(pixels, train_labels, cfg.size, cfg.seed, share), DeviceImages(ready, valid_labels, cfg.size, share=share)
-        make, options = DeviceLoader, dict(num_workers=0)
+        train_set = DeviceImages(pixels, train_labels, cfg.size, cfg.seed, share)
+        valid_set = DeviceImages(ready, valid_labels, cfg.size, share=share)
+        make, options = DeviceLoader, dict(bs=cfg.bs, num_workers=0)
     else:
-        sets = (ImageFiles(path, train, train_labels, cfg.size, cfg.seed, share),
-                ImageFiles(path, valid, valid_labels, cfg.size, share=share))
-        make, options = ImageLoader, dict(num_workers=cfg.workers, pin_memory=device.type == 'cuda')
-    return make(sets[0], cfg.sh, bs=cfg.bs, drop_last=True, **options), make(sets[1], bs=cfg.bs, **options), kind
+        train_set = ImageFiles(path, train, train_labels, cfg.size, cfg.seed, share)
+        valid_set = ImageFiles(path, valid, valid_labels, cfg.size, share=share)
+        make, options = ImageLoader, dict(bs=cfg.bs, num_workers=cfg.workers, pin_memory=device.type == 'cuda')
+    return make(train_set, cfg.sh, drop_last=True, **options), make(valid_set, **options), kind
 
 
 def get_dls(cfg, device='cpu'):
-    "DataLoaders of a resolved `cfg`, with `vocab` (class names), `valid_files`, `fingerprint` and `loader` (its kind)."
+    """Returns the DataLoaders of a resolved `cfg`.
+
+    They have the attributes `vocab` (class names), `valid_files`, `fingerprint` and `loader` (the kind). Raises
+    UsageError if the images or their labels cannot be used.
+    """
     device = torch.device(device)
     path, sizes, digest = find_set(cfg)
     train, valid = split_files(list(sizes), cfg.split)
-    expected = N_IMAGES.get((cfg.dataset, cfg.split)) if not cfg.data else None
-    if expected and len(sizes) != sum(expected):
-        print(f'{path}: {len(sizes):,} of {sum(expected):,} images, not the full archive')
-    elif expected and (len(train), len(valid)) != expected:
-        counts = f'{len(train):,} + {len(valid):,} images, expected {expected[0]:,} + {expected[1]:,}'
-        raise UsageError(f'{path}: split {cfg.split} gives {counts}; extract the archive anew')
-    if len(valid) < cfg.processes: raise UsageError(f'{path}: {len(valid)} validation images for {cfg.processes} processes')
-    if len(train) // cfg.processes < cfg.bs:
-        each = f' in each of {cfg.processes} processes' if cfg.processes > 1 else ''
-        raise UsageError(f'{path}: {len(train)} training images make no batch of {cfg.bs}{each}; lower --bs')
-
-    label = {f: Path(f).parent.name for f in sizes}
-    vocab = sorted({label[f] for f in train})
-    unknown = sorted({label[f] for f in valid} - set(vocab))
-    if unknown: raise UsageError(f'{path}: class {", ".join(unknown)} of the validation images is not in training')
-    missing = sorted(set(vocab) - {label[f] for f in valid})
-    if missing: raise UsageError(f'{path}: class {", ".join(missing)} of the training images has none in validation')
-    if len(vocab) < 2: raise UsageError(f'{path}: one class only, {vocab[0]}; there is nothing to tell apart')
-    if cfg.pct_noise:
-        noisy = noisy_labels(path, cfg.pct_noise)
-        unlabelled = [f for f in train if f.startswith('train/') and noisy.get(f) not in vocab]
-        if unlabelled: raise UsageError(f'{path}: its noisy_*.csv has no label of ours for {unlabelled[0]}')
-        label |= {f: noisy.get(f, label[f]) for f in train}
+    check_numbers(cfg, path, len(train), len(valid))
+    label = {file: Path(file).parent.name for file in sizes}
+    vocab = find_classes(path, {label[file] for file in train}, {label[file] for file in valid})
+    if cfg.pct_noise: label |= mislabelled(cfg, path, train, vocab)
     index = {name: i for i, name in enumerate(vocab)}
-    pairs = [[(f, index[label[f]]) for f in files] for files in (train, valid)]
-    *dls, kind = loaders(cfg, path, *pairs, digest, device)
-    dls = DataLoaders(*dls, path=path, device=device)
+    train_pairs, valid_pairs = ([(file, index[label[file]]) for file in files] for files in (train, valid))
+    train_loader, valid_loader, kind = loaders(cfg, path, train_pairs, valid_pairs, digest, device)
+    dls = DataLoaders(train_loader, valid_loader, path=path, device=device)
     dls.vocab, dls.valid_files, dls.fingerprint, dls.loader = vocab, valid, digest, kind
     return dls
+
+
+def check_numbers(cfg, path, n_train, n_valid):
+    "Raises UsageError unless these numbers of images fit `cfg`; prints that an archive is not the full one."
+    expected = N_IMAGES.get((cfg.dataset, cfg.split)) if not cfg.data else None
+    if expected and n_train + n_valid != sum(expected):
+        print(f'{path}: {n_train + n_valid:,} of {sum(expected):,} images, not the full archive')
+    elif expected and (n_train, n_valid) != expected:
+        counts = f'{n_train:,} + {n_valid:,} images, expected {expected[0]:,} + {expected[1]:,}'
+        raise UsageError(f'{path}: split {cfg.split} gives {counts}; extract the archive anew')
+    if n_valid < cfg.processes: raise UsageError(f'{path}: {n_valid} validation images for {cfg.processes} processes')
+    if n_train // cfg.processes < cfg.bs:
+        each = f' in each of {cfg.processes} processes' if cfg.processes > 1 else ''
+        raise UsageError(f'{path}: {n_train} training images make no batch of {cfg.bs}{each}; lower --bs')
+
+
+def find_classes(path, train, valid):
+    "Returns the sorted class names; raises UsageError unless there are two, and the same in `train` and `valid`."
+    unknown, missing = sorted(valid - train), sorted(train - valid)
+    if unknown: raise UsageError(f'{path}: class {", ".join(unknown)} of the validation images is not in training')
+    if missing: raise UsageError(f'{path}: class {", ".join(missing)} of the training images has none in validation')
+    if len(train) < 2: raise UsageError(f'{path}: one class only, {min(train)}; there is nothing to tell apart')
+    return sorted(train)
+
+
+def mislabelled(cfg, path, train, vocab):
+    """Returns {file: label} of the training files in the CSV of the archive, `cfg.pct_noise` percent of them wrong.
+
+    Raises UsageError if a file of the folder train has no label of `vocab` there.
+    """
+    noisy = noisy_labels(path, cfg.pct_noise)
+    for file in train:
+        if file.startswith('train/') and noisy.get(file) not in vocab:
+            raise UsageError(f'{path}: its noisy_*.csv has no label of ours for {file}')
+    return {file: noisy[file] for file in train if file in noisy}

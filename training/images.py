@@ -1,11 +1,12 @@
-"""Images as the 2019 source fed them: how a file is read, how a crop is drawn and resized, one by one or a batch at once.
+"""Images as the 2019 source fed them: how a file is read, and how a crop is drawn and resized.
 
-Training images: a random resized crop (area 0.35 to 1, ratio 3/4 to 4/3) by Pillow's bilinear filter, flipped half
-the time. Validation images: short side to size + 32, centre crop.
+A training image is a random resized crop (area 0.35 to 1, ratio 3/4 to 4/3) by Pillow's bilinear filter, and flipped
+half the time. A validation image has its short side resized to size + 32, and is the centre crop of that.
 
-`train_image` does so with Pillow, for one image. `Pixels` keeps a whole set decoded on a device and does it there for a
-batch, each image with its own crop: Pillow's filter is separable and linear, so a crop is `rows @ image @ columns`, two
-batched matrix products. The same pixels within a level of 255: some versions of Pillow round the rows first.
+`train_image` does so with Pillow, for one image. `Pixels` keeps a whole set decoded on a device and does so there for a
+batch, each image with its own crop. Pillow's filter is separable and linear, so a crop is `rows @ image @ columns`: two
+batched matrix products. Both ways give the same pixels within one level of 255, as some versions of Pillow round the
+rows first.
 """
 from concurrent.futures import ThreadPoolExecutor
 
@@ -18,22 +19,24 @@ from torchvision.transforms import functional as TF
 from command import UsageError
 
 SCALE, RATIO, ATTEMPTS = (0.35, 1.), (3 / 4, 4 / 3), 10  # of the random resized crop
-VALID_MARGIN = 32  # pixels that the validation images are larger than their centre crop
+VALID_MARGIN = 32  # pixels by which a validation image is larger than its centre crop
 
 
 # --- draws ---
 
 def epoch_draws(seed, epoch, n):
-    "(order of `n` images, uniform draws (n, ATTEMPTS, 4) of their crops, flips (n,)) of one epoch."
+    "Returns (order of `n` images (n,), uniform draws (n, ATTEMPTS, 4) for their crops, flips (n,)) of one epoch."
     rng = np.random.default_rng([seed, epoch])
     return rng.permutation(n), rng.random((n, ATTEMPTS, 4)), rng.random(n) < 0.5
 
 
 def crop_boxes(u, width, height):
-    """(top, left, height, width) of random resized crops, as torchvision's RandomResizedCrop draws them.
+    """Returns (top, left, height, width) (..., 4) of random resized crops, drawn as in torchvision's RandomResizedCrop.
 
-    u (..., ATTEMPTS, 4): uniform draws of area, log ratio, top and left; `width`, `height`: of the images (...).
-    The first attempt that fits is taken; if none does, the largest centre crop within RATIO.
+    u              uniform draws (..., ATTEMPTS, 4) of area, log ratio, top and left
+    width, height  those of the images (...), in pixels
+
+    The first attempt that fits is taken. If none does, the crop is the largest centre crop within RATIO.
     """
     width, height = np.asarray(width)[..., None], np.asarray(height)[..., None]
     area = width * height * (SCALE[0] + u[..., 0] * (SCALE[1] - SCALE[0]))
@@ -52,72 +55,85 @@ def crop_boxes(u, width, height):
 # --- one image ---
 
 def _open(file, read):
-    "read(PIL image of `file`); UsageError with its path if it cannot be read."
+    "Returns read(PIL image of `file`); raises UsageError, with the path, if it cannot be read."
     try:
         with Image.open(file) as im: return read(im)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        raise UsageError(f'{file}: cannot be read as an image ({" ".join(str(e).split()) or type(e).__name__})') from None
+        why = ' '.join(str(e).split()) or type(e).__name__
+        raise UsageError(f'{file}: cannot be read as an image ({why})') from None
 
 
 def read_image(file): return _open(file, lambda im: im.convert('RGB'))
+def image_size(file): return _open(file, lambda im: im.size)
 
 
 def train_image(im, size, u, flip):
-    "The crop of a PIL image that the draws `u` (ATTEMPTS, 4) give, (size, size), flipped if `flip`."
+    "Returns the crop of a PIL image that the draws `u` (ATTEMPTS, 4) give, resized to (size, size), flipped if `flip`."
     top, left, height, width = crop_boxes(u, *im.size).tolist()
     im = TF.resized_crop(im, top, left, height, width, [size, size], InterpolationMode.BILINEAR)
     return TF.hflip(im) if flip else im
 
 
 def valid_image(im, size):
-    "A PIL image with its short side at size + 32, then its centre crop (size, size)."
+    "Returns the centre crop (size, size) of a PIL image whose short side is resized to size + 32."
     return TF.center_crop(TF.resize(im, size + VALID_MARGIN, InterpolationMode.BILINEAR), [size, size])
 
 
-# --- a set of them on a device ---
+# --- a set of images on a device ---
 
-def stack(files, size):
-    "The validation images of `files`, decoded in parallel: uint8 (n, size, size, 3)."
-    with ThreadPoolExecutor() as pool:
-        return torch.from_numpy(np.stack(list(pool.map(lambda f: np.asarray(valid_image(read_image(f), size)), files))))
+def stack_valid_images(files, size):
+    "Returns the validation images of `files`, decoded in parallel: uint8 (n, size, size, 3)."
+    def decode(file): return np.asarray(valid_image(read_image(file), size))
+    with ThreadPoolExecutor() as pool: return torch.from_numpy(np.stack(list(pool.map(decode, files))))
 
 
 class Pixels:
-    "Images of any sizes, decoded in parallel, one behind the other on `device`: `data` uint8 (pixels of all, 3)."
+    """Holds decoded images of any sizes, one behind the other, on `device`: `data` is uint8 (pixels of all images, 3).
+
+    Raises MemoryError, before it decodes an image, if all of them take more than `limit` bytes.
+    """
     def __init__(self, files, device, limit=float('inf')):
-        "Raises MemoryError, before it decodes any, if the images take more than `limit` bytes."
         with ThreadPoolExecutor() as pool:
-            self.width, self.height = np.array(list(pool.map(lambda f: _open(f, lambda im: im.size), files))).T
-            self.start = np.concatenate([[0], np.cumsum(self.width * self.height)])
-            if 3 * self.start[-1] > limit: raise MemoryError(f'{3 * self.start[-1] / 2**20:,.0f} MiB of decoded images')
+            self.width, self.height = np.array(list(pool.map(image_size, files))).T
+            self.start = np.concatenate([[0], np.cumsum(self.width * self.height)])  # the first pixel of each image
+            n_bytes = 3 * self.start[-1]
+            if n_bytes > limit: raise MemoryError(f'{n_bytes / 2**20:,.0f} MiB of decoded images')
             data = np.empty((self.start[-1], 3), np.uint8)
 
             def decode(file, start, stop): data[start:stop] = np.asarray(read_image(file)).reshape(-1, 3)
-            for _ in pool.map(decode, files, self.start, self.start[1:]): pass  # raises what decode raised
+            for _ in pool.map(decode, files, self.start, self.start[1:]): pass  # So what decode raises is raised here.
         self.data = torch.from_numpy(data).to(device)
 
-    def crops(self, images, boxes, flips, size):
-        """uint8 (B, 3, size, size), channels last: of `images` (B,), numbers in the set, the `boxes` (B, 4) of
-        `crop_boxes`, resized and, where `flips` (B,), mirrored."""
+    def crops(self, i, boxes, flips, size):
+        """Returns crops of the images of numbers `i` (B,): uint8 (B, 3, size, size), channels last.
+
+        They are the `boxes` (B, 4) of `crop_boxes`, resized to `size`, and mirrored where `flips` (B,) is true.
+        """
+        device = self.data.device
         top, left, height, width = boxes.T
-        stride = self.width[images]
-        host = np.stack([self.start[images] + top * stride + left, stride, height, width, flips])
-        start, stride, height, width, flips = torch.from_numpy(host).to(self.data.device, non_blocking=True)[:, :, None, None]
-        x, y = (torch.arange(n.max(), device=self.data.device) for n in (boxes[:, 3], boxes[:, 2]))
-        at = start + y * stride + x[:, None]  # (B, W, H), W and H the largest of the batch
-        crop = self.data[at.clamp_(max=len(self.data) - 1)].float()  # (B, W, H, 3); beyond its own width, another image
+        stride = self.width[i]
+        host = np.stack([self.start[i] + top * stride + left, stride, height, width, flips])
+        on_device = torch.from_numpy(host).to(device, non_blocking=True)  # one copy for all five
+        start, stride, height, width, flips = on_device[:, :, None, None]  # (B, 1, 1) each
+        x, y = torch.arange(boxes[:, 3].max(), device=device), torch.arange(boxes[:, 2].max(), device=device)
+        pixel = start + y * stride + x[:, None]  # (B, W, H), W and H the largest of the batch
+        # Beyond its own width a crop gets pixels of another image. The filters give them the weight 0.
+        crop = self.data[pixel.clamp_(max=len(self.data) - 1)].float()  # (B, W, H, 3)
         columns, rows = filters(width, len(x), size), filters(height, len(y), size)
         columns = torch.where(flips > 0, columns.flip(1), columns)
-        crop = columns @ crop.flatten(2)  # (B, size, W) (B, W, H*3)
-        crop = crop.add_(0.5).floor_().unflatten(2, (-1, 3)).transpose(1, 2)  # rounded between the passes, as in Pillow
-        crop = rows @ crop.flatten(2)  # (B, size, H) (B, H, size*3)
-        return crop.add_(0.5).floor_().byte().unflatten(2, (-1, 3)).permute(0, 3, 1, 2)
+        crop = columns @ crop.flatten(2)  # (B, size, W) @ (B, W, H*3) -> (B, size, H*3)
+        crop = crop.add_(0.5).floor_()  # rounded between the passes, as in Pillow
+        crop = crop.unflatten(2, (-1, 3)).transpose(1, 2)  # (B, size, H*3) -> (B, H, size, 3)
+        crop = rows @ crop.flatten(2)  # (B, size, H) @ (B, H, size*3) -> (B, size, size*3)
+        crop = crop.add_(0.5).floor_().byte()
+        return crop.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)  # (B, H, W*3) -> (B, 3, H, W)
 
 
 def filters(length, n, size):
-    """Pillow's bilinear filter as matrices (B, size, n) from the first `length` (B, 1, 1) of n pixels to `size`.
+    """Returns Pillow's bilinear filter as matrices (B, size, n), from the first `length` (B, 1, 1) of n pixels.
 
-    A triangle about the centre of each output pixel, as wide as the reduction where there is one; rows sum to 1.
+    It is a triangle about the centre of each output pixel. Where the image gets smaller, the triangle is wider by as
+    much. The rows of each matrix sum to 1.
     """
     scale = length.double() / size
     centre = (torch.arange(size, device=length.device)[:, None] + 0.5) * scale
