@@ -1,8 +1,8 @@
-"""One run in several processes, as `accelerate launch` or `torchrun` start them: a GPU (or some CPU cores) each.
+"""One run in several processes, as `accelerate launch` or `torchrun` starts them: each has a GPU, or some CPU cores.
 
-Each process has its share of the images and batches of its own: `bs` images a process. Gradients are averaged at each
-step, batch norm is over the batch of the process. Every validation image counts once: the shares are not padded, as
-fastai's are. The first process alone writes.
+Each process has its share of the images, in batches of its own of `bs` images. Gradients are averaged at each step, and
+batch norm is over the batch of a process. Every validation image counts once, since the shares are not padded, as
+fastai's are. Only the first process, of rank 0, writes.
 """
 import atexit
 import os
@@ -22,13 +22,14 @@ def is_rank_0(): return rank_distrib() == 0
 
 
 def join(device):
-    "Meet the other processes, once in the life of this one; alone, nothing happens."
+    "Meets the other processes, once in the life of this one; a process that is alone meets nobody."
     if n_processes() == 1 or dist.is_initialized(): return
     try:
         from accelerate import PartialState
-    except ImportError: raise UsageError('several processes: needs accelerate: pip install -r requirements-cluster.txt') from None
+    except ImportError:
+        raise UsageError('several processes: needs accelerate: pip install -r requirements-cluster.txt') from None
     PartialState(cpu=device.type == 'cpu')
-    atexit.register(time.sleep, 0.5)  # for gloo's threads to drop their last tensors: once Python ends, that would abort the process
+    atexit.register(time.sleep, 0.5)  # Let gloo's threads drop their last tensors: after Python's end that would abort.
 
 
 def local_device():
@@ -39,14 +40,14 @@ def local_device():
 
 @contextmanager
 def first_goes_first():
-    "The block, in the first process before the others: what it downloads they find."
+    "Lets the first process do the block before the others, which find what it has downloaded."
     if n_processes() > 1 and not is_rank_0(): dist.barrier()
     yield
     if n_processes() > 1 and is_rank_0(): dist.barrier()
 
 
 def agreed(value):
-    "The first process's `value`, in all of them."
+    "Returns the `value` of the first process, in all of them."
     if n_processes() == 1: return value
     box = [value if is_rank_0() else None]
     dist.broadcast_object_list(box)
@@ -54,22 +55,27 @@ def agreed(value):
 
 
 def interleaved(x):
-    "The tensors (n, ...) of all processes as one: of process r every n_processes()-th from r on, as the shares are dealt."
+    """Returns the tensors (n, ...) of all processes as one, on the CPU if they are several.
+
+    It has those of rank r at every n_processes()-th place from r on, as the shares were dealt.
+    """
     if n_processes() == 1: return x
     parts = [None] * n_processes()
     dist.all_gather_object(parts, x.cpu())
     out = x.new_empty(sum(map(len, parts)), *x.shape[1:], device='cpu')
-    for r, part in enumerate(parts): out[r::n_processes()] = part
+    for rank, part in enumerate(parts): out[rank::n_processes()] = part
     return out
 
 
 class Mean(Metric):
-    """The mean of `func(learn)`, a mean over a batch, over all images of all processes. Kept on the device until it is read.
+    """Computes the mean of `func(learn)`, itself a mean over a batch, over all images of all processes.
 
-    fastai's AvgMetric averages the processes' means at each batch, padded images included.
+    It stays on the device until it is read. fastai's AvgMetric averages the means of the processes at each batch
+    instead, padded images included.
     """
-    def __init__(self, name, func): self._name, self.func = name, func
-    name = property(lambda self: self._name)
+    name = None  # Metric has a property of that name.
+
+    def __init__(self, name, func): self.name, self.func = name, func
     def reset(self): self.total, self.count = 0., 0
 
     def accumulate(self, learn):
@@ -80,17 +86,18 @@ class Mean(Metric):
     @property
     def value(self):
         if n_processes() == 1: return self.total / self.count
-        both = torch.stack([torch.as_tensor(x, dtype=torch.float64).to(self.total.device) for x in (self.total, self.count)])
+        total = self.total.double()
+        both = torch.stack([total, torch.full_like(total, self.count)])
         dist.all_reduce(both)
         return both[0] / both[1]
 
 
 def callback(device):
-    "fastai's DistributedTrainer, for loaders that hold the share of their process already."
-    from fastai.distributed import DistributedTrainer  # needs accelerate
+    "Returns fastai's DistributedTrainer, for loaders that hold the share of their process already."
+    from fastai.distributed import DistributedTrainer  # It needs accelerate.
 
     class Distributed(DistributedTrainer):
-        "Validates outside of torch's wrapper, as the shares differ in length."
+        "Validates outside of torch's wrapper, since the shares differ in length."
         def before_fit(self):
             super().before_fit()
             self.wrapped, self.learn.model = self.model, self.model.module
@@ -99,14 +106,14 @@ def callback(device):
         def before_train(self): self.learn.model = self.wrapped
 
         def after_train(self):
-            "One smoothed loss for all: what follows from it, every process does."
+            "Gives all processes one smoothed loss, so that they agree on what follows from it."
             smooth = self.recorder.smooth_loss
             smooth.val = smooth.val.to(self.dls.device)
             dist.all_reduce(smooth.val)
             smooth.val /= n_processes()
 
         def before_validate(self):
-            "Each process has moved its batch norms' statistics with its own batches; those of the first count."
+            "Gives all processes the batch norms' statistics of the first: each has moved them with its own batches."
             self.learn.model = self.wrapped.module
             for buffer in self.model.buffers(): dist.broadcast(buffer, 0)
 
@@ -114,4 +121,4 @@ def callback(device):
             self.learn.model = self.wrapped
             super().after_fit()
 
-    return Distributed(sync_bn=False, cpu=device.type == 'cpu', mixed_precision='no')  # precision is learner.py's
+    return Distributed(sync_bn=False, cpu=device.type == 'cpu', mixed_precision='no')  # learner.py has the precision.

@@ -1,9 +1,9 @@
 """The recipe of a Config as a fastai Learner, and what makes its step fast.
 
-Every speed-up leaves the function that is computed alone and can be switched off: `--fused 0`, `--channels-last 0`,
-`--keep-memory 0`, `--compile 0` and `--cuda-graphs 0` (the defaults), `--loader workers`. On a GPU no step waits for the
-host: the optimizer decides there whether float16 overflowed, and the smoothed loss stays there (mixup and the loader processes
-still wait).
+No speed-up changes the function that is computed, and each can be switched off: `--fused 0`, `--channels-last 0`,
+`--keep-memory 0`, `--compile 0` and `--cuda-graphs 0` (the defaults), `--loader workers`. On a GPU no step waits for
+the host: the optimizer decides on the device whether float16 overflowed, and the smoothed loss stays there. Only mixup
+and the loader processes still wait.
 """
 import contextlib
 import copy
@@ -31,8 +31,10 @@ from training import distributed
 # --- optimizer and precision ---
 
 def get_opt_func(cfg):
-    "fastai's optimizer of `cfg`; adam, if `fused`, as torch's AdamW: the same steps in one kernel."
-    if is_fused(cfg): return partial(OptimWrapper, opt=partial(torch.optim.AdamW, betas=(cfg.mom, cfg.sqrmom), eps=cfg.eps, fused=True))
+    "Returns fastai's optimizer of `cfg`; a fused adam is torch's AdamW, which makes the same steps in one kernel."
+    if is_fused(cfg):
+        adamw = partial(torch.optim.AdamW, betas=(cfg.mom, cfg.sqrmom), eps=cfg.eps, fused=True)
+        return partial(OptimWrapper, opt=adamw)
     return {
         'adam': partial(Adam, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
         'rms': partial(RMSProp, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
@@ -45,17 +47,21 @@ def is_fused(cfg): return cfg.opt == 'adam' and cfg.fused
 
 
 def decay_groups(model):
-    "[parameters that decay, norms and biases, which do not]: fastai tells them apart by their state, torch by their group."
-    still = norm_bias_params(model)
-    ids = set(map(id, still))
-    return [[p for p in model.parameters() if id(p) not in ids], list(still)]
+    """Returns [parameters that decay, norms and biases, which do not].
+
+    fastai tells the two kinds apart by the state of a parameter, torch by its group.
+    """
+    spared = list(norm_bias_params(model))
+    ids = set(map(id, spared))
+    return [[p for p in model.parameters() if id(p) not in ids], spared]
 
 
 class Precision(MixedPrecision):
-    "fastai's mixed precision, also on a CPU; a fused optimizer skips steps that overflow by itself, without asking the host."
+    "Trains in fastai's mixed precision, on a CPU too; a fused optimizer skips a step that overflows by itself."
     def before_fit(self):
         super().before_fit()
-        if self.dls.device.type != 'cuda': self.autocast = torch.autocast(self.dls.device.type, AMP_DTYPES[self.amp_mode])
+        device = self.dls.device.type
+        if device != 'cuda': self.autocast = torch.autocast(device, AMP_DTYPES[self.amp_mode])
         self.on = False
 
     def before_batch(self):
@@ -67,7 +73,10 @@ class Precision(MixedPrecision):
         self.on = False
 
     def leave(self):
-        "Leave autocast where an exception kept fastai from it: later runs of the process would use its cache of old weights."
+        """Leaves autocast where an exception kept fastai from it.
+
+        Later runs of the process would use its cache of old weights.
+        """
         if getattr(self, 'on', False): self.after_loss()
 
     def before_step(self):
@@ -85,16 +94,19 @@ class Reseed(Callback):
     "Makes the random numbers of an epoch a function of (seed, epoch): the loader's draws, mixup, random erasing."
     order = ProgressCallback.order - 1
     def __init__(self, seed): self.seed = seed
+
     def before_epoch(self):
         self.dls.train.dataset.set_epoch(self.epoch)
-        process = [rank_distrib()] if rank_distrib() else []  # each draws its own mixup
-        set_seed(int(np.random.SeedSequence([self.seed, self.epoch, *process]).generate_state(1)[0]))
+        entropy = [self.seed, self.epoch]
+        if rank_distrib(): entropy.append(rank_distrib())  # Each process draws its own mixup.
+        set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
 class Compile(Callback):
-    """Trains through torch.compile, with CUDA graphs on a GPU; validates without, as the last batch has a size of its own.
+    """Trains through torch.compile, with CUDA graphs on a GPU.
 
-    A later model of the same kind in this process finds what was compiled for the first.
+    It validates without, since the last batch has a size of its own. A later model of the same kind in this process
+    finds what was compiled for the first.
     """
     order = TrainEvalCallback.order + 1
     def before_fit(self):
@@ -108,16 +120,18 @@ class Compile(Callback):
 class Graphs(Callback):
     """Trains through CUDA graphs: the kernels of both passes are recorded once, and each step replays them.
 
-    A step of a small batch spends more time starting its thousand kernels than running them; a replay starts all at once.
-    The network computes the same function with the same kernels. It validates without graphs, as the last batch has a size of
-    its own. A module whose pass waits for the host cannot be recorded: UsageError.
+    A step of a small batch spends more time starting its thousand kernels than running them; a replay starts all at
+    once. The network computes the same function with the same kernels. It validates without graphs, since the last
+    batch has a size of its own. Raises UsageError where a module waits for the host in its pass, as it cannot be
+    recorded.
     """
     order = TrainEvalCallback.order + 1
     def __init__(self, size): self.size = size
 
     def before_fit(self):
-        self.plain, self.graphed = self.model, copy.copy(self.model)  # a copy of the outer module alone: all that it holds is shared
-        x = torch.zeros(self.dls.train.bs, 3, self.size, self.size, device=self.dls.device).contiguous(memory_format=torch.channels_last)
+        self.plain, self.graphed = self.model, copy.copy(self.model)  # The copy shares all modules but the outermost.
+        x = torch.zeros(self.dls.train.bs, 3, self.size, self.size, device=self.dls.device)
+        x = x.contiguous(memory_format=torch.channels_last)
         before = {name: buffer.clone() for name, buffer in self.plain.named_buffers()}
         self.plain.train()
         self.graphed.training = True
@@ -125,18 +139,19 @@ class Graphs(Callback):
             with self.autocast(): torch.cuda.make_graphed_callables(self.graphed, (x,))
         except RuntimeError as e:
             why = ' '.join(str(e).split())[:200]
-            raise UsageError(f'--cuda-graphs: the network cannot be recorded ({why}); train it with --cuda-graphs 0') from None
-        with torch.no_grad():  # the rounds to warm up have moved the statistics of the norms
+            what = f'--cuda-graphs: the network cannot be recorded ({why})'
+            raise UsageError(f'{what}; train it with --cuda-graphs 0') from None
+        with torch.no_grad():  # The rounds to warm up have moved the statistics of the norms.
             for name, buffer in self.plain.named_buffers(): buffer.copy_(before[name])
 
     def autocast(self):
-        "Returns the autocast of the fit, which must not keep the weights it has cast: a replay casts them anew."
+        "Returns the autocast of the fit; it must not keep the weights it has cast, since a replay casts them again."
         precision = getattr(self.learn, 'precision', None)
         if precision is None: return contextlib.nullcontext()
         return torch.autocast(self.dls.device.type, AMP_DTYPES[precision.amp_mode], cache_enabled=False)
 
     def before_batch(self):
-        "Drops the gradients, which lie where the next replay writes: added up in place, each would be counted twice."
+        "Drops the gradients, which lie where the next replay writes: added up in place, they would count twice."
         if self.training:
             for p in self.plain.parameters(): p.grad = None
 
@@ -146,14 +161,17 @@ class Graphs(Callback):
 
 
 class SmoothLoss(AvgSmoothLoss):
-    "fastai's smoothed loss, kept on the device: fastai's moves it to the host at each step, which then waits for the device."
+    """Smooths the loss as fastai does, but keeps it on the device.
+
+    fastai moves it to the host at each step, which then waits for the device.
+    """
     def accumulate(self, learn):
         self.count += 1
         self.val = torch.lerp(learn.loss.detach().float(), self.val.to(learn.loss.device), self.beta)
 
 
 class Progress(ProgressCallback):
-    "fastai's bar, with the loss every `every` steps: to show it is to wait for the device."
+    "Shows fastai's bar, with the loss at every `every`-th step alone, since that waits for the device."
     every = 50
     def after_batch(self):
         if self.iter % self.every == 0: return super().after_batch()
@@ -163,7 +181,10 @@ class Progress(ProgressCallback):
 # --- the Learner ---
 
 class EpochLearner(Learner):
-    "A Learner that can start at a later epoch: fastai's own start_epoch logs what it skips, and fit_flat_cos has none."
+    """Trains as a Learner does, from the epoch `first_epoch` on.
+
+    fastai's own start_epoch logs the epochs that it skips, and fit_flat_cos has no such parameter.
+    """
     first_epoch = 0
     def _do_fit(self):
         for epoch in range(self.first_epoch, self.n_epoch):
@@ -172,21 +193,23 @@ class EpochLearner(Learner):
 
 
 def keep_memory(on=True):
-    """Let glibc keep freed memory for as long as the process lives, or give it back again; elsewhere nothing happens.
+    """Lets glibc keep freed memory for as long as the process lives, or give it back; without glibc nothing happens.
 
-    It gives blocks above 32 MiB back to the system at once, and trims the rest: a training step, which takes the same
-    blocks each time, gets them page by page again. xresnet18 at 64 px trains 14 % faster on a CPU without that.
+    By itself, glibc gives blocks above 32 MiB back to the system at once, and trims the rest. A training step takes
+    the same blocks each time, and so gets them page by page again. xresnet18 at 64 px trains 14 % faster on a CPU
+    without that.
     """
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None) if sys.platform == 'linux' else None
-    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # malloc.h
+    if sys.platform != 'linux': return
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
     if not mallopt: return
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # from malloc.h
     mallopt(m_mmap_max, 0 if on else 65_536)
     mallopt(m_trim_threshold, 2**31 - 1 if on else 2**26)
-    if not on: mallopt(m_mmap_threshold, 2**25)  # where glibc's own, which adapts, arrives with blocks of this size
+    if not on: mallopt(m_mmap_threshold, 2**25)  # glibc's own, which adapts, arrives there with blocks of this size.
 
 
 def get_learner(cfg, dls, model, cbs=()):
-    "A Learner of `model` (on the device of `dls`) with the recipe of `cfg`."
+    "Returns a Learner of `model`, moved to the device of `dls`, with the recipe of `cfg`."
     cbs = [Reseed(cfg.seed), *cbs]
     if cfg.mixup: cbs.append(MixUp(cfg.mixup))
     if cfg.precision != 'fp32': cbs.append(Precision(cfg.precision))
@@ -200,17 +223,23 @@ def get_learner(cfg, dls, model, cbs=()):
                distributed.Mean('top5_accuracy', lambda learn: top_k_accuracy(learn.pred, learn.y, k=k))]
     learn = EpochLearner(dls, model, LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg), **groups,
                          metrics=metrics, cbs=cbs)
-    learn.recorder.loss, learn.recorder.smooth_loss = distributed.Mean('loss', lambda learn: learn.loss), SmoothLoss()
-    if not distributed.is_rank_0(): learn.remove_cb(ProgressCallback)
-    elif not (sys.stdout.isatty() or IN_NOTEBOOK):  # in a log file a bar is a line per step: write a line per epoch instead
-        learn.remove_cb(ProgressCallback)
-        learn.logger = partial(print_epoch, learn)
-    elif dls.device.type == 'cuda': learn.remove_cb(ProgressCallback).add_cb(Progress())
+    learn.recorder.loss = distributed.Mean('loss', lambda learn: learn.loss)
+    learn.recorder.smooth_loss = SmoothLoss()
+    choose_progress(learn)
     return learn
 
 
+def choose_progress(learn):
+    "Lets the first process show a bar, or print a line per epoch in a log file, where a bar would be a line per step."
+    if not distributed.is_rank_0(): learn.remove_cb(ProgressCallback)
+    elif not (sys.stdout.isatty() or IN_NOTEBOOK):
+        learn.remove_cb(ProgressCallback)
+        learn.logger = partial(print_epoch, learn)
+    elif learn.dls.device.type == 'cuda': learn.remove_cb(ProgressCallback).add_cb(Progress())
+
+
 def print_epoch(learn, values):
-    "Prints a line of what a progress bar's table would show: names and values."
+    "Prints a line with what the table of a bar would show: names and values."
     shown = dict(zip(learn.recorder.metric_names, values))
     epoch, seconds = shown.pop('epoch') + 1, shown.pop('time')
     metrics = '  '.join(f'{name} {value:.4f}' for name, value in shown.items())
@@ -218,8 +247,8 @@ def print_epoch(learn, values):
 
 
 def fit(learn, cfg):
-    "Train for cfg.epochs on the schedule of `cfg`."
+    "Trains for `cfg.epochs` on the schedule of `cfg`."
     if cfg.schedule == 'flat_cos': return learn.fit_flat_cos(cfg.epochs, cfg.lr, pct_start=cfg.ann_start)
-    # fastai 1's cycle moved the momentum from 0.95 to 0.85 and back whatever --mom said; here --mom is its middle
+    # fastai 1's cycle moved the momentum from 0.95 to 0.85 and back, whatever --mom said. Here --mom is its middle.
     high, low = min(cfg.mom + 0.05, (1 + cfg.mom) / 2), max(0, cfg.mom - 0.05)
     learn.fit_one_cycle(cfg.epochs, cfg.lr, div=10, pct_start=0.3, moms=(high, low, high))

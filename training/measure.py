@@ -20,7 +20,7 @@ METRICS = 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'  # the names t
 
 
 class FiniteLoss:
-    "Returns whether the losses that have reached the host are finite, without waiting for those on their way."
+    "Says whether the losses that have reached the host are finite, without waiting for those on their way."
     def __init__(self): self.sent = collections.deque()
 
     def __call__(self, loss):
