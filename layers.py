@@ -209,9 +209,10 @@ def multiply_adds(n_channels, n_positions, ks=1, out_conv=False):
     """
     C, N = n_channels, n_positions
     conv = ks * C * C * N
-    counts = {'channels': 2 * C * C * N + C ** 3 * (1 + out_conv)} if ks == 1 else {}
-    return counts | {'positions': conv + 2 * C * N * N + C * C * N * out_conv,
-                     'source': conv + 2 * C * C * N + C ** 3 * out_conv}
+    out = int(out_conv)  # torch 2.11 compiles no product of a bool and a size that it keeps open
+    counts = {'channels': 2 * C * C * N + C ** 3 * (1 + out)} if ks == 1 else {}
+    return counts | {'positions': conv + 2 * C * N * N + C * C * N * out,
+                     'source': conv + 2 * C * C * N + C ** 3 * out}
 
 
 def _cheapest(counts):
