@@ -123,6 +123,7 @@ def test_cost_plot_shows_every_layer_and_both_crossovers():
     assert [len(line.get_xdata()) for line in against_c.lines] == [3] * 3
 
 
+@pytest.mark.slow(4)
 def test_step_compares_the_same_experiment(tree):
     cfg = Config(dataset='custom', data=str(tree), split='v2', attention='simple', bs=6, size=32, workers=0)
     cfg, dls, model = benchmark.prepare(cfg, CPU)
@@ -157,6 +158,7 @@ def test_one_batch_is_the_same_batch_over_and_over(tree):
     assert len(list(one)) == len(dls.train) == 4 and all(torch.equal(x, first) for x, _ in one)
 
 
+@pytest.mark.slow(15)
 def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
     record = sorted((REPO / 'results').rglob('*'))
     monkeypatch.setattr(benchmark, 'step_config', lambda args, device, folder, **kwargs: Config(

@@ -52,6 +52,7 @@ def stopped(command, monkeypatch, tmp_path):
     return run
 
 
+@pytest.mark.slow(11)
 @pytest.mark.skipif(torch.cuda.is_available(), reason='to the bit on a CPU')
 @pytest.mark.parametrize('options', [
     '', '--mixup 0.4 --loader device', '--opt ranger --schedule flat_cos', '--opt sgd --sh 0.3', '--opt rms', '--fused 0',
@@ -88,6 +89,7 @@ def test_cuda_a_stopped_run_goes_on_as_a_repeated_run_would(options, command, st
     assert row.resumed == 1 and abs(row.valid_loss - whole.valid_loss.mean()) < 0.05 + 3 * spread
 
 
+@pytest.mark.slow(8)
 def test_short_runs_keep_no_checkpoint_unless_asked(tree, command, stopped, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 3]
     for options, kept in [([], 0), (['--checkpoint-every', 2], 0), (['--checkpoint-every', 1], 1), (['--no-checkpoint'], 0)]:
@@ -99,6 +101,7 @@ def test_short_runs_keep_no_checkpoint_unless_asked(tree, command, stopped, tmp_
     assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == 1
 
 
+@pytest.mark.slow(12)
 def test_resume_skips_what_is_recorded_and_starts_anew_where_nothing_is(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     assert command(*argv)[0] == 0
@@ -110,6 +113,7 @@ def test_resume_skips_what_is_recorded_and_starts_anew_where_nothing_is(tree, co
     assert set(df.status) == {'ok'} and sorted(zip(df.seed, df.lr, df.resumed)) == [(0, 1e-3, 0), (0, 3e-3, 0), (1, 3e-3, 1), (2, 3e-3, 0)]
 
 
+@pytest.mark.slow(7)
 def test_a_run_stopped_twice_in_an_epoch_has_a_row_for_each_end(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -120,6 +124,7 @@ def test_a_run_stopped_twice_in_an_epoch_has_a_row_for_each_end(tree, command, s
     assert rows.status.tolist() == ['interrupted'] * 3 + ['ok'] and rows.accuracy.notna().tolist() == [False] * 3 + [True]
 
 
+@pytest.mark.slow(6)
 def test_a_run_that_was_killed_twice_was_continued_twice(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     for epoch in (1, 2):
@@ -128,6 +133,7 @@ def test_a_run_that_was_killed_twice_was_continued_twice(tree, command, stopped,
     assert command(*argv, '--resume')[0] == 0 and record(tmp_path / 'results').resumed.tolist() == [2]
 
 
+@pytest.mark.slow(5)
 def test_what_a_run_goes_on_without_is_told(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -136,6 +142,7 @@ def test_what_a_run_goes_on_without_is_told(tree, command, stopped, tmp_path):
     assert record(tmp_path / 'results').channels_last.tolist() == [0]
 
 
+@pytest.mark.slow(5)
 def test_a_run_whose_predictions_cannot_be_had_fails_has_its_row_and_goes_on(tree, command, tmp_path, monkeypatch):
     def breaks(self): raise RuntimeError('the other process is gone')
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
@@ -148,6 +155,7 @@ def test_a_run_whose_predictions_cannot_be_had_fails_has_its_row_and_goes_on(tre
     assert (df.status.tolist(), df.resumed.tolist(), df.epochs_done.tolist()) == (['ok'], [1], [2])
 
 
+@pytest.mark.slow(3)
 def test_what_a_run_killed_after_its_row_leaves_is_removed(tree, command, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     with monkeypatch.context() as m:
@@ -159,6 +167,7 @@ def test_what_a_run_killed_after_its_row_leaves_is_removed(tree, command, tmp_pa
     assert code == 0 and 'm.pt: not written, the model of a recorded run is not kept' in err and not (tmp_path / 'm.pt').exists()
 
 
+@pytest.mark.slow(7)
 def test_a_checkpoint_that_another_process_is_done_with_is_no_damage(tree, command, stopped, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -200,6 +209,7 @@ def test_the_checkpoint_that_went_furthest_is_read_whole_and_once(tree, command,
     assert code == 0 and f'{furthest}: continues after epoch 2 of 3' in out and seen == [furthest], err
 
 
+@pytest.mark.slow(5)
 def test_a_checkpoint_of_other_code_is_told(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -213,6 +223,7 @@ def test_a_checkpoint_of_other_code_is_told(tree, command, stopped, tmp_path):
     assert command(*argv, '--resume')[0] == 0
 
 
+@pytest.mark.slow(5)
 def test_other_images_are_another_run(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -227,6 +238,7 @@ def flip_a_bit(file):
     file.write_bytes(content)
 
 
+@pytest.mark.slow(5)
 @pytest.mark.parametrize('spoil, words', [
     (lambda f: os.truncate(f, f.stat().st_size // 2), 'is cut off or not a checkpoint'),
     (lambda f: f.write_bytes(b''), 'is cut off or not a checkpoint'),
@@ -247,6 +259,7 @@ def test_a_checkpoint_that_cannot_be_read_is_told_and_the_run_starts_anew(spoil,
     assert file.read_bytes() == spoiled and sorted(record(tmp_path / 'results').status) == ['interrupted', 'ok']
 
 
+@pytest.mark.slow(9)
 def test_two_processes_are_not_at_one_run(tree, command, stopped, spawn, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -271,6 +284,7 @@ time.sleep(60)
     assert command(*argv, '--resume')[0] == 0  # the lock went with its process
 
 
+@pytest.mark.slow(7)
 def test_a_checkpoint_of_a_recorded_run_is_removed(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)

@@ -39,6 +39,7 @@ def read_to(process, words):
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.slow(80)
 def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, tmp_path):
     plain = start('plain', '--epochs', 8)
     assert plain.wait(300) == 0
@@ -57,6 +58,7 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
     assert '0 runs to do, 4 recorded' in start('ray', '--epochs', 8, '--dry-run').communicate()[0]
 
 
+@pytest.mark.slow(60)
 def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(start, tmp_path):
     process = start('results', '--epochs', 40, '--ray')
     begun = set()
@@ -75,6 +77,7 @@ def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(st
     assert len(df) == 4 and set(left.run_id) < set(df.run_id)
 
 
+@pytest.mark.slow(40)
 def test_what_cannot_be_is_told_in_one_line(start, tmp_path):
     (tmp_path / 'ray.py').write_text('raise ImportError')
     no_ray, no_gpu = dict(PYTHONPATH=str(tmp_path)), dict(CUDA_VISIBLE_DEVICES='')
