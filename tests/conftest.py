@@ -20,6 +20,12 @@ from PIL import Image
 
 from experiments import Config, resolve
 
+
+def pytest_configure(config):
+    "Hides the GPUs, which change what the tests of several processes and of bits see, unless the tests that need one are asked for."
+    if 'cuda' not in config.option.keyword.replace('not cuda', ''): os.environ['CUDA_VISIBLE_DEVICES'] = ''
+
+
 REPO = Path(__file__).parent.parent
 CLASSES = ['n02086240', 'n02087394', 'n02088364']
 TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 'images_per_second', 'peak_memory_mb', 'workers']

@@ -1,4 +1,5 @@
 """Runs that are stopped and continued: to the bit the run that was never stopped."""
+import copy
 import os
 import shutil
 
@@ -13,7 +14,9 @@ import training.machine
 import training.measure
 import training.run
 from command import UsageError
+from experiments import Config
 from training import checkpoint
+from training.learner import get_opt_func
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--sa')
 
@@ -74,6 +77,28 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, comm
     assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
     rows = list(pd.read_csv(tmp_path / 'results' / 'runs.csv').status)
     assert rows == ['interrupted', 'ok']  # both ends stay
+
+
+@pytest.mark.parametrize('options', [{}, dict(fused=0), dict(opt='sgd'), dict(opt='rms'), dict(opt='ranger')])
+def test_the_optimizers_state_takes_the_memory_format_it_is_loaded_into(options):
+    "The same gradients to two networks of equal weights, one channels last, one continued from its state: the same weights."
+    cfg = Config(**options)
+    conv = torch.nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
+    opts = [get_opt_func(cfg)([list(conv.parameters())], lr=0.1)]
+    def step():
+        grads = [torch.randn_like(p) for p in nets[0].parameters()]
+        for net, opt in zip(nets, opts):
+            for p, grad in zip(net.parameters(), grads): p.grad = torch.empty_like(p).copy_(grad)
+            opt.step()
+    nets = [conv]
+    for _ in range(3): step()
+    nets.append(torch.nn.Conv2d(8, 8, 3))
+    nets[1].load_state_dict(conv.state_dict())
+    opts.append(get_opt_func(cfg)([list(nets[1].parameters())], lr=0.1))
+    checkpoint.load_optimizer_state(opts[1], copy.deepcopy(checkpoint.optimizer_state(opts[0])))
+    assert nets[1].weight.is_contiguous() and not conv.weight.is_contiguous()
+    for _ in range(6): step()  # ranger moves its slow weights every sixth
+    for p, q in zip(*(net.parameters() for net in nets)): assert torch.allclose(p, q, atol=1e-6)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')

@@ -23,7 +23,7 @@ import training.run
 from command import UsageError
 from experiments import Config, fields, flag, literal, resolve
 from layers import ATTENTION
-from training.learner import Graphs, SmoothLoss
+from training.learner import Compile, Graphs, SmoothLoss
 from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
@@ -378,6 +378,7 @@ def test_freed_memory_is_kept(tree):
 def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))  # the same graphs, without a C++ compiler
     argv = ['--data', tree, '--sa', *TINY]
+    training.machine.check_compiler('cpu')  # compiles a function of its own, once
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     assert command(*argv, '--compile', '--runs', 2)[0] == 0
@@ -385,6 +386,22 @@ def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command
     assert command(*argv)[0] == 0
     loss = record(tmp_path).valid_loss
     assert loss[0] == pytest.approx(loss[2], abs=0.02) and loss[0] != loss[1]
+
+
+@pytest.mark.parametrize('options', ['', '--fused 0', '--opt sgd', '--opt rms', '--opt ranger'])
+def test_compiled_passes_meet_no_gradient_of_the_step_before(options, tree, monkeypatch):
+    "fastai's optimizers zero the gradients in place: in the memory of a CUDA graph, which then may not be replayed."
+    cfg, learn = learner(tree, *options.split())
+    met = []
+    def compiled(model, mode):
+        outer = torch.nn.Sequential(model)
+        outer.register_forward_pre_hook(lambda *_: met.extend(p.grad for p in model.parameters()))
+        return outer
+    monkeypatch.setattr(torch, 'compile', compiled)
+    plain = learner(tree, *options.split())[1]
+    for each, cbs in ((plain, []), (learn, [Compile()])): each.fit(2, cfg.lr, cbs=cbs)
+    assert met and all(grad is None for grad in met)
+    assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), learn.model.parameters()))
 
 
 @pytest.mark.parametrize('fused', [0, 1])

@@ -232,9 +232,12 @@ def optimizer_state(opt):
 
 
 def load_optimizer_state(opt, state):
-    "Puts an `optimizer_state` back into `opt`, whose hyperparameters stay."
+    "Gives an optimizer of fastai or torch the `state` of `optimizer_state`, each tensor in the memory format of its parameter now."
     now = opt.state_dict()
     opt.load_state_dict(state | {key: now[key] for key in HYPERPARAMETERS if key in now})
+    for p, kept in getattr(opt, 'opt', opt).state.items():
+        for key, value in kept.items():  # a fused kernel goes through them all in the order of the memory
+            if isinstance(value, torch.Tensor) and value.shape == p.shape: kept[key] = torch.empty_like(p).copy_(value)
 
 
 def _plain(x):

@@ -8,6 +8,7 @@ import atexit
 import os
 import time
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -15,6 +16,8 @@ from fastai.learner import Metric
 from fastai.torch_core import find_bs, num_distrib, rank_distrib
 
 from command import UsageError
+
+PATIENCE = timedelta(hours=6)  # of the processes that wait while the first downloads and decodes: NCCL's own are ten minutes
 
 
 def n_processes(): return max(1, num_distrib())
@@ -28,14 +31,17 @@ def join(device):
         from accelerate import PartialState
     except ImportError:
         raise UsageError('several processes: needs accelerate: pip install -r requirements-cluster.txt') from None
-    PartialState(cpu=device.type == 'cpu')
+    PartialState(cpu=device.type == 'cpu', timeout=PATIENCE)
     atexit.register(time.sleep, 0.5)  # Let gloo's threads drop their last tensors: after Python's end that would abort.
 
 
-def local_device():
-    "The CUDA device of this process, its number on this machine; None where it has none, or is alone."
+def local_device(n_gpus):
+    "Returns the CUDA device of this process, its number on this machine of `n_gpus`; None where there is none."
     local = int(os.environ.get('LOCAL_RANK', 0))
-    return local if n_processes() > 1 and local < torch.cuda.device_count() else None
+    here = max(local + 1, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    if 0 < n_gpus < here:  # one that trained on the CPU could not talk to the others
+        raise UsageError(f'{here} processes and {n_gpus} GPUs on this machine: start one a GPU, or set CUDA_VISIBLE_DEVICES= for the CPU')
+    return local if n_gpus else None
 
 
 @contextmanager

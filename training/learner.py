@@ -113,6 +113,12 @@ class Compile(Callback):
         self.plain = self.model
         self.compiled = torch.compile(self.model, mode='reduce-overhead' if self.dls.device.type == 'cuda' else None)
     def before_train(self): self.learn.model = self.compiled
+
+    def before_batch(self):
+        "Drops the gradients: fastai's optimizers zero them in place, in memory that a CUDA graph writes to."
+        if self.training:
+            for p in self.plain.parameters(): p.grad = None
+
     def before_validate(self): self.learn.model = self.plain
     def after_fit(self): self.learn.model = self.plain
 

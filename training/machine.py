@@ -1,6 +1,7 @@
 """The machine a run is on: its device, what `auto` means there, and its name in the record."""
 import os
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -12,16 +13,32 @@ from training import distributed
 
 def get_device(gpu=None):
     "The CUDA device number `gpu`; without a number the first one there is, or the CPU."
-    n = torch.cuda.device_count()
+    n = n_gpus()
     if distributed.n_processes() > 1:
         if gpu is not None: raise UsageError(f'--gpu {gpu}: of several processes each has the device of its number')
-        gpu = distributed.local_device()
+        gpu = distributed.local_device(n)
         if gpu is not None: torch.cuda.set_device(gpu)
         return torch.device('cpu') if gpu is None else torch.device('cuda', gpu)
     if gpu is None: return torch.device('cuda', 0) if n else torch.device('cpu')
     if not n: raise UsageError(f'--gpu {gpu}: no CUDA device here; leave --gpu out to run on the CPU')
     if gpu not in range(n): raise UsageError(f'--gpu {gpu}: the CUDA devices are 0 to {n - 1}')
     return torch.device('cuda', gpu)
+
+
+def n_gpus():
+    "Returns the number of CUDA devices. Raises UsageError where the driver cannot serve them: torch counts them all the same."
+    n = torch.cuda.device_count()
+    if n:
+        try: torch.cuda.init()
+        except (RuntimeError, AssertionError) as e:
+            raise UsageError(f'the GPU cannot be used ({brief(e)}); torch {torch.__version__} is built for CUDA {torch.version.cuda}: '
+                             'install a build that fits the driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU') from None
+    return n
+
+
+def brief(e):
+    "Returns the first sentence of the message of an exception."
+    return ' '.join(str(e).split()).split('. ')[0][:200] or type(e).__name__
 
 
 def settle(cfg, device):
@@ -31,6 +48,8 @@ def settle(cfg, device):
     if device.type == 'cpu':
         if precision == 'fp16': raise UsageError('--precision fp16: needs a CUDA device; on a CPU take fp32 or bf16')
         if precision == 'bf16' and not has_bf16(): raise UsageError('--precision bf16: not in the hardware of this CPU; take fp32')
+    elif precision == 'bf16' and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
+        raise UsageError('--precision bf16: not in the hardware of this GPU; take fp16')
     n = distributed.n_processes()
     if cfg.processes not in (1, n): raise UsageError(f'--processes {cfg.processes}: started as {n}; accelerate launch or torchrun set it')
     if cfg.compile and n > 1: raise UsageError('--compile: in one process only')
@@ -41,6 +60,22 @@ def settle(cfg, device):
     here = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     workers = cfg.workers if cfg.workers >= 0 else min(8, max(1, cores // here))
     return replace(cfg, precision=precision, workers=workers, processes=n)
+
+
+def prepare_device(cfg, device):
+    "Sets what torch keeps for the whole process. Raises UsageError where torch.compile is asked for and does not work."
+    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # --precision fp32 is what it says
+    if cfg.compile: check_compiler(device.type)
+
+
+@lru_cache
+def check_compiler(device):
+    "Raises UsageError unless torch.compile works on a `device`: it needs a compiler and Python's header files."
+    try: torch.compile(lambda x: 2 * x + 1)(torch.ones(64, device=device))
+    except Exception as e:  # torch's own, those of the compilers it calls, of a cache folder that cannot be written
+        raise UsageError(f"--compile: does not work here ({brief(e)}); it needs a C++ compiler (g++) and Python's header files "
+                         '(python3-dev); leave it out') from None
 
 
 def has_bf16(cpuinfo=Path('/proc/cpuinfo')):

@@ -26,7 +26,7 @@ from training import checkpoint, distributed
 from training.data import get_dls
 from training.files import find_images
 from training.learner import fit, get_learner, keep_memory
-from training.machine import device_name, get_device, settle
+from training.machine import device_name, get_device, prepare_device, settle
 from training.measure import Heed, Measure
 from xresnet import xresnet
 
@@ -41,8 +41,8 @@ def n_parameters(module): return sum(p.numel() for p in module.parameters())
 
 def prepare(cfg, device):
     "Returns (`cfg` as it will run, its DataLoaders, its model); the weights of the model are a function of the seed."
-    torch.backends.cudnn.benchmark = True
     cfg = settle(cfg, device)
+    prepare_device(cfg, device)
     if device.type == 'cpu': keep_memory(bool(cfg.keep_memory))
     distributed.join(device)
     with distributed.first_goes_first(): dls = get_dls(cfg, device)
