@@ -19,12 +19,13 @@ from filelock import FileLock, Timeout
 
 import runlog
 from command import Busy, UsageError
-from experiments import knobs
+from experiments import Config, fields, knobs
 
 FORMAT = 'checkpoint 1'
 MADE_WITH = 'device', 'torch', 'git_commit'
 SHORT = 60  # seconds: shorter runs keep no checkpoint unless asked to
 KEPT = knobs(for_life=True)  # a run keeps these for life; its images are known by their fingerprint
+BEFORE = {f.name: f.metadata['before'] for f in fields(Config)}  # what a checkpoint that is older than a knob ran with
 
 
 class Checkpoint(Callback):
@@ -158,7 +159,7 @@ def find(cfg, digest, results):
             if file.exists(): print(f'{e}; left alone', file=sys.stderr)  # else its run has just been finished by another process
             continue
         if state['run_id'] in set(record.run_id[record.status.isin(runlog.DONE)]): remove(file)
-        elif state['data_fingerprint'] == digest and all(state['config'].get(k) == getattr(cfg, k) for k in KEPT):
+        elif state['data_fingerprint'] == digest and all(state['config'].get(k, BEFORE[k]) == getattr(cfg, k) for k in KEPT):
             fits.append((file, state))
     for file, state in sorted(fits, key=lambda fit: -fit[1]['epoch']):
         try: load(file)

@@ -20,11 +20,11 @@ from fastai.torch_core import set_seed
 
 import runlog
 from command import UsageError, is_stop, undisturbed
-from experiments import Config
-from layers import ATTENTION
-from training import checkpoint, distributed
+from experiments import Config, model_name
+from training import checkpoint, distributed, layer
 from training.data import get_dls
 from training.files import find_images
+from training.layer import n_parameters
 from training.learner import fit, get_learner, keep_memory
 from training.machine import device_name, get_device, settle
 from training.measure import Heed, Measure
@@ -33,16 +33,14 @@ from xresnet import xresnet
 
 def get_model(cfg, n_classes):
     "The network of `cfg`."
-    return xresnet(cfg.arch, n_classes, ATTENTION[cfg.attention], cfg.places, cfg.stem, cfg.act, cfg.pool)
-
-
-def n_parameters(module): return sum(p.numel() for p in module.parameters())
+    return xresnet(cfg.arch, n_classes, layer.get_layer(cfg), cfg.places, cfg.stem, cfg.act, cfg.pool)
 
 
 def prepare(cfg, device):
     "(cfg as it will run, its DataLoaders, its model): the model's weights are a function of the seed."
     torch.backends.cudnn.benchmark = True
     cfg = settle(cfg, device)
+    layer.check(cfg, device)
     if device.type == 'cpu': keep_memory(bool(cfg.keep_memory))
     distributed.join(device)
     with distributed.first_goes_first(): dls = get_dls(cfg, device)
@@ -68,7 +66,7 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
         if begun['status']:
             if save and first: print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
             return begun
-        row = begun | asdict(cfg) | runlog.provenance() | dict(
+        row = begun | asdict(cfg) | runlog.provenance() | layer.cost(cfg, device) | dict(
             n_train=len(dls.train.dataset.labels), n_val=len(dls.valid_files), n_parameters=n_parameters(model),
             device=device_name(device), data_fingerprint=dls.fingerprint)
         return fit_and_hand_over(cfg, dls, model, row, Path(results), save, checkpoint_every, hand_over or partial(record, results=results))
@@ -157,7 +155,7 @@ def write_model(file, cfg, vocab, model):
 
 def summary(row):
     "A row in one line."
-    model = Config(arch=row['arch'], attention=row['attention']).model
+    model = model_name(row['arch'], row['attention'])
     what = '{dataset} {split} {size}px {model} seed {seed}  {fit_seconds:.0f} s'.format(**row, model=model)
     if row['status'] != 'ok': return '{status} after {epochs_done} of {epochs} epochs  '.format(**row) + what
     return 'accuracy {accuracy:.3f}  (max {max_accuracy:.3f} at epoch {max_accuracy_epoch})  '.format(**row) + what
@@ -166,7 +164,10 @@ def summary(row):
 def load_model(file):
     "(model in eval mode on the CPU, class names) from a file that `run(..., save=file)` wrote."
     saved = torch.load(file, map_location='cpu', weights_only=True)
-    model = get_model(Config(**saved['config']), len(saved['vocab']))
+    cfg = Config(**saved['config'] | dict(attention_source=''))  # what is there now
+    if cfg.attention_source != saved['config'].get('attention_source', ''):
+        print(f'{file}: the source of {cfg.attention} has changed since it was saved', file=sys.stderr)
+    model = get_model(cfg, len(saved['vocab']))
     model.load_state_dict(saved['model'])
     return model.eval(), saved['vocab']
 
@@ -174,6 +175,8 @@ def load_model(file):
 def dump(cfg):
     "The model of `cfg` as text: a line per module, its output shape for one image and its parameters."
     classes = {f.split('/')[1] for f in find_images(Path(cfg.data)) if f.startswith('train/')} if cfg.data else range(10)
+    device = torch.device('cpu')
+    layer.check(settle(replace(cfg, precision='fp32'), device), device)
     model = get_model(cfg, len(classes)).eval()
     shapes = {}
     def keep(name): return lambda m, i, o: shapes.update({name: tuple(o.shape)})
@@ -194,7 +197,7 @@ def find_lr(cfg, results=runlog.RESULTS, device=None):
     learn = get_learner(cfg, dls, model)
     learn.recorder.smooth_loss = AvgSmoothLoss()  # on the host, where the plot wants it
     special = [f'-{k}{getattr(cfg, k)}' for k in ('sa_at', 'opt', 'mom', 'wd', 'mixup') if getattr(cfg, k) != getattr(Config, k)]
-    file = Path(results) / 'lr_find' / f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}{"".join(special)}.png'
+    file = Path(results) / 'lr_find' / f'{cfg.dataset}-{cfg.size}-{cfg.model.replace(":", "-")}-bs{cfg.bs}{"".join(special)}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:  # lr_find keeps the first weights in a file there
         learn.path = Path(folder)
