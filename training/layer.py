@@ -180,10 +180,11 @@ def cost(cfg, device):
     Multiply-adds are those of the products and convolutions of one image in a forward pass. Our layers know theirs; those of others
     are counted while they run.
     """
-    if layer_source.is_outside(cfg.attention): parameters, multiply_adds = counted(*conditions(cfg, device))
+    if cfg.attention == 'none': parameters, multiply_adds = 0, 0
+    elif layer_source.is_outside(cfg.attention): parameters, multiply_adds = counted(*conditions(cfg, device))
     else:
-        layers = [(ATTENTION[cfg.attention](C), H * W) for C, H, W in shapes(cfg)] if cfg.attention != 'none' else []
-        parameters, multiply_adds = (sum(counts) for counts in zip(*((n_parameters(m), m.multiply_adds(N)) for m, N in layers), (0, 0)))
+        with a_seed(device): layers = [(ATTENTION[cfg.attention](C), H * W) for C, H, W in shapes(cfg)]
+        parameters, multiply_adds = sum(n_parameters(m) for m, _ in layers), sum(m.multiply_adds(N) for m, N in layers)
     return dict(attention_parameters=parameters, attention_multiply_adds=multiply_adds)
 
 
