@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields, replace
 from operator import ge, gt, le, lt
 from pathlib import Path
 
+import layer_source
 from command import UsageError, nearest
 
 
@@ -31,7 +32,8 @@ ROLES = 'result', 'speed', 'label'
 SWITCH = [0, 1]
 
 
-def knob(default, help, *aliases, choices=None, least=None, above=None, most=None, below=None, role='result', for_life=None, before=None):
+def knob(default, help, *aliases, choices=None, least=None, above=None, most=None, below=None, role='result', for_life=None, before=None,
+         flag=True):
     """Makes a field of Config with `least` <= value <= `most` and `above` < value < `below`.
 
     role      result: runs that differ in it are different settings, which are never pooled.
@@ -39,11 +41,12 @@ def knob(default, help, *aliases, choices=None, least=None, above=None, most=Non
               label: says which run it is, not what it computes.
     for_life  whether a run that is continued must keep the value (default: every knob of the role result).
     before    how runs went before the knob was there, if not at its default: rows of older files get it.
+    flag      whether it has a flag; a knob without follows from others.
     """
     assert role in ROLES
     return field(default=default, metadata=dict(
         help=help, aliases=aliases, choices=choices, least=least, above=above, most=most, below=below, role=role,
-        for_life=role == 'result' if for_life is None else for_life, before=default if before is None else before))
+        for_life=role == 'result' if for_life is None else for_life, before=default if before is None else before, flag=flag))
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,11 @@ class Config:
                          choices=[0, 1, 5, 25, 50])
     # model
     arch: str = knob('xresnet50', 'network', choices=list(ARCHS))
-    attention: str = knob('none', 'attention layer', choices=literal('layers.py', 'ATTENTION'))
+    attention: str = knob('none', 'attention layer, of ours or FILE.py:NAME or PACKAGE.MODULE:NAME: any callable n_channels -> module',
+                          choices=literal('layers.py', 'ATTENTION'))
     sa_at: str = knob('1', 'where it stands: stages (their last block) or stage.block, such as 1,2,3,4 or 2.0')
+    attention_file: str = knob('', "file of a layer that is not ours", role='label', flag=False)
+    attention_source: str = knob('', 'hash of the source of a layer that is not ours', flag=False)
     stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=list(literal('xresnet.py', 'STEMS')))
     act: str = knob('relu', 'activation', '--act-fn', choices=literal('xresnet.py', 'ACTIVATIONS'))
     pool: str = knob('avg', 'pooling in the shortcut', choices=literal('xresnet.py', 'POOLS'))
@@ -100,9 +106,13 @@ class Config:
     meta: str = knob('', 'free text, kept in the row', '--log', role='label')
 
     def __post_init__(self):
+        outside = isinstance(self.attention, str) and layer_source.is_outside(self.attention)
         for f in fields(self):
-            _check(flag(f), getattr(self, f.name), f.type, f.metadata)
+            meta = f.metadata if f.name != 'attention' or not outside else {**f.metadata, 'choices': None}
+            _check(flag(f), getattr(self, f.name), f.type, meta)
             if f.type is float: object.__setattr__(self, f.name, float(getattr(self, f.name)))  # 1 and 1. are one setting
+        found = layer_source.find(self.attention, self.attention_file, self.attention_source)
+        for name, value in zip(('attention', 'attention_file', 'attention_source'), found): object.__setattr__(self, name, value)
         if self.dataset == 'digits' and self.split == 'v1':
             raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
         if self.dataset == 'custom' and not self.data: raise UsageError('--dataset custom: name its folder with --data')
@@ -113,9 +123,12 @@ class Config:
         if 0 < self.mixup < 1e-3: raise UsageError(f'--mixup {self.mixup}: must be 0 or at least 0.001')
 
     @property
-    def model(self):
-        "The arch and its attention in a word: xresnet50+simple."
-        return self.arch + (f'+{self.attention}' if self.attention != 'none' else '')
+    def model(self): return model_name(self.arch, self.attention)
+
+
+def model_name(arch, attention):
+    "Returns an arch and its attention in a word: xresnet50+simple."
+    return arch + (f'+{attention}' if attention != 'none' else '')
 
 
 def resolve(cfg):

@@ -33,7 +33,7 @@ MEASURED = {  # what a run finds out; results/README.md says what each column me
     'n_train': int, 'n_val': int, 'accuracy': float, 'top5_accuracy': float, 'valid_loss': float, 'train_loss': float,
     'max_accuracy': float, 'max_accuracy_epoch': int, 'epochs_done': int, 'fit_seconds': float,
     'median_epoch_seconds': float, 'images_per_second': float, 'peak_memory_mb': float, 'n_parameters': int,
-    'resumed': int,
+    'attention_parameters': int, 'attention_multiply_adds': int, 'resumed': int,
 }
 PROVENANCE = {
     'device': str, 'python': str, 'torch': str, 'torchvision': str, 'fastai': str,

@@ -27,7 +27,7 @@ def attention(text): return {'0': 'none', '1': 'simple'}.get(text, text)
 def add_config_flags(ap, leave_out=(), **default):
     "A flag for each field of Config, with its aliases. `default`: of all flags, in place of the fields' own."
     for f in fields(Config):
-        if f.name in leave_out: continue
+        if f.name in leave_out or not f.metadata['flag']: continue
         names = [flag(f), *f.metadata['aliases']]
         names += ['--' + n[2:].replace('-', '_') for n in names if '-' in n[2:]]
         text = f.metadata['help'] + (f': {", ".join(map(str, c))}' if (c := f.metadata['choices']) else '')
@@ -72,7 +72,7 @@ def parse(argv):
     if unknown:
         hint = nearest(unknown[0].split('=')[0], list(ap._option_string_actions))
         raise UsageError(f'unknown argument {unknown[0]}{hint}; see --help')
-    config = {f.name: getattr(args, f.name) for f in fields(Config)}
+    config = {f.name: getattr(args, f.name) for f in fields(Config) if f.metadata['flag']}
     if args.woof is not None and args.dataset not in (None, 'imagenette', 'imagewoof'):
         raise UsageError(f'--woof and --dataset {args.dataset}: give one of them')
     if args.woof: config['dataset'] = 'imagewoof'

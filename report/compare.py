@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 
 import runlog
+from command import UsageError
 from experiments import EXPERIMENTS, N_IMAGES, SETTINGS, resolve, setting
 from report import stats
 from report.published import published_mean
@@ -223,6 +224,18 @@ def narrow_enough(pairs, points):
     It allows for looking after every turn.
     """
     return all(bool(stats.fixed_width_done(base, arm, points / 100)) for base, arm in pairs)
+
+
+def known_to(points, pairs, runs, metric):
+    """Returns whether the difference of each of `pairs` of arms is known to `points`, from {arm: its runs}.
+
+    Raises UsageError where more runs cannot tell it, as those of each arm all end alike.
+    """
+    accuracies = {arm: values(found, metric)[0] for arm, found in runs.items()}
+    if narrow_enough([(accuracies[a], accuracies[b]) for a, b in pairs], points): return True
+    if all(len(a) >= 10 and np.ptp(a) == 0 for a in accuracies.values()):
+        raise UsageError('--until: all runs of an arm end alike; stopped')
+    return False
 
 
 def done(exp, rows):

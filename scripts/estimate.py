@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import runlog
 from experiments import EXPERIMENTS, N_IMAGES, Config, planned_runs
+from layer_source import is_outside
 from report.published import load_published, published_mean
 from training.run import get_model
 
@@ -54,7 +55,7 @@ def rates(results=runlog.RESULTS):
             per_image = 3 * forward(arch, attention or 'none', Config.sa_at, r.size)
             out[f'{r.device}: training step of {r.model}, {r.size} px, {r.precision}'] = r.ours_images_per_second * per_image
     runs = runlog.load(Path(results) / 'runs.csv')
-    runs = runs[(runs.status == 'ok') & ~runs.device.str.contains('threads')]
+    runs = runs[(runs.status == 'ok') & ~runs.device.str.contains('threads') & ~runs.attention.map(is_outside)]
     for (device, arch, attention, sa_at, size), rows in runs.groupby(['device', 'arch', 'attention', 'sa_at', 'size']):
         total = rows.epochs * (3 * rows.n_train + rows.n_val) * forward(arch, attention, sa_at, size)
         what = f'{device}: {len(rows)} runs of {Config(arch=arch, attention=attention).model}, {size} px'

@@ -80,7 +80,7 @@ def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
 
 
 def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
-    monkeypatch.setattr(reproduce.Loop, 'arms', lambda self: dict(none=np.full(10, 0.1), simple=np.full(10, 0.1)))
+    monkeypatch.setattr(compare, 'values', lambda runs, metric: (np.full(10, 0.1), list(range(10))))
     code, _, err = loop('--runs', 1, '--until', 5)
     assert code == 2 and '--until: all runs of an arm end alike; stopped' in err
 
@@ -157,6 +157,7 @@ def test_list_and_plan(tmp_path, capsys):
     ('digits --cpus-per-run 2', 'with --ray only'), ('digits --ray --cpus-per-run 0.5', 'whole cores'), ('digits --ray --gpu 0', '--gpu: '),
     ('digits --ray --gpus-per-run 2', 'from 0 to 1'), ('digits --seed0 2147483646 --runs 9', 'at most'),
     ('digits --runs 9999999999', '--seed 9999999998'), ('digits --size 31', 'at least 32'),
+    ('digits --jobs 0', 'from 1 to 1024'), ('digits --jobs 2 --ray', 'one of them'),
     ('digits --data /no/such/folder', 'no such folder'), ('digits --gpu 99', '--gpu 99'),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, tmp_path, capfd):

@@ -19,13 +19,14 @@ from filelock import FileLock, Timeout
 
 import runlog
 from command import Busy, UsageError
-from experiments import knobs
+from experiments import Config, fields, knobs
 from training import distributed
 
 FORMAT = 'checkpoint 1'
 MADE_WITH = 'device', 'torch', 'git_commit'
 SHORT_SECONDS = 60  # Runs that take less keep no checkpoint unless one is asked for.
 FOR_LIFE = knobs(for_life=True)  # A run keeps these for life. Its images are known by their fingerprint.
+BEFORE = {f.name: f.metadata['before'] for f in fields(Config)}  # What a run did whose checkpoint is older than a knob.
 
 
 class Found(NamedTuple):
@@ -162,7 +163,7 @@ def find(cfg, digest, runs, results, device='cpu'):
             if file.exists(): print(f'{e}; it is left alone', file=sys.stderr)  # else its run has just been finished
             continue
         same_data = state['data_fingerprint'] == digest
-        same_config = all(state['config'].get(key) == getattr(cfg, key) for key in FOR_LIFE)
+        same_config = all(state['config'].get(key, BEFORE[key]) == getattr(cfg, key) for key in FOR_LIFE)
         if same_data and same_config and state['run_id'] not in done: epochs[file] = state['epoch']
     for file in sorted(epochs, key=epochs.get, reverse=True):
         held = lock(file)

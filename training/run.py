@@ -20,11 +20,11 @@ from fastai.torch_core import set_seed
 
 import runlog
 from command import UsageError, is_stop, undisturbed
-from experiments import Config
-from layers import ATTENTION
-from training import checkpoint, distributed
+from experiments import Config, model_name
+from training import checkpoint, distributed, layer
 from training.data import get_dls
 from training.files import find_images
+from training.layer import n_parameters
 from training.learner import fit, get_learner, keep_memory
 from training.machine import device_name, get_device, prepare_device, settle
 from training.measure import Heed, Measure
@@ -33,16 +33,14 @@ from xresnet import xresnet
 
 def get_model(cfg, n_classes):
     "Returns the network of `cfg`."
-    return xresnet(cfg.arch, n_classes, ATTENTION[cfg.attention], cfg.places, cfg.stem, cfg.act, cfg.pool)
-
-
-def n_parameters(module): return sum(p.numel() for p in module.parameters())
+    return xresnet(cfg.arch, n_classes, layer.get_layer(cfg), cfg.places, cfg.stem, cfg.act, cfg.pool)
 
 
 def prepare(cfg, device):
     "Returns (`cfg` as it will run, its DataLoaders, its model); the weights of the model are a function of the seed."
     cfg = settle(cfg, device)
     prepare_device(cfg, device)
+    layer.check(cfg, device)
     if device.type == 'cpu': keep_memory(bool(cfg.keep_memory))
     distributed.join(device)
     with distributed.first_goes_first(): dls = get_dls(cfg, device)
@@ -74,7 +72,7 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
             if save and first:
                 print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
             return begun
-        row = begun | asdict(cfg) | runlog.provenance() | dict(
+        row = begun | asdict(cfg) | runlog.provenance() | layer.cost(cfg, device) | dict(
             n_train=len(dls.train.dataset.labels), n_val=len(dls.valid_files), n_parameters=n_parameters(model),
             device=device_name(device), data_fingerprint=dls.fingerprint)
         file = checkpoint.path(results, row['run_id'])
@@ -194,7 +192,7 @@ def write_model(file, cfg, vocab, model):
 
 def summary(row):
     "Returns a row as one line of text."
-    model = Config(arch=row['arch'], attention=row['attention']).model
+    model = model_name(row['arch'], row['attention'])
     what = '{dataset} {split} {size}px {model} seed {seed}  {fit_seconds:.0f} s'.format(**row, model=model)
     if row['status'] != 'ok': return '{status} after {epochs_done} of {epochs} epochs  '.format(**row) + what
     return 'accuracy {accuracy:.3f}  (max {max_accuracy:.3f} at epoch {max_accuracy_epoch})  '.format(**row) + what
@@ -205,7 +203,10 @@ def summary(row):
 def load_model(file):
     "Returns (model in eval mode on the CPU, class names) from a file that `run(..., save=file)` wrote."
     saved = torch.load(file, map_location='cpu', weights_only=True)
-    model = get_model(Config(**saved['config']), len(saved['vocab']))
+    cfg = Config(**saved['config'] | dict(attention_source=''))  # what is there now
+    if cfg.attention_source != saved['config'].get('attention_source', ''):
+        print(f'{file}: the source of {cfg.attention} has changed since it was saved', file=sys.stderr)
+    model = get_model(cfg, len(saved['vocab']))
     model.load_state_dict(saved['model'])
     return model.eval(), saved['vocab']
 
@@ -216,6 +217,8 @@ def dump(cfg):
     if cfg.data:
         files = find_images(Path(cfg.data))
         n_classes = len({file.split('/')[1] for file in files if file.startswith('train/')})
+    device = torch.device('cpu')
+    layer.check(settle(replace(cfg, precision='fp32'), device), device)
     model = get_model(cfg, n_classes).eval()
     shapes = {}
     def keep_shape(name): return lambda module, inputs, output: shapes.update({name: tuple(output.shape)})
@@ -255,7 +258,7 @@ def find_lr(cfg, results=runlog.RESULTS, device=None):
 
 def lr_plot_name(cfg):
     "Returns a name for the plot of `cfg`, such as digits-32-xresnet18-bs64-optsgd, with the knobs off their defaults."
-    name = f'{cfg.dataset}-{cfg.size}-{cfg.model}-bs{cfg.bs}'
+    name = f'{cfg.dataset}-{cfg.size}-{cfg.model.replace(":", "-")}-bs{cfg.bs}'
     for knob in ('sa_at', 'opt', 'mom', 'wd', 'mixup'):
         if getattr(cfg, knob) != getattr(Config, knob): name += f'-{knob}{getattr(cfg, knob)}'
     return name

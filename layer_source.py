@@ -1,0 +1,132 @@
+"""Finds a layer of the user's, FILE.py:NAME or PACKAGE.MODULE:NAME, and hashes its source. Imports neither the layer nor torch.
+
+The hash is of the file and of all that it imports from its own folder (a file) or its own package (a module), as far as import
+statements say so; other packages are not in it. Two runs with the same hash had the same layer, wherever the file was.
+"""
+import hashlib
+import os
+import re
+from importlib.machinery import PathFinder
+from importlib.util import find_spec
+from pathlib import Path
+from pkgutil import iter_modules
+
+from command import UsageError, nearest
+
+
+def is_outside(attention): return ':' in attention
+
+
+def parse(attention):
+    "Returns (place, name) of FILE.py:NAME or PACKAGE.MODULE:NAME; UsageError where it is neither."
+    place, _, name = attention.rpartition(':')
+    parts = [name] if is_file(place) else [name, *place.split('.')]
+    if not all(part.isidentifier() for part in parts) or Path(place).name == '.py':
+        raise UsageError(f'--sa {attention}: neither a layer of ours nor FILE.py:NAME nor PACKAGE.MODULE:NAME')
+    return place, name
+
+
+def is_file(place): return place.endswith('.py')
+
+
+def find(attention, file='', source=''):
+    """Returns (the layer as the record has it, its file, the hash of its source) as texts; of a layer of ours the latter two are ''.
+
+    In the record a file has no folder: my_layers.py:MyLayer. `file` and `source`: what is known already; as long as they belong to
+    `attention` they stay, and nothing is read. UsageError where there is no such file or module.
+    """
+    if not is_outside(attention): return attention, '', ''
+    place, name = parse(attention)
+    if file and source and belongs(file, place): return attention, file, source
+    found = Path(file) if file and belongs(file, place) and Path(file).is_file() else find_file(attention, place)
+    if is_file(place): attention = f'{found.name}:{name}'
+    return attention, str(found), digest(attention, found)
+
+
+def belongs(file, place):
+    "Returns whether a file found earlier is that of `place`: a file's name without a folder, or a module."
+    file = Path(file)
+    if is_file(place): return file.name == place
+    parts = file.parent.parts if file.stem == '__init__' else (*file.parent.parts, file.name.partition('.')[0])
+    return parts[-len(place.split('.')):] == tuple(place.split('.'))
+
+
+def find_file(attention, place):
+    "Returns the absolute path of a file or of the file of a module; UsageError where there is none."
+    if not is_file(place): return find_module(attention, place)
+    file = Path(os.path.abspath(Path(place).expanduser()))
+    if not file.is_file():
+        there = sorted(f.name for f in file.parent.glob('*.py')) if file.parent.is_dir() else []
+        raise UsageError(f'--sa {attention}: no such file{nearest(file.name, there)}')
+    return file
+
+
+def find_module(attention, place):
+    "Returns the file of a module without importing it; it is looked for where Python does and in the working directory."
+    top, *rest = place.split('.')
+    try: spec = find_spec(top)
+    except ValueError: spec = None  # of a module made by hand, as __main__ is in a notebook
+    spec = spec or PathFinder.find_spec(top, [os.getcwd()])
+    if not spec: raise UsageError(f'--sa {attention}: no module {top} here; is its package installed?')
+    name = top
+    for part in rest:
+        folders = list(spec.submodule_search_locations or [])
+        spec = PathFinder.find_spec(f'{name}.{part}', folders)
+        if not spec:
+            raise UsageError(f'--sa {attention}: {name} has no module {part}{nearest(part, [m.name for m in iter_modules(folders)])}')
+        name += f'.{part}'
+    if not spec.has_location: raise UsageError(f'--sa {attention}: {name} has no file, so no layer can be found in it')
+    return Path(spec.origin)
+
+
+# --- what the layer is made of ---
+
+def digest(attention, file):
+    "Returns the hash of the source of a layer, 12 hexadecimal digits."
+    sha = hashlib.sha256()
+    try: files = sources(attention, file)
+    except OSError as e: raise UsageError(f'--sa {attention}: cannot read {e.filename} ({e.strerror})') from None
+    for name, content in sorted(files.items()):
+        content = content.replace(b'\r\n', b'\n')
+        sha.update(b'%s %d\0%s' % (name.encode(), len(content), content))
+    return sha.hexdigest()[:12]
+
+
+def sources(attention, file):
+    """Returns {path: content} of a layer's file and of all that it imports from its folder or package, directly or through others.
+
+    The paths are relative to the folder that its imports start from: that of the file, or the one that holds the package.
+    """
+    place, file = parse(attention)[0], Path(file)
+    levels = 0 if is_file(place) else place.count('.') + (file.stem == '__init__')
+    root, top = file.parents[levels], None if is_file(place) else place.partition('.')[0]
+    found, todo = {}, [file]
+    while todo:
+        file = todo.pop()
+        name = file.relative_to(root).as_posix()
+        if name in found: continue
+        found[name] = file.read_bytes()
+        todo += imported(file, found[name], root, top)
+    return found
+
+
+IMPORT = re.compile(rb'^[ \t]*(?:import[ \t]+([^\n;]+)|from[ \t]+([.\w]+)[ \t]+import[ \t]*(\([^)]*\)|(?:\\\n|[^\n;])+))', re.MULTILINE)
+COMMENT, NAME = re.compile(r'#.*|\bas\s+\w+|\\\n'), re.compile(r'[\w.]+')
+
+
+def imported(file, content, root, top=None):
+    """Returns the files in `root` (of the package `top` only, if given) that the import statements of a file name.
+
+    The statements are found by their form, which is fifty times as fast as to parse a file: a package may have two thousand.
+    """
+    here, modules = file.parent.relative_to(root).parts, set()
+    for plain, start, names in IMPORT.findall(content):
+        names = NAME.findall(COMMENT.sub('', (plain or names).decode(errors='ignore')))
+        start = start.decode(errors='ignore')
+        level = len(start) - len(start.lstrip('.'))
+        base = (here[:len(here) - level + 1] if level else ()) + tuple(filter(None, start[level:].split('.')))
+        for name in names or ['']:  # from .x import *
+            parts = (*base, *filter(None, name.split('.')))
+            modules |= {parts[:n] for n in range(1, len(parts) + 1) if not top or parts[0] == top}
+    places = [root.joinpath(*module) for module in modules]
+    return [f for place in places for f in (place.with_name(f'{place.name}.py'), place / '__init__.py') if f.is_file()]

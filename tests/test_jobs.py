@@ -1,0 +1,96 @@
+"""Runs side by side without Ray: reproduce.py --jobs, on a tree of a few images."""
+import os
+import re
+import signal
+
+import pytest
+from conftest import REPO
+
+import runlog
+
+TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
+SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint', 'device', 'resumed']
+
+
+@pytest.fixture
+def start(spawn, tree, tmp_path):
+    "Starts reproduce.py digits on the tree, with results in a folder of tmp_path."
+    def call(folder, *argv):
+        return spawn(REPO / 'scripts' / 'reproduce.py', *TINY, '--data', tree, '--results', tmp_path / folder, *argv)
+    return call
+
+
+def rows(folder): return runlog.load(folder / 'runs.csv').sort_values(['attention', 'seed']).reset_index(drop=True)
+
+
+def read_to(process, words):
+    "Returns the first line with `words` that the process prints."
+    for line in process.stdout:
+        if re.search(words, line): return line
+    raise AssertionError(process.stderr.read())
+
+
+def children(process):
+    "Returns the ids of the processes that train for `process`."
+    found = []
+    for pid in filter(str.isdigit, os.listdir('/proc')):
+        try: parent = open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1]
+        except OSError: continue
+        if parent == str(process.pid) and b'spawn_main' in open(f'/proc/{pid}/cmdline', 'rb').read(): found.append(int(pid))
+    return found
+
+
+def read_to_two_under_way(process):
+    "Reads until two runs have a checkpoint."
+    begun = set()
+    while len(begun) < 2: begun.add(read_to(process, 'epoch 2 ').partition(':')[0])
+    return begun
+
+
+def test_the_rows_are_those_of_the_plain_loop(start, tmp_path):
+    plain = start('plain', '--epochs', 3)
+    assert plain.wait(600) == 0
+    process = start('jobs', '--epochs', 3, '--jobs', 2)
+    out, err = process.communicate(timeout=600)
+    here, there = rows(tmp_path / 'plain'), rows(tmp_path / 'jobs')
+    assert process.returncode == 0 and set(there.status) == {'ok'} and '4/4 ' in out, err
+    assert here[SAME].equals(there[SAME]) and there.run_id.is_unique and list((tmp_path / 'jobs' / 'checkpoints').iterdir()) == []
+    assert re.search(r'^simple seed 1: epoch 2  ', out, re.M) and 'none → simple:' in out
+    assert '0 runs to do, 4 recorded' in start('jobs', '--epochs', 3, '--dry-run').communicate()[0]
+
+
+@pytest.mark.parametrize('how', ['ctrl-c', 'sigterm', 'kill -9'])
+def test_the_end_of_the_command_ends_the_runs_with_their_rows_and_they_go_on(how, start, tmp_path):
+    process = start('results', '--epochs', 15, '--jobs', 2)
+    begun, workers = read_to_two_under_way(process), children(process)
+    assert begun == {'none seed 0', 'simple seed 0'} and len(workers) == 2
+    if how == 'ctrl-c': os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    if how == 'sigterm': process.terminate()
+    if how == 'kill -9': process.kill()
+    out, err = process.communicate(timeout=600)  # until the last process with this end of the pipe has ended
+    assert process.returncode == {'ctrl-c': 130, 'sigterm': 143, 'kill -9': -9}[how] and 'Traceback' not in err, err
+    assert not any(os.path.exists(f'/proc/{pid}') for pid in workers)
+    left = rows(tmp_path / 'results')
+    assert left.attention.tolist() == ['none', 'simple'] and set(left.status) == {'interrupted'} and left.epochs_done.min() >= 1
+    assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
+    out, err = start('results', '--epochs', 15, '--jobs', 2, '--runs', 1).communicate(timeout=600)
+    df = rows(tmp_path / 'results')
+    assert out.count('goes on after epoch') == 2 and df.run_id.tolist() == left.run_id.tolist() and set(df.status) == {'ok'}, err
+
+
+def test_a_process_that_dies_is_replaced(start, tmp_path):
+    process = start('results', '--epochs', 15, '--jobs', 2)
+    read_to_two_under_way(process)
+    os.kill(children(process)[0], signal.SIGKILL)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 1 and 'failed: its process ended early (exit code -9' in err and '1 runs failed' in err
+    assert len(rows(tmp_path / 'results')) == 3 and '4/4 ' in out
+    assert start('results', '--epochs', 15, '--jobs', 2).wait(600) == 0
+    df = rows(tmp_path / 'results')
+    assert len(df) == 4 and set(df.status) == {'ok'} and sorted(df.resumed) == [0, 0, 0, 1]
+
+
+def test_a_mistake_ends_all_in_one_line(start, tmp_path):
+    process = start('results', '--jobs', 2, '--bs', 60)  # more than there are training images
+    _, err = process.communicate(timeout=600)
+    assert process.returncode == 2 and err.count('\n') == 1 and 'make no batch of 60; lower --bs' in err

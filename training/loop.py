@@ -1,0 +1,139 @@
+"""The runs of an experiment, one after the other, side by side, or on Ray; those that the record already holds are left out."""
+import argparse
+import os
+import sys
+import time
+from dataclasses import replace
+
+import runlog
+import train_imagenette
+from command import Busy, UsageError, is_stop
+from experiments import Config, fields, planned_runs
+
+ARMS = 'attention', 'sa_at', 'seed'  # what tells the arms and the runs apart
+
+
+# --- the flags of the commands that train an experiment ---
+
+def add_flags(ap, leave_out=ARMS):
+    "Adds the flags that say how the runs are done, and as overrides those of Config but for `leave_out`."
+    ap.add_argument('--seed0', type=int, default=0, metavar='SEED', help='first seed (default 0)')
+    ap.add_argument('--until', type=float, metavar='POINTS', help='go on until the 95%% interval of each difference has this half-width')
+    ap.add_argument('--dry-run', action='store_true', help="print the runs; don't train")
+    ap.add_argument('--jobs', type=int, default=1, metavar='N', help='train N runs side by side, each with one thread on a CPU (default 1)')
+    ap.add_argument('--ray', nargs='?', const='', metavar='ADDRESS', help="hand the runs to Ray: this machine's own, or the cluster there")
+    ap.add_argument('--cpus-per-run', type=float, default=1, metavar='N', help='with --ray: cores of a run (default 1)')
+    ap.add_argument('--gpus-per-run', type=float, metavar='N', help='with --ray: GPUs of a run, 0.25 say (default 1, without any 0)')
+    train_imagenette.add_run_flags(ap)
+    overrides = ap.add_argument_group('in place of what the experiment sets, in all arms')
+    train_imagenette.add_config_flags(overrides, leave_out=leave_out, default=argparse.SUPPRESS)
+
+
+def check_flags(args):
+    "Raises UsageError on values of the flags of `add_flags` that cannot be."
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise UsageError('one process starts the runs: several at once by --jobs or --ray')
+    if args.until is not None and not 0 < args.until < float('inf'): raise UsageError(f'--until {args.until}: must be a number above 0')
+    if not 1 <= args.jobs <= 1024: raise UsageError(f'--jobs {args.jobs}: must be from 1 to 1024')
+    if args.ray is not None and args.jobs > 1: raise UsageError('--jobs, --ray: give one of them')
+    train_imagenette.check_run_flags(args)
+    cpus, gpus = args.cpus_per_run, args.gpus_per_run
+    if args.ray is None and (cpus != 1 or gpus is not None): raise UsageError('--cpus-per-run, --gpus-per-run: with --ray only')
+    if not (cpus >= 1 and cpus == int(cpus)): raise UsageError(f'--cpus-per-run {cpus:g}: must be 1 or more whole cores')
+    if gpus is not None and not (gpus in (0, 1) or 0 < gpus < 1): raise UsageError(f'--gpus-per-run {gpus:g}: must be from 0 to 1')
+    if args.ray is not None and args.gpu is not None: raise UsageError('--gpu: with --ray each run has the GPU that Ray gives it')
+
+
+def overrides(args):
+    "Returns {name: value} of the fields of Config that the command line gives."
+    return {f.name: getattr(args, f.name) for f in fields(Config) if hasattr(args, f.name)}
+
+
+# --- the runs ---
+
+class Loop:
+    """Trains the runs of an Experiment that the record does not hold yet.
+
+    `args` has the flags of `add_flags`; `program` is the name that messages begin with. `failed` counts the runs that failed,
+    `left` those that another process was training.
+    """
+    def __init__(self, exp, args, program):
+        self.exp, self.args, self.program, self.digests = exp, args, program, {}
+        self.failed = self.left = 0
+        from training.machine import get_device  # torch and fastai take seconds: not before the command line is known to be good
+        if args.ray is not None:
+            from training.cluster import Cluster
+            cluster = Cluster(args.ray, args.results, args.cpus_per_run, args.gpus_per_run)
+            self.each, self.device = cluster.each, cluster.device
+            return
+        self.each, self.device = self.here, get_device(args.gpu)
+        if args.jobs > 1:
+            from training.jobs import Jobs
+            self.each = Jobs(args.jobs, args.results, self.device).each
+
+    def record(self): return runlog.load(self.args.results / 'runs.csv')
+
+    def settled(self, cfg):
+        "Returns (`cfg` as it will run, the fingerprint of its data); the latter is None in a dry run, which fetches nothing."
+        from training.data import find_set
+        from training.machine import settle
+        cfg = settle(cfg, self.device)
+        key = cfg.dataset, cfg.source, cfg.data
+        if key not in self.digests: self.digests[key] = None if self.args.dry_run else find_set(cfg)[2]
+        return cfg, self.digests[key]
+
+    def todo(self, exp, seed0):
+        "Returns [(arm, Config)] of the runs of `exp` from `seed0` on that are not recorded yet."
+        record = self.record()
+        return [(arm, cfg) for arm, cfg in planned_runs(exp, seed0) if runlog.recorded(record, *self.settled(cfg)).empty]
+
+    def do(self, todo):
+        "Trains the runs to do, but for those that another process is training. One that fails has left its row, and the others go on."
+        start = time.perf_counter()
+        for done, (arm, cfg, error) in enumerate(self.each(todo, self.args.checkpoint_every), 1):
+            if isinstance(error, Busy):
+                self.left += 1
+                print(f'{error}: skipped', file=sys.stderr)
+            elif error:
+                self.failed += 1
+                print(f'{self.program}: {arm} seed {cfg.seed} failed: {error}; going on', file=sys.stderr)
+            left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+            print(f'[{"#" * round(30 * done / len(todo)):30}] {done}/{len(todo)}  {arm} seed {cfg.seed}  {left:.0f} min left', flush=True)
+
+    def here(self, todo, checkpoint_every):
+        """Trains `todo` in this process, one after the other; yields (arm, cfg, error) as each ends.
+
+        The error is that of a run that failed or was not begun, else None. A mistake of the user ends the loop.
+        """
+        from training.run import run
+        for arm, cfg in todo:
+            print(f'{arm} seed {cfg.seed}:', flush=True)
+            error = None
+            try: run(cfg, self.args.results, self.device, resume=True, checkpoint_every=checkpoint_every)
+            except Busy as e: error = e
+            except Exception as e:
+                if isinstance(e, UsageError) or is_stop(e): raise
+                error = repr(e)
+            yield arm, cfg, error
+
+    def runs(self):
+        "Returns {arm: its runs in the record} on this machine's data and precision, whatever their end."
+        record, found = self.record(), {}
+        for arm, cfg in self.exp.arms.items():
+            cfg, digest = self.settled(cfg)
+            runs = runlog.of_config(record, cfg)
+            found[arm] = runs[runs.data_fingerprint == digest]
+        return found
+
+    def until(self, enough, seed):
+        "Goes on, a run of each arm a turn, until `enough` holds of `runs()`; UsageError where no run of a turn ends ok."
+        turn = replace(self.exp, runs=1)
+        while not enough(runs := self.runs()):
+            left = self.left
+            while not (todo := self.todo(turn, seed)): seed += 1
+            self.do(todo)
+            if self.left > left: seed += 1
+            elif all(n_ok(now) == n_ok(runs[arm]) for arm, now in self.runs().items()):
+                raise UsageError('--until: the last runs did not end ok; stopped')
+
+
+def n_ok(runs): return int((runs.status == 'ok').sum())
