@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 
 import layer_source
-from command import UsageError, is_first_process, nearest
+from command import UsageError, is_local_rank_0, nearest
 from layers import ATTENTION
 from xresnet import ARCHS
 
@@ -103,7 +103,7 @@ def check(cfg, device):
     """
     if not layer_source.is_outside(cfg.attention): return
     change = tried(*conditions(cfg, device))
-    if change and cfg.attention not in said and is_first_process():
+    if change and cfg.attention not in said and is_local_rank_0():
         said.add(cfg.attention)
         print(f'{cfg.attention}: not the identity at the start: its output is {change:.1%} of its input away from it', file=sys.stderr)
 
