@@ -112,12 +112,14 @@ def run_all(main, program, lines, n):
     return codes
 
 
-def test_train_imagenette(place):
+@pytest.mark.parametrize('n', [100, pytest.param(1800, marks=pytest.mark.slow(22))])
+def test_train_imagenette(n, place):
     lines = command_lines(train_imagenette.make_parser(), '--bs', '6', '--workers', '0')
-    codes = run_all(train_imagenette.main, 'train_imagenette.py', lines, 1800)
-    assert min(codes[0], codes[2]) > 300, codes
+    codes = run_all(train_imagenette.main, 'train_imagenette.py', lines, n)
+    assert min(codes[0], codes[2]) > n / 7, codes
 
 
+@pytest.mark.slow(5)
 def test_reproduce(place, monkeypatch):
     parsers = []
     init = Parser.__init__
