@@ -118,7 +118,8 @@ def exit_code(program, work):
     """Returns the exit code of work(), a whole command; puts back the signal handlers that it sets.
 
     The code is 0: done; 1: a fault; 2: a mistake of the user; 130: Ctrl-C; 143: SIGTERM; 141: a closed pipe.
-    A mistake and the death of a loader process are printed in one line. Any other fault is raised with its traceback.
+    A mistake, the death of a loader process and a lack of GPU memory are printed in one line. Any other fault is raised
+    with its traceback.
     """
     with restored():
         try: return work()
@@ -132,6 +133,11 @@ def exit_code(program, work):
             if is_stop(e):
                 by_exception = signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM
                 return 128 + (Stopped.by or by_exception)
+            if type(e).__name__ == 'OutOfMemoryError':  # torch's, of a GPU
+                what = '. '.join(str(e).split('. ')[:2])
+                hint = 'lower --bs or --size, take --loader workers, or end what else uses the GPU'
+                print(f'{program}: {what}; {hint}', file=sys.stderr)
+                return 1
             if not str(e).startswith('DataLoader worker'): raise
             print(f'{program}: {str(e).strip()} (out of memory? fewer --workers need less)', file=sys.stderr)
             return 1

@@ -127,7 +127,7 @@ def test_images_are_decoded_once_for_many_runs_and_anew_when_they_change(tree):
 
 
 def test_images_that_do_not_fit_on_the_device(tree, monkeypatch):
-    monkeypatch.setattr(data, 'device_bytes', lambda device: 1000)
+    monkeypatch.setattr(data, 'device_bytes', lambda *_: 1000)
     with pytest.raises(UsageError, match='MiB of decoded images; take --loader workers'): get_dls(config(tree, loader='device'))
 
 

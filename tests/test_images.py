@@ -10,7 +10,17 @@ from PIL import Image
 
 from command import UsageError
 from training import images
-from training.images import Pixels, crop_boxes, epoch_draws, filters, read_image, stack_valid_images, train_image, valid_image
+from training.images import (
+    Pixels,
+    crop_boxes,
+    epoch_draws,
+    filters,
+    parts,
+    read_image,
+    stack_valid_images,
+    train_image,
+    valid_image,
+)
 
 DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA'))]
 
@@ -119,6 +129,31 @@ def test_crops_on_a_device_are_pillows_within_a_level(files, size, device):
     whole = np.stack([0 * which, 0 * which, pixels.height, pixels.width], 1)[3:4]
     x = pixels.crops(which[3:4], whole, np.array([False]), 33)  # neither cut nor resized: to the bit
     assert np.array_equal(x[0].permute(1, 2, 0).cpu(), np.array(read_image(files[3])))
+
+
+@pytest.mark.parametrize('device', DEVICES)
+@pytest.mark.parametrize('most', [1, 20_000])
+def test_crops_in_parts_are_those_of_the_whole_batch_within_a_level(files, most, device, monkeypatch):
+    pixels = Pixels(files, torch.device(device))
+    order, u, flip = epoch_draws(0, 0, len(files))
+    batch = order, crop_boxes(u, pixels.width, pixels.height)[order], flip[order], 32
+    whole = pixels.crops(*batch)
+    monkeypatch.setattr(images, 'parts', lambda boxes: parts(boxes, most))
+    x = pixels.crops(*batch)
+    assert x.shape == whole.shape and x.dtype == torch.uint8 and x.is_contiguous(memory_format=torch.channels_last)
+    off = (x.int() - whole.int()).abs()
+    assert off.max() <= 1 and (off > 0).float().mean() < 0.01
+
+
+@pytest.mark.parametrize('most', [1, 100, 5_000, 2**24])
+def test_parts_hold_each_box_once_and_are_bounded(most):
+    boxes = np.random.default_rng(0).integers(1, 60, (64, 4))
+    boxes[5, 2:] = 2848, 4288
+    groups = parts(boxes, most)
+    assert sorted(np.concatenate(groups)) == list(range(64))
+    for group in groups: assert len(group) == 1 or len(group) * boxes[group, 2].max() * boxes[group, 3].max() <= most
+    assert len(groups) <= 2 or most < 2**24, 'one large image is not padded to'
+    assert [list(group) for group in parts(boxes[6:])] == [list(range(58))], 'a batch that fits stays as it is'
 
 
 @pytest.mark.parametrize('length', [1, 7, 33, 64, 200])

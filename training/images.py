@@ -107,8 +107,18 @@ class Pixels:
     def crops(self, i, boxes, flips, size):
         """Returns crops of the images of numbers `i` (B,): uint8 (B, 3, size, size), channels last.
 
-        They are the `boxes` (B, 4) of `crop_boxes`, resized to `size`, and mirrored where `flips` (B,) is true.
+        They are the `boxes` (B, 4) of `crop_boxes`, resized to `size`, and mirrored where `flips` (B,) is true. It takes
+        about 23 bytes of memory for each pixel of one of the `parts`.
         """
+        groups = parts(boxes)
+        crops = torch.cat([self._crop(i[group], boxes[group], flips[group], size) for group in groups])
+        if len(groups) > 1:  # back into the order of `i`
+            order = np.argsort(np.concatenate(groups))
+            crops = crops[torch.from_numpy(order).to(self.data.device, non_blocking=True)]
+        return crops.permute(0, 3, 1, 2)  # (B, H, W, 3) -> (B, 3, H, W)
+
+    def _crop(self, i, boxes, flips, size):
+        "Returns the crops of all images of numbers `i` at once: uint8 (B, size, size, 3)."
         device = self.data.device
         top, left, height, width = boxes.T
         stride = self.width[i]
@@ -126,7 +136,25 @@ class Pixels:
         crop = crop.unflatten(2, (-1, 3)).transpose(1, 2)  # (B, size, H*3) -> (B, H, size, 3)
         crop = rows @ crop.flatten(2)  # (B, size, H) @ (B, H, size*3) -> (B, size, size*3)
         crop = crop.add_(0.5).floor_().byte()
-        return crop.unflatten(2, (-1, 3)).permute(0, 3, 1, 2)  # (B, H, W*3) -> (B, 3, H, W)
+        return crop.unflatten(2, (-1, 3))  # (B, H, W*3) -> (B, H, W, 3)
+
+
+def parts(boxes, most=2**24):
+    """Returns the numbers of `boxes` (B, 4) in groups. Those of a group are cropped at once, padded to the largest of it.
+
+    A group has at most `most` pixels with its padding, or one box. A batch that fits is one group, in its order. In any
+    other, boxes of about the same size come together, so that one large image does not pad them all.
+    """
+    height, width = boxes[:, 2], boxes[:, 3]
+    if len(boxes) * height.max() * width.max() <= most: return [np.arange(len(boxes))]
+    groups, h, w = [], 0, 0
+    for i in np.argsort(height * width, kind='stable'):
+        h, w = max(h, height[i]), max(w, width[i])
+        if groups and (len(groups[-1]) + 1) * h * w <= most: groups[-1].append(i)
+        else:
+            groups.append([i])
+            h, w = height[i], width[i]
+    return [np.array(group) for group in groups]
 
 
 def filters(length, n, size):

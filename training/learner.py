@@ -141,6 +141,7 @@ class Graphs(Callback):
         before = {name: buffer.clone() for name, buffer in self.plain.named_buffers()}
         self.plain.train()
         self.graphed.training = True
+        if x.is_cuda: torch._C._cuda_clearCublasWorkspaces()  # Else each recording adds its own, of 64 MiB, for good.
         try:
             with self.autocast(): torch.cuda.make_graphed_callables(self.graphed, (x,))
         except RuntimeError as e:
