@@ -130,7 +130,8 @@ def test_a_full_disk_keeps_the_file(tmp_path, monkeypatch):
 def test_what_a_kill_left_behind_goes_with_the_next_row(tmp_path):
     (tmp_path / '.runs.csv.part').write_text('run_id,sta')
     runlog.append(row(), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['.runs.lock', 'runs.csv'] and len(runlog.load(tmp_path / 'runs.csv')) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.runs.lock', 'runs.csv']
+    assert len(runlog.load(tmp_path / 'runs.csv')) == 1
 
 
 def test_the_file_and_then_its_folder_reach_the_disk(tmp_path, monkeypatch):

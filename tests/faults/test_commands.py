@@ -60,7 +60,8 @@ def end(main, program, argv):
     out.flush()
     err.seek(0)
     told = [line for line in err.read().splitlines() if line not in NOTES]
-    assert code in (0, 2) and len(told) == (code == 2) and all(line.startswith(f'{program}: ') for line in told), (code, told)
+    assert code in (0, 2) and len(told) == (code == 2), (code, told)
+    assert all(line.startswith(f'{program}: ') for line in told), (code, told)
     return code
 
 

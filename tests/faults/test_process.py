@@ -58,7 +58,8 @@ def test_a_signal_leaves_an_interrupted_row(number, code, tree, spawn, tmp_path)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     row = record(tmp_path).iloc[0]
-    assert process.returncode == code and row.status == 'interrupted' and 1 <= row.epochs_done < 1000 and math.isnan(row.accuracy)
+    assert process.returncode == code and row.status == 'interrupted' and 1 <= row.epochs_done < 1000
+    assert math.isnan(row.accuracy)
     assert 'interrupted after' in out and 'Traceback' not in err
 
 
@@ -107,7 +108,8 @@ def test_a_loader_process_ended_by_sigterm_first_leaves_the_same(tree, command, 
     def fit(*args): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
     monkeypatch.setattr(training.run, 'fit', fit)
     code, out, err = command('--data', tree, *TINY)
-    assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and 'interrupted after' in out and not err
+    assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and 'interrupted after' in out
+    assert not err
 
 
 # --- kill -9 ---
@@ -127,14 +129,16 @@ def test_a_loader_process_that_dies_leaves_a_failed_row_and_the_run_goes_on_from
     for _ in range(2): assert process.stdout.readline().startswith('epoch ')
     kill_children(process)
     out, err = process.communicate()
-    assert process.returncode == 1 and err.startswith('train_imagenette.py: DataLoader worker (pid') and err.count('\n') == 1, err
+    assert process.returncode == 1 and err.startswith('train_imagenette.py: DataLoader worker (pid'), err
+    assert err.count('\n') == 1, err
     assert 'failed after' in out and 'the checkpoint is kept, and --resume continues from it' in out
     row = record(tmp_path).iloc[0]
     assert row.status == 'failed' and 2 <= row.epochs_done < 8 and math.isnan(row.accuracy)
     code, out, err = command(*argv, '--workers', 0, '--resume')
     assert code == 0 and f'{row.run_id}: continues after epoch {row.epochs_done} of 8' in out and not err
     assert record(tmp_path)[['run_id', 'status', 'epochs_done', 'resumed']].values.tolist() == [[row.run_id, 'ok', 8, 1]]
-    assert pd.read_csv(tmp_path / 'results' / 'runs.csv').status.tolist() == ['failed', 'ok'] and not list(tmp_path.rglob('*.pt'))
+    assert pd.read_csv(tmp_path / 'results' / 'runs.csv').status.tolist() == ['failed', 'ok']
+    assert not list(tmp_path.rglob('*.pt'))
 
 
 def _main(argv):
