@@ -1,4 +1,7 @@
-"""What can happen to the record: damaged files, full and read-only disks, many writers. Nothing in it is lost or altered."""
+"""What can happen to the record: damaged files, full and read-only disks, many writers.
+
+Nothing in it is lost or altered.
+"""
 import multiprocessing as mp
 import os
 import random
@@ -15,7 +18,8 @@ import runlog
 import training.measure
 from command import UsageError
 
-TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 2, '--checkpoint-every', 1)
+TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0,
+        '--epochs', 2, '--checkpoint-every', 1)
 
 
 def row(run_id='a', **values): return dict(run_id=run_id, status='ok', bs=64, accuracy=0.5) | values
@@ -35,7 +39,7 @@ def row(run_id='a', **values): return dict(run_id=run_id, status='ok', bs=64, ac
     (lambda b: b + b'\xe9\n', 'not UTF-8'),
     (lambda b: b + b'"' + b'x' * 200_000, 'line 4: field larger than field limit'),
 ])
-def test_a_damaged_runs_file_is_told_before_the_run_and_takes_no_row(damage, words, tree, command, tmp_path):
+def test_a_damaged_runs_file_is_named_before_the_run_and_takes_no_row(damage, words, tree, command, tmp_path):
     results = tmp_path / 'results'
     for run_id in 'ab': runlog.append(row(run_id), results)
     content = damage((results / 'runs.csv').read_bytes())
@@ -75,7 +79,8 @@ def mount(folder, options):
     "Mount a tmpfs; skips the test where this user may not."
     folder.mkdir(exist_ok=True)
     command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)]
-    if shutil.which('mount') is None or subprocess.run(command, capture_output=True).returncode: pytest.skip('may not mount a file system')
+    if shutil.which('mount') is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip('may not mount a file system')
 
 
 @pytest.fixture
@@ -121,7 +126,8 @@ def test_a_disk_full_for_a_checkpoint_and_a_curve_lets_the_run_go_on(small_disk,
     assert not list((results / 'checkpoints').glob('*.p*'))
 
 
-def test_a_disk_full_for_the_row_keeps_the_record_prints_the_row_and_keeps_the_checkpoint(small_disk, tree, command, monkeypatch):
+def test_a_disk_full_for_the_row_keeps_record_and_checkpoint_and_prints_the_row(
+        small_disk, tree, command, monkeypatch):
     results, fill = small_disk
     for i in range(30): runlog.append(row(f'old{i}'), results)
     before = (results / 'runs.csv').read_bytes()
@@ -142,7 +148,7 @@ def test_a_disk_full_for_the_row_keeps_the_record_prints_the_row_and_keeps_the_c
     assert df.accuracy.iloc[:30].tolist() == [0.5] * 30
 
 
-def test_a_read_only_results_folder_is_told_before_the_run(tree, command, tmp_path):
+def test_a_read_only_results_folder_is_a_mistake_before_the_run(tree, command, tmp_path):
     results = tmp_path / 'results'
     mount(results, 'ro,size=1m')
     try: code, _, err = command('--data', tree, *TINY)
