@@ -82,7 +82,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, comm
 
 @pytest.mark.parametrize('options', [{}, dict(fused=0), dict(opt='sgd'), dict(opt='rms'), dict(opt='ranger')])
 def test_the_optimizers_state_takes_the_memory_format_it_is_loaded_into(options):
-    "The same gradients to two networks of equal weights, one channels last, one continued from its state: the same weights."
+    "The same gradients move two equal networks alike, one channels last, one continued from the state of the first."
     cfg = Config(**options)
     conv = torch.nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
     opts = [get_opt_func(cfg)([list(conv.parameters())], lr=0.1)]
