@@ -3,7 +3,7 @@ import os
 import tempfile
 
 os.environ['FASTAI_HOME'] = tempfile.mkdtemp(prefix='fastai-home-')  # before fastai is imported; nothing is downloaded
-os.environ.setdefault('OMP_NUM_THREADS', '1')  # the models here are too small for more, the machine of the tests may be busy
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # The models here are too small for more.
 
 import atexit
 import importlib.util
@@ -22,19 +22,26 @@ from experiments import Config, resolve
 
 
 def pytest_configure(config):
-    "Hides the GPUs, which change what the tests of several processes and of bits see, unless the tests that need one are asked for."
+    """Hides the GPUs unless tests that need one are asked for.
+
+    They would change what the tests of several processes and of bits see.
+    """
     if 'cuda' not in config.option.keyword.replace('not cuda', ''): os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 
 REPO = Path(__file__).parent.parent
 CLASSES = ['n02086240', 'n02087394', 'n02088364']
-TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 'images_per_second', 'peak_memory_mb', 'workers']
+TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 'images_per_second', 'peak_memory_mb',
+         'workers']
 
 atexit.register(shutil.rmtree, os.environ['FASTAI_HOME'], ignore_errors=True)
 
 
 def pytest_collection_modifyitems(config, items):
-    "Gives a slow test ten times the seconds that it says it takes on a quiet core, as the machine may be busy; or those of --timeout."
+    """Gives a slow test ten times the seconds that it says it takes on a quiet core, since the machine may be busy.
+
+    With --timeout it has the seconds of that.
+    """
     if config.getoption('timeout') is not None: return
     for item in items:
         mark = item.get_closest_marker('slow')
@@ -96,7 +103,10 @@ def fixed_seed():
 
 @pytest.fixture
 def spawn():
-    "Starts python with these arguments as a process with pipes, in a group of its own, as in a terminal; none outlives the test."
+    """Starts python with these arguments as a process with pipes, in a group of its own, as in a terminal.
+
+    No process outlives the test.
+    """
     started = []
 
     def call(*argv, **options):

@@ -58,7 +58,8 @@ def stopped(command, monkeypatch, tmp_path):
 @pytest.mark.slow(11)
 @pytest.mark.skipif(torch.cuda.is_available(), reason='to the bit on a CPU')
 @pytest.mark.parametrize('options', [
-    '', '--mixup 0.4 --loader device', '--opt ranger --schedule flat_cos', '--opt sgd --sh 0.3', '--opt rms', '--fused 0',
+    '', '--mixup 0.4 --loader device', '--opt ranger --schedule flat_cos', '--opt sgd --sh 0.3', '--opt rms',
+    '--fused 0',
     '--precision bf16', '--sa sagan --sa-at 1,2.0 --channels-last 0', '--sa simple_sym',
 ])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, command, stopped, tmp_path, monkeypatch):
@@ -81,7 +82,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, comm
 
 @pytest.mark.parametrize('options', [{}, dict(fused=0), dict(opt='sgd'), dict(opt='rms'), dict(opt='ranger')])
 def test_the_optimizers_state_takes_the_memory_format_it_is_loaded_into(options):
-    "The same gradients to two networks of equal weights, one channels last, one continued from its state: the same weights."
+    "The same gradients move two equal networks alike, one channels last, one continued from the state of the first."
     cfg = Config(**options)
     conv = torch.nn.Conv2d(8, 8, 3).to(memory_format=torch.channels_last)
     opts = [get_opt_func(cfg)([list(conv.parameters())], lr=0.1)]
@@ -104,7 +105,8 @@ def test_the_optimizers_state_takes_the_memory_format_it_is_loaded_into(options)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 @pytest.mark.parametrize('options', ['', '--fused 0', '--loader workers'])
 def test_cuda_a_stopped_run_goes_on_as_a_repeated_run_would(options, command, stopped, tmp_path):
-    argv = ['--dataset', 'digits', '--size', 32, '--arch', 'xresnet18', '--sa', '--epochs', 4, *options.split(), '--checkpoint-every', 1]
+    argv = ['--dataset', 'digits', '--size', 32, '--arch', 'xresnet18', '--sa', '--epochs', 4, '--checkpoint-every', 1]
+    argv += options.split()
     for _ in range(2): assert command(*argv)[0] == 0
     (tmp_path / 'results').rename(tmp_path / 'whole')
     stopped(*argv, epoch=2)
@@ -117,7 +119,8 @@ def test_cuda_a_stopped_run_goes_on_as_a_repeated_run_would(options, command, st
 @pytest.mark.slow(8)
 def test_short_runs_keep_no_checkpoint_unless_asked(tree, command, stopped, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 3]
-    for options, kept in [([], 0), (['--checkpoint-every', 2], 0), (['--checkpoint-every', 1], 1), (['--no-checkpoint'], 0)]:
+    every = '--checkpoint-every'
+    for options, kept in [([], 0), ([every, 2], 0), ([every, 1], 1), (['--no-checkpoint'], 0)]:
         stopped(*argv, *options, epoch=1)
         assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == kept
         shutil.rmtree(tmp_path / 'results')
@@ -131,11 +134,13 @@ def test_resume_skips_what_is_recorded_and_starts_anew_where_nothing_is(tree, co
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     assert command(*argv)[0] == 0
     stopped(*argv, '--seed', 1, epoch=1)
-    assert 'there is no checkpoint of this run: it starts from the beginning' in command(*argv, '--resume', '--lr', 1e-3)[1]  # another run
+    out = command(*argv, '--resume', '--lr', 1e-3)[1]  # another run
+    assert 'there is no checkpoint of this run: it starts from the beginning' in out
     code, out, _ = command(*argv, '--resume', '--runs', 3)
     df = record(tmp_path / 'results')
     assert code == 0 and out.count('(recorded already)') == 1 and out.count('continues after epoch 1 of 2') == 1
-    assert set(df.status) == {'ok'} and sorted(zip(df.seed, df.lr, df.resumed)) == [(0, 1e-3, 0), (0, 3e-3, 0), (1, 3e-3, 1), (2, 3e-3, 0)]
+    assert set(df.status) == {'ok'}
+    assert sorted(zip(df.seed, df.lr, df.resumed)) == [(0, 1e-3, 0), (0, 3e-3, 0), (1, 3e-3, 1), (2, 3e-3, 0)]
 
 
 @pytest.mark.slow(7)
@@ -146,7 +151,8 @@ def test_a_run_stopped_twice_in_an_epoch_has_a_row_for_each_end(tree, command, s
     assert command(*argv, '--resume')[0] == 0
     rows = pd.read_csv(tmp_path / 'results' / 'runs.csv')
     assert rows.run_id.nunique() == 1 and rows.resumed.tolist() == [0, 1, 2, 3]
-    assert rows.status.tolist() == ['interrupted'] * 3 + ['ok'] and rows.accuracy.notna().tolist() == [False] * 3 + [True]
+    assert rows.status.tolist() == ['interrupted'] * 3 + ['ok']
+    assert rows.accuracy.notna().tolist() == [False] * 3 + [True]
 
 
 @pytest.mark.slow(6)
@@ -159,11 +165,12 @@ def test_a_run_that_was_killed_twice_was_continued_twice(tree, command, stopped,
 
 
 @pytest.mark.slow(5)
-def test_what_a_run_goes_on_without_is_told(tree, command, stopped, tmp_path):
+def test_what_has_changed_since_the_checkpoint_is_printed(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
     code, out, err = command(*argv, '--resume', '--channels-last', 0, '--loader', 'device')
-    assert code == 0 and 'continues after epoch 1' in out and 'its epochs so far had loader workers, channels_last 1; the row' in err
+    assert code == 0 and 'continues after epoch 1' in out
+    assert 'its epochs so far had loader workers, channels_last 1; the row' in err
     assert record(tmp_path / 'results').channels_last.tolist() == [0]
 
 
@@ -189,7 +196,8 @@ def test_what_a_run_killed_after_its_row_leaves_is_removed(tree, command, tmp_pa
     assert len(list(tmp_path.glob('results/checkpoints/*'))) == 2
     assert '(recorded already)' in command(*argv, '--resume')[1] and not list(tmp_path.glob('results/checkpoints/*'))
     code, _, err = command(*argv, '--resume', '--save', tmp_path / 'm.pt')
-    assert code == 0 and 'm.pt: not written, the model of a recorded run is not kept' in err and not (tmp_path / 'm.pt').exists()
+    assert code == 0 and 'm.pt: not written, the model of a recorded run is not kept' in err
+    assert not (tmp_path / 'm.pt').exists()
 
 
 @pytest.mark.slow(7)
@@ -235,7 +243,7 @@ def test_the_checkpoint_that_went_furthest_is_read_whole_and_once(tree, command,
 
 
 @pytest.mark.slow(5)
-def test_a_checkpoint_of_other_code_is_told(tree, command, stopped, tmp_path):
+def test_a_checkpoint_of_other_code_is_a_mistake_in_one_line(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
     file, = tmp_path.glob('results/checkpoints/*.pt')
@@ -272,7 +280,8 @@ def flip_a_bit(file):
     (lambda f: torch.save(os.system, f), 'is cut off or not a checkpoint'),  # never run what a foreign file says
     (flip_a_bit, 'its checksum is wrong'),  # in a tensor: the file can be read all the same
 ])
-def test_a_checkpoint_that_cannot_be_read_is_told_and_the_run_starts_anew(spoil, words, tree, command, stopped, tmp_path):
+def test_a_checkpoint_that_cannot_be_read_is_named_and_the_run_starts_anew(
+        spoil, words, tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
     file, = tmp_path.glob('results/checkpoints/*.pt')
@@ -280,7 +289,8 @@ def test_a_checkpoint_that_cannot_be_read_is_told_and_the_run_starts_anew(spoil,
     with pytest.raises(UsageError, match=words): checkpoint.load(file)
     spoiled = file.read_bytes()
     code, out, err = command(*argv, '--resume')
-    assert code == 0 and f'{file}: ' in err and words in err and err.count('\n') == 1 and 'it starts from the beginning' in out
+    assert code == 0 and f'{file}: ' in err and words in err and err.count('\n') == 1
+    assert 'it starts from the beginning' in out
     assert file.read_bytes() == spoiled and sorted(record(tmp_path / 'results').status) == ['interrupted', 'ok']
 
 
@@ -322,4 +332,5 @@ def test_a_checkpoint_of_a_recorded_run_is_removed(tree, command, stopped, tmp_p
 
 def test_a_diverged_run_is_done(tree, command, tmp_path):
     code, _, _ = command('--data', tree, *TINY, '--epochs', 3, '--opt', 'sgd', '--lr', 1e30, '--checkpoint-every', 1)
-    assert code == 0 and record(tmp_path / 'results').status.tolist() == ['diverged'] and not list(tmp_path.glob('results/checkpoints/*'))
+    assert code == 0 and record(tmp_path / 'results').status.tolist() == ['diverged']
+    assert not list(tmp_path.glob('results/checkpoints/*'))

@@ -38,9 +38,10 @@ def fails(error):
 
 
 @pytest.mark.parametrize('work, code', [
-    (lambda: stop_on_signals(), None), (ended_by(signal.SIGINT), 130), (ended_by(signal.SIGTERM), 143),
-    (fails(UsageError('no such thing')), 2), (fails(RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed')), 1),
-    (fails(RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated')), 143), (fails(KeyboardInterrupt()), 130),
+    (lambda: stop_on_signals(), None), (fails(UsageError('no such thing')), 2),
+    (ended_by(signal.SIGINT), 130), (fails(KeyboardInterrupt()), 130), (ended_by(signal.SIGTERM), 143),
+    (fails(RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated')), 143),
+    (fails(RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed')), 1),
 ])
 def test_a_command_puts_back_what_it_sets(work, code, before):
     assert exit_code('command', work) == code and state() == before

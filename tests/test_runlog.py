@@ -10,7 +10,8 @@ from command import UsageError
 from experiments import Config, fields
 
 
-def row(run_id='a', **values): return dict(run_id=run_id, status='ok', dataset='imagewoof', mixup=0., accuracy=0.5) | values
+def row(run_id='a', **values):
+    return dict(run_id=run_id, status='ok', dataset='imagewoof', mixup=0., accuracy=0.5) | values
 
 
 def test_a_row_has_every_field_of_config_and_is_typed(tmp_path):
@@ -48,7 +49,7 @@ def test_merge_adds_each_row_once(tmp_path):
     for run_id, accuracy in dict(a=0.5, b=0.7, c=0.7).items(): runlog.append(row(run_id, accuracy=accuracy), there)
     runlog.write_curve('b', [dict(epoch=1, accuracy=0.7)], there)
     runlog.write_predictions('b', there, logits=[[0.]])
-    assert [runlog.merge(there / 'runs.csv', here) for _ in range(2)] == [(here / 'runs.csv', 2), (here / 'runs.csv', 0)]
+    for n_new in (2, 0): assert runlog.merge(there / 'runs.csv', here) == (here / 'runs.csv', n_new)
     df = runlog.load(here / 'runs.csv')
     assert df.run_id.tolist() == ['a', 'b', 'c'] and df.accuracy.tolist() == [0.5, 0.7, 0.7]
     for name in ('curves/b.csv', 'predictions/b.npz'): assert (here / name).read_bytes() == (there / name).read_bytes()
@@ -73,7 +74,8 @@ def test_merge_takes_the_curve_of_a_later_end_and_none_of_a_run_it_refuses(tmp_p
 
 def test_a_file_older_than_a_setting_is_read_at_its_default_and_widened(tmp_path):
     (tmp_path / 'runs.csv').write_text('run_id,status,accuracy,lr\nz,ok,0.25,0.008\n')
-    assert runlog.load(tmp_path / 'runs.csv').iloc[0][['bs', 'lr', 'act', 'accuracy']].tolist() == [64, 0.008, 'relu', 0.25]
+    old = runlog.load(tmp_path / 'runs.csv').iloc[0]
+    assert (old.bs, old.lr, old.act, old.accuracy) == (64, 0.008, 'relu', 0.25)
     assert runlog.append(row(), tmp_path) == tmp_path / 'runs.csv'
     df = runlog.load(tmp_path / 'runs.csv')
     assert df.run_id.tolist() == ['z', 'a'] and df.bs[0] == 64 and df.lr[0] == 0.008 and df.n_val.isna().all()
@@ -90,18 +92,20 @@ def test_merge_of_a_foreign_file_is_refused(text, tmp_path, capsys):
 
 def test_the_same_id_twice_is_one_row_and_another_row_of_that_id_is_refused(tmp_path):
     for _ in range(2): runlog.append(row(), tmp_path)
-    with pytest.raises(UsageError, match='has another row of run a, which stays as it is'): runlog.append(row(accuracy=0.6), tmp_path)
+    with pytest.raises(UsageError, match='has another row of run a, which stays as it is'):
+        runlog.append(row(accuracy=0.6), tmp_path)
     (tmp_path / 'twice.csv').write_text('run_id,status,accuracy\nb,ok,0.1\nb,ok,0.2\nc,ok,0.3\n')
     runlog.write_curve('c', [dict(epoch=1)], tmp_path / 'there')
     (tmp_path / 'twice.csv').rename(tmp_path / 'there' / 'twice.csv')
-    with pytest.raises(UsageError, match='another row of run b'): runlog.merge(tmp_path / 'there' / 'twice.csv', tmp_path)
+    with pytest.raises(UsageError, match='another row of run b'):
+        runlog.merge(tmp_path / 'there' / 'twice.csv', tmp_path)
     assert runlog.load(tmp_path / 'runs.csv').accuracy.tolist() == [0.5, 0.1, 0.3]
     assert (tmp_path / 'curves' / 'c.csv').exists()  # of the rows that were added
 
 
 def test_a_run_that_was_continued_keeps_the_rows_of_its_ends_and_counts_by_the_last(tmp_path):
-    for r in (row('a', status='interrupted', resumed=0, accuracy=None), row('b', resumed=0), row('a', resumed=2, accuracy=0.8)):
-        runlog.append(r, tmp_path)
+    first_end, last_end = row('a', status='interrupted', resumed=0, accuracy=None), row('a', resumed=2, accuracy=0.8)
+    for r in (first_end, row('b', resumed=0), last_end): runlog.append(r, tmp_path)
     with open(tmp_path / 'runs.csv') as f:
         assert [line.split(',')[:2] for line in f][1:] == [['a', 'interrupted'], ['b', 'ok'], ['a', 'ok']]
     df = runlog.load(tmp_path / 'runs.csv')
@@ -130,12 +134,14 @@ def test_a_full_disk_keeps_the_file(tmp_path, monkeypatch):
 def test_what_a_kill_left_behind_goes_with_the_next_row(tmp_path):
     (tmp_path / '.runs.csv.part').write_text('run_id,sta')
     runlog.append(row(), tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['.runs.lock', 'runs.csv'] and len(runlog.load(tmp_path / 'runs.csv')) == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['.runs.lock', 'runs.csv']
+    assert len(runlog.load(tmp_path / 'runs.csv')) == 1
 
 
 def test_the_file_and_then_its_folder_reach_the_disk(tmp_path, monkeypatch):
-    synced = []
-    monkeypatch.setattr(os, 'fsync', lambda fd: synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), (tmp_path / 'runs.csv').exists())))
+    synced = []  # (whether it is a folder, whether runs.csv is in its place)
+    def fsync(fd): synced.append((stat.S_ISDIR(os.fstat(fd).st_mode), (tmp_path / 'runs.csv').exists()))
+    monkeypatch.setattr(os, 'fsync', fsync)
     runlog.append(row(), tmp_path)
     assert synced == [(False, False), (True, True)]
 
@@ -173,7 +179,8 @@ def checkout(tmp_path, monkeypatch):
     return repo
 
 
-def source_commit(repo): return subprocess.check_output('git rev-parse HEAD; git ls-tree -r HEAD', shell=True, cwd=repo, text=True)
+def source_commit(repo):
+    return subprocess.check_output('git rev-parse HEAD; git ls-tree -r HEAD', shell=True, cwd=repo, text=True)
 
 
 def test_a_copy_without_git_knows_its_commit_and_whether_it_is_changed(checkout, tmp_path):

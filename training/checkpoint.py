@@ -26,7 +26,7 @@ FORMAT = 'checkpoint 1'
 MADE_WITH = 'device', 'torch', 'git_commit'
 SHORT_SECONDS = 60  # Runs that take less keep no checkpoint unless one is asked for.
 FOR_LIFE = knobs(for_life=True)  # A run keeps these for life. Its images are known by their fingerprint.
-BEFORE = {f.name: f.metadata['before'] for f in fields(Config)}  # What a run did whose checkpoint is older than a knob.
+BEFORE = {f.name: f.metadata['before'] for f in fields(Config)}  # for a checkpoint that is older than a knob
 
 
 class Found(NamedTuple):
@@ -233,11 +233,14 @@ def optimizer_state(opt):
 
 
 def load_optimizer_state(opt, state):
-    "Gives an optimizer of fastai or torch the `state` of `optimizer_state`, each tensor in the memory format of its parameter now."
+    """Puts an `optimizer_state` back into `opt`, whose hyperparameters stay.
+
+    Each tensor gets the memory format that its parameter has now.
+    """
     now = opt.state_dict()
     opt.load_state_dict(state | {key: now[key] for key in HYPERPARAMETERS if key in now})
     for p, kept in getattr(opt, 'opt', opt).state.items():
-        for key, value in kept.items():  # a fused kernel goes through them all in the order of the memory
+        for key, value in kept.items():  # A fused kernel goes through all of them in the order of the memory.
             if isinstance(value, torch.Tensor) and value.shape == p.shape: kept[key] = torch.empty_like(p).copy_(value)
 
 

@@ -17,7 +17,7 @@ from fastai.torch_core import find_bs, num_distrib, rank_distrib
 
 from command import UsageError
 
-PATIENCE = timedelta(hours=6)  # of the processes that wait while the first downloads and decodes: NCCL's own are ten minutes
+PATIENCE = timedelta(hours=6)  # The others wait so long while the first downloads and decodes: NCCL waits 10 minutes.
 
 
 def n_processes(): return max(1, num_distrib())
@@ -36,11 +36,15 @@ def join(device):
 
 
 def local_device(n_gpus):
-    "Returns the CUDA device of this process, its number on this machine of `n_gpus`; None where there is none."
+    """Returns the number of this process's CUDA device on this machine of `n_gpus`, or None if that is 0.
+
+    Raises UsageError if the machine has more processes than GPUs.
+    """
     local = int(os.environ.get('LOCAL_RANK', 0))
     here = max(local + 1, int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
-    if 0 < n_gpus < here:  # one that trained on the CPU could not talk to the others
-        raise UsageError(f'{here} processes and {n_gpus} GPUs on this machine: start one a GPU, or set CUDA_VISIBLE_DEVICES= for the CPU')
+    if 0 < n_gpus < here:  # A process that trained on the CPU could not talk to the others.
+        hint = 'start one per GPU, or set CUDA_VISIBLE_DEVICES= for the CPU'
+        raise UsageError(f'{here} processes and {n_gpus} GPUs on this machine: {hint}')
     return local if n_gpus else None
 
 

@@ -1,4 +1,4 @@
-"""Command lines at random, 2,000 in all: each ends in exit code 0 or 2, a mistake in one line, and none in a traceback."""
+"""Random command lines, 2,000 in all: each ends with exit code 0 or 2, a mistake in one line, never in a traceback."""
 import collections
 import contextlib
 import io
@@ -22,45 +22,52 @@ configuration.set_hypothesis_home_dir(Path(os.environ['FASTAI_HOME']) / 'hypothe
 reproduce = script('reproduce')
 NOTES = {'--sym does nothing without --sa'}
 ODD = [
-    '', ' ', '-', '--', '---', '0', '1', '2', '-1', '1.5', '1e-3', '0x10', '1_0', 'nan', 'inf', '-inf', '1e308', '1e400', '1e-320',
-    '9' * 30, '9' * 5000, '\u0663', 'é', '\U0001f600', '\udcff', 'a\nb', 'a\rb', 'a\u2028b', '\x1b[31m', 'x' * 300, 'x' * 5000, 'None',
-    'True', '%s', '{0}', "'", '"', '*', '1,2.0', '1,', ',', 'set', 'set/train', 'bad', 'file', 'link', 'pipe', 'no/such/folder',
-    '/dev/null', 'auto', 'sagan', 'digits', '--sa', '--seed', '-h', '--help', '--epcohs', '--s', '--lr=', '--woof=', '--=',
+    '', ' ', '-', '--', '---', '0', '1', '2', '-1', '1.5', '1e-3', '0x10', '1_0', 'nan', 'inf', '-inf', '1e308',
+    '1e400', '1e-320', '9' * 30, '9' * 5000, '\u0663', 'é', '\U0001f600', '\udcff', 'a\nb', 'a\rb', 'a\u2028b',
+    '\x1b[31m', 'x' * 300, 'x' * 5000, 'None', 'True', '%s', '{0}', "'", '"', '*', '1,2.0', '1,', ',', 'set',
+    'set/train', 'bad', 'file', 'link', 'pipe', 'no/such/folder', '/dev/null', 'auto', 'sagan', 'digits', '--sa',
+    '--seed', '-h', '--help', '--epcohs', '--s', '--lr=', '--woof=', '--=',
 ]
 LIKELY = {f.name: list(map(str, f.metadata['choices'])) for f in fields(Config) if f.metadata['choices']} | dict(
-    size=['32', '33', '31'], epochs=['1', '10000', '10001'], bs=['2', '6', '24', '31', '65536'], lr=['1e-3', '1e30', '1.1e30'],
-    mixup=['0', '1e-3', '9e-4'], sa_at=['1', '1,2.0', '4.2', '9'], data=['set', 'set', 'bad'], meta=['a note', ''],
-    seed=['0', '2147483646', '2147483647'], processes=['1', '2'], workers=['-1', '0', '256', '257'], runs=['1', '2'], gpu=['0', '99'],
-    checkpoint_every=['0', '1', '-1'], save=['new.pt', 'file'], results=['results', 'new'], seed0=['0', '7', '2147483647'],
+    size=['32', '33', '31'], epochs=['1', '10000', '10001'], bs=['2', '6', '24', '31', '65536'],
+    lr=['1e-3', '1e30', '1.1e30'], mixup=['0', '1e-3', '9e-4'], sa_at=['1', '1,2.0', '4.2', '9'],
+    data=['set', 'set', 'bad'], meta=['a note', ''], seed=['0', '2147483646', '2147483647'], processes=['1', '2'],
+    workers=['-1', '0', '256', '257'], runs=['1', '2'], gpu=['0', '99'], checkpoint_every=['0', '1', '-1'],
+    save=['new.pt', 'file'], results=['results', 'new'], seed0=['0', '7', '2147483647'],
     until=['0.5', '1e-9', 'nan', 'inf'], arms=['none', 'none,simple', 'simple,none', 'none,none'],
     ray=['auto', 'host:1'], cpus_per_run=['1', '2', '0'], gpus_per_run=['0', '0.25', '2'])
 
 
 def command_lines(parser, *start, most=8):
-    "Lists of arguments: `start`, then flags of `parser`, mostly with a value that they may have, and now and then any word."
+    "Draws lists of arguments: `start`, then flags of `parser`, mostly with a likely value, and now and then any word."
     words = st.sampled_from(ODD)
 
     def flag(action):
         names = st.sampled_from(action.option_strings)
         if action.nargs == 0: return names.map(lambda name: [name])
-        value = st.integers(0, 9).flatmap(lambda i: words if i < 2 else st.sampled_from(LIKELY.get(action.dest, ['0', '1', '0.5'])))
+        likely = st.sampled_from(LIKELY.get(action.dest, ['0', '1', '0.5']))
+        value = st.integers(0, 9).flatmap(lambda i: words if i < 2 else likely)
         apart = st.tuples(names, value).map(list)
-        return st.one_of(apart, apart, apart.map(lambda both: ['='.join(both)]), *[names.map(lambda name: [name])] * (action.nargs == '?'))
+        forms = [apart, apart, apart.map(lambda both: ['='.join(both)])]
+        if action.nargs == '?': forms.append(names.map(lambda name: [name]))
+        return st.one_of(forms)
     flags = st.sampled_from([a for a in parser._actions if a.option_strings and a.dest != 'help']).flatmap(flag)
     piece = st.integers(0, 29).flatmap(lambda i: words.map(lambda word: [word]) if i == 0 else flags)
     return st.lists(piece, max_size=most).map(lambda pieces: [*start, *(word for piece in pieces for word in piece)])
 
 
 def end(main, program, argv):
-    "The exit code of main(argv): 0, or 2 and a line that says why."
-    out, err = (io.TextIOWrapper(io.BytesIO(), 'utf-8', errors) for errors in ('strict', 'backslashreplace'))  # as Python's own
+    "Returns the exit code of main(argv), 0 or 2; where it is 2, one line has said why."
+    out = io.TextIOWrapper(io.BytesIO(), 'utf-8', 'strict')  # as Python's own
+    err = io.TextIOWrapper(io.BytesIO(), 'utf-8', 'backslashreplace')
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try: code = main(argv) or 0
         except SystemExit as e: code = e.code or 0  # --help
     out.flush()
     err.seek(0)
     told = [line for line in err.read().splitlines() if line not in NOTES]
-    assert code in (0, 2) and len(told) == (code == 2) and all(line.startswith(f'{program}: ') for line in told), (code, told)
+    assert code in (0, 2) and len(told) == (code == 2), (code, told)
+    assert all(line.startswith(f'{program}: ') for line in told), (code, told)
     return code
 
 
@@ -80,12 +87,14 @@ def place(tree, tmp_path, monkeypatch):
         Path(file).write_text('run_id,acc\na,1\n')
     Path('link').symlink_to('nowhere')
     os.mkfifo('pipe')
-    for module in (train_imagenette, reproduce): monkeypatch.setattr(module, '__file__', str(tmp_path / 'scripts' / 'x.py'))
+    for module in (train_imagenette, reproduce):
+        monkeypatch.setattr(module, '__file__', str(tmp_path / 'scripts' / 'x.py'))
+        monkeypatch.setattr(module, 'stop_on_signals', lambda: None)
     monkeypatch.setattr(runlog, 'RESULTS', tmp_path / 'results')
-    for arm in ('none', 'simple'): runlog.append(dict(run_id=arm, status='ok', attention=arm, accuracy=0.5), tmp_path / 'results')
+    for arm in ('none', 'simple'):
+        runlog.append(dict(run_id=arm, status='ok', attention=arm, accuracy=0.5), tmp_path / 'results')
     monkeypatch.setattr(data, 'find_data', lambda cfg: Path(cfg.data or tree))
     monkeypatch.setattr(data, 'N_IMAGES', {})
-    for module in (train_imagenette, reproduce): monkeypatch.setattr(module, 'stop_on_signals', lambda: None)
     monkeypatch.setattr(cluster, 'Cluster', Elsewhere)
     monkeypatch.setattr(training.run, 'get_model', lambda cfg, n_classes: n_classes)
     monkeypatch.setattr(training.run, 'dump', lambda cfg: training.run.get_model(cfg, 10))
@@ -101,7 +110,7 @@ def place(tree, tmp_path, monkeypatch):
 
 
 def run_all(main, program, lines, n):
-    "Run `n` command lines; returns how often each exit code was met."
+    "Runs `n` command lines; returns how often each exit code was met."
     codes = collections.Counter()
 
     @settings(max_examples=n, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck))
@@ -123,11 +132,16 @@ def test_train_imagenette(n, place):
 def test_reproduce(place, monkeypatch):
     parsers = []
     init = Parser.__init__
-    monkeypatch.setattr(Parser, '__init__', lambda self, *args, **kwargs: parsers.append(self) or init(self, *args, **kwargs))
+
+    def keep(self, *args, **kwargs):
+        parsers.append(self)
+        init(self, *args, **kwargs)
+    monkeypatch.setattr(Parser, '__init__', keep)
     assert reproduce.main([]) == 2
     monkeypatch.setattr(Parser, '__init__', init)
     names = st.sampled_from(['digits'] * 2 * len(ODD) + ['woof-128-50-r18-lr', 'woof-128-5', *ODD])
-    lines = st.tuples(names, command_lines(parsers[0], '--bs', '6', '--runs', '1', most=3)).map(lambda both: [both[0], *both[1]])
+    flags = command_lines(parsers[0], '--bs', '6', '--runs', '1', most=3)
+    lines = st.tuples(names, flags).map(lambda both: [both[0], *both[1]])
     codes = run_all(reproduce.main, 'reproduce.py', lines, 100)
     assert min(codes[0], codes[2]) > 15, codes
 

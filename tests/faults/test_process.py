@@ -1,4 +1,7 @@
-"""What can happen to a run: a loss that is no number, signals, processes that are killed. Each has its row, or goes on to it."""
+"""What can happen to a run: a loss that is no number, signals, processes that are killed.
+
+Each run has its row, or is continued until it has one.
+"""
 import csv
 import math
 import multiprocessing as mp
@@ -41,7 +44,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_as_diverged(tree, command, tmp_p
 
 
 def test_a_validation_loss_that_is_not_finite_is_diverged_too(tree, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(training.measure.FiniteLoss, '__call__', lambda self, loss: True)  # as on CUDA, where they come late
+    # On CUDA the losses come late.
+    monkeypatch.setattr(training.measure.FiniteLoss, '__call__', lambda self, loss: True)
     monkeypatch.setattr(training.measure.Measure, 'before_validate', lambda self: [
         setattr(self, 'logits', []), setattr(self, 'targets', []), self.model.head.bias.data.fill_(float('nan'))])
     assert command('--data', tree, *TINY)[0] == 0 and record(tmp_path).status.tolist() == ['diverged']
@@ -58,7 +62,8 @@ def test_a_signal_leaves_an_interrupted_row(number, code, tree, spawn, tmp_path)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
     row = record(tmp_path).iloc[0]
-    assert process.returncode == code and row.status == 'interrupted' and 1 <= row.epochs_done < 1000 and math.isnan(row.accuracy)
+    assert process.returncode == code and row.status == 'interrupted' and 1 <= row.epochs_done < 1000
+    assert math.isnan(row.accuracy)
     assert 'interrupted after' in out and 'Traceback' not in err
 
 
@@ -107,7 +112,8 @@ def test_a_loader_process_ended_by_sigterm_first_leaves_the_same(tree, command, 
     def fit(*args): raise RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated. ')
     monkeypatch.setattr(training.run, 'fit', fit)
     code, out, err = command('--data', tree, *TINY)
-    assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and 'interrupted after' in out and not err
+    assert code == 143 and record(tmp_path).status.tolist() == ['interrupted'] and 'interrupted after' in out
+    assert not err
 
 
 # --- kill -9 ---
@@ -116,25 +122,29 @@ def kill_children(process):
     "Kill each child of a process, by kill -9, until it ends."
     while process.poll() is None:
         with suppress(FileNotFoundError, ProcessLookupError):
-            for pid in Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split(): os.kill(int(pid), signal.SIGKILL)
+            children = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+            for pid in children: os.kill(int(pid), signal.SIGKILL)
 
 
 @pytest.mark.slow(30)
 @pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc for the loader processes')
-def test_a_loader_process_that_dies_leaves_a_failed_row_and_the_run_goes_on_from_its_checkpoint(tree, command, spawn, tmp_path):
+def test_a_loader_process_that_dies_leaves_a_failed_row_and_a_checkpoint(tree, command, spawn, tmp_path):
     argv = ['--data', tree, *TINY[:-1], 8, '--workers', 1, '--checkpoint-every', 1]
     process = spawn(REPO / 'train_imagenette.py', *argv, '--results', tmp_path / 'results')
     for _ in range(2): assert process.stdout.readline().startswith('epoch ')
     kill_children(process)
     out, err = process.communicate()
-    assert process.returncode == 1 and err.startswith('train_imagenette.py: DataLoader worker (pid') and err.count('\n') == 1, err
+    assert process.returncode == 1 and err.startswith('train_imagenette.py: DataLoader worker (pid'), err
+    assert err.count('\n') == 1, err
     assert 'failed after' in out and 'the checkpoint is kept, and --resume continues from it' in out
     row = record(tmp_path).iloc[0]
     assert row.status == 'failed' and 2 <= row.epochs_done < 8 and math.isnan(row.accuracy)
     code, out, err = command(*argv, '--workers', 0, '--resume')
     assert code == 0 and f'{row.run_id}: continues after epoch {row.epochs_done} of 8' in out and not err
-    assert record(tmp_path)[['run_id', 'status', 'epochs_done', 'resumed']].values.tolist() == [[row.run_id, 'ok', 8, 1]]
-    assert pd.read_csv(tmp_path / 'results' / 'runs.csv').status.tolist() == ['failed', 'ok'] and not list(tmp_path.rglob('*.pt'))
+    whole = record(tmp_path)[['run_id', 'status', 'epochs_done', 'resumed']]
+    assert whole.values.tolist() == [[row.run_id, 'ok', 8, 1]]
+    assert pd.read_csv(tmp_path / 'results' / 'runs.csv').status.tolist() == ['failed', 'ok']
+    assert not list(tmp_path.rglob('*.pt'))
 
 
 def _main(argv):
@@ -146,9 +156,10 @@ def _main(argv):
 def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tree, tmp_path):
     context = mp.get_context('forkserver')
     context.set_forkserver_preload(['training.run'])
-    argv = list(map(str, ['--data', tree, *TINY, '--sa', '--epochs', 4, '--runs', 5, '--checkpoint-every', 1, '--resume']))
+    argv = ['--data', tree, *TINY, '--sa', '--epochs', 4, '--runs', 5, '--checkpoint-every', 1, '--resume']
     def start(results):
-        process = context.Process(target=_main, args=([*argv, '--results', str(results), os.environ['FASTAI_HOME']],), daemon=True)
+        words = list(map(str, [*argv, '--results', results, os.environ['FASTAI_HOME']]))
+        process = context.Process(target=_main, args=(words,), daemon=True)
         process.start()
         return process
     start(tmp_path / 'first').join()  # the server has imported torch by now
@@ -168,7 +179,7 @@ def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tre
     assert parts.seed.tolist() == list(range(5)) and parts.drop(columns=TIMES).equals(whole.drop(columns=TIMES))
     assert (parts.resumed > 0).any()
     for a, b in zip(whole.run_id, parts.run_id):
-        curves = [pd.read_csv(r / 'curves' / f'{i}.csv').drop(columns='seconds') for r, i in ((tmp_path / 'whole', a), (results, b))]
-        assert curves[0].equals(curves[1])
+        first, second = tmp_path / 'whole' / 'curves' / f'{a}.csv', results / 'curves' / f'{b}.csv'
+        assert pd.read_csv(first).drop(columns='seconds').equals(pd.read_csv(second).drop(columns='seconds'))
         with np.load(results / 'predictions' / f'{b}.npz') as saved: assert len(saved['logits']) == 6
     assert not list((results / 'checkpoints').glob('*.pt'))

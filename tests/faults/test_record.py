@@ -1,4 +1,7 @@
-"""What can happen to the record: damaged files, full and read-only disks, many writers. Nothing in it is lost or altered."""
+"""What can happen to the record: damaged files, full and read-only disks, many writers.
+
+Nothing in it is lost or altered.
+"""
 import multiprocessing as mp
 import os
 import random
@@ -15,7 +18,8 @@ import runlog
 import training.measure
 from command import UsageError
 
-TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 2, '--checkpoint-every', 1)
+TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0,
+        '--epochs', 2, '--checkpoint-every', 1)
 
 
 def row(run_id='a', **values): return dict(run_id=run_id, status='ok', bs=64, accuracy=0.5) | values
@@ -35,17 +39,19 @@ def row(run_id='a', **values): return dict(run_id=run_id, status='ok', bs=64, ac
     (lambda b: b + b'\xe9\n', 'not UTF-8'),
     (lambda b: b + b'"' + b'x' * 200_000, 'line 4: field larger than field limit'),
 ])
-def test_a_damaged_runs_file_is_told_before_the_run_and_takes_no_row(damage, words, tree, command, tmp_path):
+def test_a_damaged_runs_file_is_named_before_the_run_and_takes_no_row(damage, words, tree, command, tmp_path):
     results = tmp_path / 'results'
     for run_id in 'ab': runlog.append(row(run_id), results)
     content = damage((results / 'runs.csv').read_bytes())
     (results / 'runs.csv').write_bytes(content)
     code, out, err = command('--data', tree, *TINY)
-    assert code == 2 and err.count('\n') == 1 and f'{results / "runs.csv"}: {words}' in err and 'mend it by hand' in err and not out
+    assert code == 2 and err.count('\n') == 1 and f'{results / "runs.csv"}: {words}' in err
+    assert 'mend it by hand' in err and not out
     with pytest.raises(UsageError, match=words): runlog.load(results / 'runs.csv')
     # damaged while a run was on: its row is not lost
     assert runlog.append(row('c'), results) == results / 'runs-2.csv'
-    assert runlog.load(results / 'runs-2.csv').run_id.tolist() == ['c'] and (results / 'runs.csv').read_bytes() == content
+    assert runlog.load(results / 'runs-2.csv').run_id.tolist() == ['c']
+    assert (results / 'runs.csv').read_bytes() == content
 
 
 @pytest.mark.parametrize('change', [lambda b: b.replace(b'\n', b'\r\n'), lambda b: b'\xef\xbb\xbf' + b])
@@ -63,7 +69,8 @@ def test_foreign_columns_are_left_alone(tree, command, tmp_path):
     (results / 'runs.csv').write_text('run_id,acc\nold,0.1\n')
     code, _, err = command('--data', tree, *TINY)
     assert code == 0 and err == f'{results / "runs.csv"} has other columns: the row is in {results / "runs-2.csv"}\n'
-    assert (results / 'runs.csv').read_text() == 'run_id,acc\nold,0.1\n' and len(runlog.load(results / 'runs-2.csv')) == 1
+    assert (results / 'runs.csv').read_text() == 'run_id,acc\nold,0.1\n'
+    assert len(runlog.load(results / 'runs-2.csv')) == 1
 
 
 # --- disks ---
@@ -72,7 +79,8 @@ def mount(folder, options):
     "Mount a tmpfs; skips the test where this user may not."
     folder.mkdir(exist_ok=True)
     command = ['mount', '-t', 'tmpfs', '-o', options, 'tmpfs', str(folder)]
-    if shutil.which('mount') is None or subprocess.run(command, capture_output=True).returncode: pytest.skip('may not mount a file system')
+    if shutil.which('mount') is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip('may not mount a file system')
 
 
 @pytest.fixture
@@ -110,21 +118,24 @@ def test_a_disk_full_for_a_checkpoint_and_a_curve_lets_the_run_go_on(small_disk,
     monkeypatch.setattr(training.measure.Measure, 'after_epoch', and_free)
     code, _, err = command('--data', tree, *TINY[:-4], '--epochs', 3, '--checkpoint-every', 1)
     assert code == 0 and 'its curve could not be written ([Errno 28] No space left on device); the run goes on' in err
-    assert '.pt: could not be written ([Errno 28] No space left on device); the run goes on' in err and 'Traceback' not in err
+    assert '.pt: could not be written ([Errno 28] No space left on device); the run goes on' in err
+    assert 'Traceback' not in err
     df = runlog.load(results / 'runs.csv')
     assert df.status.tolist() == ['ok']
     assert len((results / 'curves' / f'{df.run_id[0]}.csv').read_text().splitlines()) == 4  # the last epoch's holds all
     assert not list((results / 'checkpoints').glob('*.p*'))
 
 
-def test_a_disk_full_for_the_row_keeps_the_record_prints_the_row_and_keeps_the_checkpoint(small_disk, tree, command, monkeypatch):
+def test_a_disk_full_for_the_row_keeps_record_and_checkpoint_and_prints_the_row(
+        small_disk, tree, command, monkeypatch):
     results, fill = small_disk
     for i in range(30): runlog.append(row(f'old{i}'), results)
     before = (results / 'runs.csv').read_bytes()
     full_from(monkeypatch, fill, 1, 0)
     argv = ['--data', tree, *TINY[:-4], '--epochs', 2, '--checkpoint-every', 1]
     code, out, err = command(*argv)
-    assert code == 2 and 'the row could not be written ([Errno 28] No space left on device' in err and 'Traceback' not in err
+    assert code == 2 and 'the row could not be written ([Errno 28] No space left on device' in err
+    assert 'Traceback' not in err
     assert '"status": "ok"' in err and (results / 'runs.csv').read_bytes() == before
     assert not [p for p in results.rglob('*.part')]
     monkeypatch.undo()
@@ -132,16 +143,18 @@ def test_a_disk_full_for_the_row_keeps_the_record_prints_the_row_and_keeps_the_c
     code, out, err = command(*argv, '--resume')
     assert code == 0 and 'continues after epoch 1 of 2' in out, err
     df = runlog.load(results / 'runs.csv')
-    assert len(df) == 31 and df.status.iloc[-1] == 'ok' and (results / 'runs.csv').read_bytes().startswith(before.split(b'\n')[0])
+    assert len(df) == 31 and df.status.iloc[-1] == 'ok'
+    assert (results / 'runs.csv').read_bytes().startswith(before.split(b'\n')[0])
     assert df.accuracy.iloc[:30].tolist() == [0.5] * 30
 
 
-def test_a_read_only_results_folder_is_told_before_the_run(tree, command, tmp_path):
+def test_a_read_only_results_folder_is_a_mistake_before_the_run(tree, command, tmp_path):
     results = tmp_path / 'results'
     mount(results, 'ro,size=1m')
     try: code, _, err = command('--data', tree, *TINY)
     finally: subprocess.run(['umount', '-l', str(results)], check=True)
-    assert code == 2 and err.startswith(f'train_imagenette.py: {results}: no row can be written there (') and err.count('\n') == 1
+    assert code == 2 and err.startswith(f'train_imagenette.py: {results}: no row can be written there (')
+    assert err.count('\n') == 1
     assert 'Read-only file system' in err
 
 
