@@ -1,4 +1,4 @@
-"""Self-attention layers for convolutional networks, on images of features (B, C, H, W).
+"""Self-attention layers for convolutional networks, on images of features (B, C, H, W), or (B, C, N) or (B, C, D, H, W).
 
 `SimpleSelfAttention` is the layer of github.com/sdoria/SimpleSelfAttention (2019), `SelfAttention` that of
 SAGAN (Zhang et al. 2018, arXiv:1805.08318) as fastai has it. The others take one thing away from the first, to
@@ -16,6 +16,10 @@ from functools import partial
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd import forward_ad
+
+if [int(n) for n in torch.__version__.split('.')[:2]] < [2, 4]:
+    raise ImportError(f'layers.py needs torch 2.4 or later, this is torch {torch.__version__}')
 
 __all__ = ['ATTENTION', 'ChannelAttention', 'CovarianceAttention', 'LowRankAttention', 'MeanAttention', 'ResidualConv',
            'SelfAttention', 'SimpleSelfAttention', 'SpectralWeight', 'SqueezeExcitation', 'SwappedAttention', 'multiply_adds']
@@ -40,7 +44,7 @@ class SpectralWeight(nn.Module):
 
     def _matrix(self):
         w = self.weight.flatten(1)
-        return (w + w.mT) / 2 if self.sym else w
+        return (w + w.t()) / 2 if self.sym else w
 
     @torch.no_grad()
     def _power_step(self, w):
@@ -65,13 +69,13 @@ class _Layer(nn.Module):
         self.n_channels = n_channels
 
     def forward(self, x):
-        if x.dim() != 4 or x.shape[1] != self.n_channels:
+        if x.dim() < 3 or x.shape[1] != self.n_channels:
             raise ValueError(f'{type(self).__name__}: expected (B, {self.n_channels}, H, W), got {tuple(x.shape)}')
         device, dtype = x.device.type, x.dtype
         if torch.is_autocast_enabled(device) and dtype != torch.float64: dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             y = self.attend(x.flatten(2), dtype)  # (B, C, H, W) -> (B, C, N), N = H*W
-        return (y if y.dtype == x.dtype else _fit(y, x.dtype)).unflatten(2, x.shape[2:])
+        return _fit(y, x.dtype).view(x.shape)
 
     def attend(self, x, dtype):
         "The output for `x` (B, C, N), the large products in `dtype`."
@@ -104,8 +108,11 @@ class _Attention(_Layer):
 
 
 def _fit(x, dtype):
-    "`x` as `dtype`; float16 saturates at +-65,504 instead of giving inf."
-    return x.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 else x.to(dtype)
+    "`x` as `dtype`; what passes to float16 saturates at +-65,504 instead of giving inf."
+    return x.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 != x.dtype else x.to(dtype)
+
+
+def _transpose(x): return x.transpose(1, 2)  # x.mT, which ONNX's old exporter does not know
 
 
 def _is_channels_last(x): return x.stride(1) == 1 and x.shape[1] > 1  # of (B, C, N)
@@ -128,20 +135,35 @@ def _product(a, b, dtype, add=None):
 def _product_like(x, a, b, add=None):
     "a b, or a b + `add`, all (B, ., .), in the dtype and memory layout of `x`."
     if not _is_channels_last(x): return _product(a, b, x.dtype, add)
-    return _product(b.mT, a.mT, x.dtype, None if add is None else add.mT).mT
+    return _transpose(_product(_transpose(b), _transpose(a), x.dtype, None if add is None else _transpose(add)))
 
 
-class _Gram(torch.autograd.Function):
+class _Function(torch.autograd.Function):
+    "A function with a gradient of its own, which is made of its inputs alone: so second derivatives are right, too."
+    generate_vmap_rule = True
+
+    @classmethod
+    def call(cls, *inputs): return cls.forward(*inputs) if _is_plain() else cls.apply(*inputs)
+
+
+def _is_plain():
+    "torch.jit.trace, ONNX's old exporter and forward-mode derivatives (torch.func.jvp) have to see each operation."
+    return torch.jit.is_tracing() or getattr(forward_ad, '_current_level', -1) >= 0
+
+
+class _Gram(_Function):
     """(z, z z^T as `_wide`) for z (B, C, N).
 
     The gradients of both come back together, so that that of z z^T, which is one product, (g + g^T) z, is added to
     the other on the way. Autograd would make two products and add up three tensors.
     """
     @staticmethod
-    def forward(ctx, z):
-        ctx.save_for_backward(z)
+    def forward(z): return z.view_as(z), _product(z, _transpose(z), _wide(z.dtype))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
         ctx.set_materialize_grads(False)
-        return z.view_as(z), _product(z, z.mT, _wide(z.dtype))
 
     @staticmethod
     def backward(ctx, g, g_gram):
@@ -149,50 +171,63 @@ class _Gram(torch.autograd.Function):
         return g if g_gram is None else _product_like(z, (g_gram + g_gram.mT).to(z.dtype), z, g)
 
 
-class _LongProduct(torch.autograd.Function):
-    "a b as `_wide`, (B, ., .) each; the gradients are not scaled, so float16 holds them too."
+class _Linear(_Function):
+    "(z, w z) for z (B, C, N) and w (K, C) as `_wide`; the gradients of both come back together as in `_Gram`."
     @staticmethod
-    def forward(ctx, a, b):
-        ctx.save_for_backward(a, b)
-        return _product(a, b, _wide(a.dtype))
+    def forward(z, w): return z.view_as(z), _product_like(z, _fit(w, z.dtype).expand(z.shape[0], -1, -1), z)
 
     @staticmethod
-    def backward(ctx, g):
-        a, b = ctx.saved_tensors
-        g = g.to(a.dtype)
-        return _product_like(a, g, b.mT), _product_like(b, a.mT, g)
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, g, g_y):
+        if g_y is None: return g, None
+        z, w = ctx.saved_tensors
+        g_w = _product(g_y.transpose(0, 1).flatten(1)[None], z.mT.flatten(0, 1)[None], w.dtype)[0]  # (K, B N) (B N, C)
+        return _product_like(z, _fit(w, z.dtype).mT.expand(z.shape[0], -1, -1), g_y, g), g_w
 
 
-class _AddProduct(torch.autograd.Function):
-    """a b + z, all (B, ., .), a or b as `_wide`; in float16 it saturates.
+class _Product(_Function):
+    """a b, or a b + `add`, all (B, ., .), as `dtype`; in float16 it saturates.
 
-    z may be None, then nothing is added, or 'a' or 'b' for that one: then its two gradients are added in one product.
+    Of a, b and `dtype` some may be float16 and the others float32, as `_wide`. `add` may be 'a' or 'b', for that one:
+    then its two gradients are added in one product.
     """
     @staticmethod
-    def forward(ctx, a, b, z):
-        ctx.save_for_backward(a, b)
-        ctx.z = z if isinstance(z, str) else z is not None
-        dtype = torch.float16 if torch.float16 in (a.dtype, b.dtype) else a.dtype
-        y = _product(_fit(a, dtype), _fit(b, dtype), dtype, {'a': a, 'b': b}[z] if isinstance(z, str) else z)
+    def forward(a, b, add, dtype):
+        half = _narrowest(a.dtype, b.dtype, dtype)
+        y = _product(_fit(a, half), _fit(b, half), dtype, {'a': a, 'b': b}[add] if isinstance(add, str) else add)
         return y.clamp_(-65504, 65504) if dtype == torch.float16 else y
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, add, ctx.dtype = inputs
+        ctx.save_for_backward(a, b)
+        ctx.add = add if isinstance(add, str) else add is not None
+
+    @staticmethod
     def backward(ctx, g):
         a, b = ctx.saved_tensors
-        g_a = _product(g, _fit(b, g.dtype).mT, a.dtype, g if ctx.z == 'a' else None)
-        g_b = _product(_fit(a, g.dtype).mT, g, b.dtype, g if ctx.z == 'b' else None)
-        return g_a, g_b, g if ctx.z is True else None
+        half = _narrowest(a.dtype, b.dtype, ctx.dtype)
+        g_a = _product_like(a, _fit(g, half), _fit(b, half).mT, g if ctx.add == 'a' else None)
+        g_b = _product_like(b, _fit(a, half).mT, _fit(g, half), g if ctx.add == 'b' else None)
+        return g_a, g_b, g if ctx.add is True else None, None
+
+
+def _narrowest(*dtypes): return torch.float16 if torch.float16 in dtypes else dtypes[0]
 
 
 def _multiply(a, b, like, add=None):
-    """a b, or a b + `add`, all (B, ., .), in the memory layout of `like`.
+    """a b, or a b + `add`, all (B, ., .), in the dtype and memory layout of `like`.
 
-    One of a and b is as `_wide`, the other in the dtype of `like`; `add` may be one of them.
+    a and b may be as `_wide` or in the dtype of `like`; `add` may be one of them.
     """
     add = 'a' if add is a else 'b' if add is b else add
-    if not _is_channels_last(like): return _AddProduct.apply(a, b, add)
-    if add is not None: add = {'a': 'b', 'b': 'a'}[add] if isinstance(add, str) else add.mT
-    return _AddProduct.apply(b.mT, a.mT, add).mT
+    if not _is_channels_last(like): return _Product.call(a, b, add, like.dtype)
+    if add is not None: add = {'a': 'b', 'b': 'a'}[add] if isinstance(add, str) else _transpose(add)
+    return _transpose(_Product.call(_transpose(b), _transpose(a), add, like.dtype))
 
 
 def _add_product(x, z, a, b):
@@ -251,58 +286,82 @@ class SimpleSelfAttention(_Attention):
         gamma = self.gamma / N if self.mean else self.gamma
         order = self.order if self.order != 'auto' else _cheapest(multiply_adds(C, N, self.ks, u is not None))
         if order == 'positions':
-            scores = _LongProduct.apply(z.mT, self._conv(z, w.to(wide)))  # (B, N, C) (B, C, N) -> (B, N, N)
-            return _add_product(x, z, z if u is None else self._conv(z, u), (gamma * scores).to(wide))
-        z, mix = _Gram.apply(z)  # (B, C, C)
+            z, values = (z, z) if u is None else _Linear.call(z, u)
+            z, wz = self._conv(z, w.to(wide))
+            scores = _Product.call(_transpose(z), wz, None, wide)  # (B, N, C) (B, C, N) -> (B, N, N)
+            return _add_product(x, z, z if u is None else values, (gamma * scores).to(wide))
+        z, mix = _Gram.call(z)  # (B, C, C)
         if u is not None: mix = u @ mix
         if order == 'channels': return _add_product(x, z, mix @ (gamma * w).to(wide), z)
-        return _add_product(x, z, (gamma * mix).to(wide), self._conv(z, w.to(wide)))
+        z, wz = self._conv(z, w.to(wide))
+        return _add_product(x, z, (gamma * mix).to(wide), wz)
 
     def multiply_adds(self, n_positions):
         counts = multiply_adds(self.n_channels, n_positions, self.ks, self.out is not None)
         return min(counts.values()) if self.order == 'auto' else counts[self.order]
 
-    def _conv(self, x, w):
-        "(B, C, N) -> (B, C, N), `w` (C, C*ks) along the positions."
-        if w.shape[1] == x.shape[1]: return _multiply(w.expand(len(x), -1, -1), x, x)
-        return F.conv1d(x, w.to(x.dtype).unflatten(1, (x.shape[1], -1)), padding=self.ks // 2)
+    def _conv(self, z, w):
+        "(z, W z) for z (B, C, N), `w` (C, C*ks) along the positions."
+        if self.ks == 1: return _Linear.call(z, w)
+        return z, F.conv1d(z, w.to(z.dtype).unflatten(1, (z.shape[1], -1)), padding=self.ks // 2)
 
     def extra_repr(self): return f'{self.n_channels}, ks={self.ks}, order={self.order!r}'
 
 
-class _BlockedSoftmax(torch.autograd.Function):
-    """softmax(q k) v for q (B, N, D), k (B, D, N), v (B, N, C), a block of rows of q at a time, forward as backward.
+class _BlockedSoftmax(_Function):
+    """softmax(q k) v for q (B, N, D), k (B, D, N), v (B, N, C), a block of rows or of images at a time.
 
     For CPUs: their fused kernel wants D = C, which doubles the products where D is C/8.
     """
-    BLOCK = 2**20  # scores at once: they stay in the cache
+    generate_vmap_rule = False
+    BLOCK = 2**18  # scores at once: they stay in the cache
 
     @staticmethod
-    def blocks(q, k):
-        "(image, rows) of each block."
-        rows = max(1, _BlockedSoftmax.BLOCK // k.shape[2])
-        return [(b, slice(i, i + rows)) for b in range(len(q)) for i in range(0, q.shape[1], rows)]
+    def blocks(q):
+        "(images, rows) of each block: rows of one image, or all rows of some images."
+        B, N = q.shape[:2]
+        images = max(1, _BlockedSoftmax.BLOCK // N**2)
+        rows = -(-N // -(-N**2 // _BlockedSoftmax.BLOCK))
+        return [(slice(b, b + images), slice(i, i + rows)) for b in range(0, B, images) for i in range(0, N, rows)]
 
     @staticmethod
-    def forward(ctx, q, k, v):
-        q, k, v = (t.contiguous() for t in (q, k, v))  # slices of one product: half as fast again without their gaps
-        o = q.new_empty(*q.shape[:2], v.shape[2])
-        for b, rows in _BlockedSoftmax.blocks(q, k): o[b, rows] = torch.softmax(q[b, rows] @ k[b], 1) @ v[b]
-        ctx.save_for_backward(q, k, v, o)
+    def forward(q, k, v):
+        blocks = _BlockedSoftmax.blocks(q)
+        if len(blocks) == 1 or _is_plain(): return _product_like(v, torch.softmax(q @ k, 2), v)
+        o = torch.empty_like(v)
+        for b, rows in blocks: o[b, rows] = _product_like(v, torch.softmax(q[b, rows] @ k[b], 2), v[b])
         return o
 
     @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def _softmax_and_gradient(q, k, v, g):
+        "softmax(q k), and the gradient of q k where g is that of softmax(q k) v."
+        p = torch.softmax(q @ k, 2)
+        g_p = g @ v.mT
+        return p, p * (g_p - (p * g_p).sum(2, keepdim=True))
+
+    @staticmethod
     def backward(ctx, g):
-        q, k, v, o = ctx.saved_tensors
+        q, k, v = ctx.saved_tensors
+        if torch.is_grad_enabled():  # for second derivatives: without blocks, nothing is written in place
+            p, g_s = _BlockedSoftmax._softmax_and_gradient(q, k, v, g)
+            return g_s @ k.mT, q.mT @ g_s, p.mT @ g
         g_q, g_k, g_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        shift = (g * o).sum(2, keepdim=True)  # (B, N, 1): of the gradient through the softmax's denominator
-        for b, rows in _BlockedSoftmax.blocks(q, k):
-            p = torch.softmax(q[b, rows] @ k[b], 1)
-            g_v[b].addmm_(p.mT, g[b, rows])
-            p *= torch.addmm(shift[b, rows], g[b, rows], v[b].mT, beta=-1)
-            g_q[b, rows] = p @ k[b].mT
-            g_k[b].addmm_(q[b, rows].mT, p)
+        for b, rows in _BlockedSoftmax.blocks(q):
+            p, g_s = _BlockedSoftmax._softmax_and_gradient(q[b, rows], k[b], v[b], g[b, rows])
+            g_q[b, rows] = g_s @ k[b].mT
+            g_k[b].baddbmm_(q[b, rows].mT, g_s)
+            g_v[b].baddbmm_(p.mT, g[b, rows])
         return g_q, g_k, g_v
+
+    @staticmethod
+    def vmap(info, dims, *inputs):
+        "The mapped dimension becomes part of the batch."
+        inputs = [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(inputs, dims)]
+        return _BlockedSoftmax.apply(*(t.flatten(0, 1) for t in inputs)).unflatten(0, (info.batch_size, -1)), 0
 
 
 class SelfAttention(_Attention):
@@ -312,25 +371,36 @@ class SelfAttention(_Attention):
     Through `scaled_dot_product_attention`: memory O(N) an image where a fused kernel exists, never N x N.
     Its kernels want one head size for f, g and h, at most 256: f and g are padded with zeros to that of h,
     and h is split into heads that share f and g. In float32 on a CPU, where that padding costs more than the
-    kernel saves, through `_BlockedSoftmax`.
+    kernel saves, through `_BlockedSoftmax`. The fused kernels have no second derivatives and say so: run the layer
+    under `torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)` where they are needed.
     """
     def __init__(self, n_channels):
         super().__init__(n_channels)
-        n_inner = max(1, n_channels // 8)
-        self.query, self.key = SpectralWeight(n_inner, n_channels), SpectralWeight(n_inner, n_channels)
+        self.n_inner = max(1, n_channels // 8)
+        self.query, self.key = SpectralWeight(self.n_inner, n_channels), SpectralWeight(self.n_inner, n_channels)
         self.value = SpectralWeight(n_channels, n_channels)
 
-    def attend(self, x, dtype):
+    def attend(self, x, dtype):  # SAGAN's "query" f is what is attended to
         weights = [self.query(), self.key(), self.value()]
-        fgh = F.linear(x.mT.to(dtype), torch.cat(weights).to(dtype))  # (B, C, N) -> (B, N, C/8 + C/8 + C)
-        f, g, h = fgh.split([len(w) for w in weights], dim=2)
         blocked = x.device.type == 'cpu' and dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
-        o = _BlockedSoftmax.apply(g, f.mT, h) if blocked else self._fused(f, g, h)  # SAGAN's "query" f is what is attended to
-        return x + self.gamma * o.mT  # (B, N, C) -> (B, C, N)
+        if not blocked and not _is_plain():
+            fgh = F.linear(x.mT.to(dtype), torch.cat(weights).to(dtype))  # (B, C, N) -> (B, N, C/8 + C/8 + C)
+            return x + self.gamma * self._fused(*fgh.split([len(w) for w in weights], dim=2)).mT  # (B, N, C) -> (B, C, N)
+        z, fg = _Linear.call(x.to(dtype), torch.cat(weights[:2]).to(dtype))
+        z, h = _Linear.call(z, (self.gamma * weights[2]).to(dtype))
+        f, g = fg.split(self.n_inner, dim=1)
+        return z + _transpose(_BlockedSoftmax.call(_transpose(g), f, _transpose(h)))
+
+    def _fused(self, f, g, h):
+        n_heads = -(-self.n_channels // 256)
+        while self.n_channels % n_heads: n_heads += 1
+        h = h.unflatten(2, (n_heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
+        f, g = (F.pad(t, (0, h.shape[3] - t.shape[2])).unsqueeze(1).expand_as(h) for t in (f, g))
+        return F.scaled_dot_product_attention(g, f, h, scale=1.).transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
 
     def multiply_adds(self, n_positions):
-        n_inner, C, N = max(1, self.n_channels // 8), self.n_channels, n_positions
-        return (2 * n_inner + C) * C * N + (n_inner + C) * N**2
+        C, N = self.n_channels, n_positions
+        return (2 * self.n_inner + C) * C * N + (self.n_inner + C) * N**2
 
     def _fused(self, f, g, h):
         n_heads = -(-self.n_channels // 256)
@@ -340,20 +410,7 @@ class SelfAttention(_Attention):
         return F.scaled_dot_product_attention(g, f, h, scale=1.).transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
 
 
-class _Mixing(_Attention):
-    "y = x + M x with a matrix M (B, C, C) or (C, C) that `mix` makes of x; gamma is a factor of it."
-    def attend(self, x, dtype):
-        z, mix = self.mix(x.to(dtype))
-        return _add_product(x, z, mix.expand(len(x), -1, -1), z)
-
-    def mix(self, z):
-        "(z, M as `_wide`) for z (B, C, N); see `_Gram` for why z comes back."
-        raise NotImplementedError
-
-    def weight(self, dtype): return (self.gamma * self.conv()).to(_wide(dtype))
-
-
-class ResidualConv(_Mixing):
+class ResidualConv(_Attention):
     """y = x + gamma * W x: the parameters of `SimpleSelfAttention` without attention.
 
     W is a spectrally normalised 1x1 convolution as there: C^2 + 1 parameters, C^2 N multiply-adds.
@@ -362,12 +419,27 @@ class ResidualConv(_Mixing):
         super().__init__(n_channels)
         self.conv = SpectralWeight(n_channels, n_channels)
 
-    def mix(self, z): return z, self.weight(z.dtype)
+    def attend(self, x, dtype):
+        z, wz = _Linear.call(x.to(dtype), self._weight(dtype))
+        return (z if z.dtype == x.dtype else x) + wz
+
+    def _weight(self, dtype): return (self.gamma * self.conv()).to(_wide(dtype))
 
     def multiply_adds(self, n_positions): return self.n_channels**2 * n_positions
 
 
-class SwappedAttention(ResidualConv):
+class _Mixing(ResidualConv):
+    "y = x + M x with a matrix M (B, C, C) that `mix` makes of x and gamma W."
+    def attend(self, x, dtype):
+        z, mix = self.mix(x.to(dtype), self._weight(dtype))
+        return _add_product(x, z, mix, z)
+
+    def mix(self, z, w):
+        "(z, M as `_wide`) for z (B, C, N); z comes back from `_Gram`."
+        raise NotImplementedError
+
+
+class SwappedAttention(_Mixing):
     """y = x + gamma * S' W x with S' = x' x'^T of another image x' of the batch: must the statistics be its own?
 
     x' is the image before x in the batch, that before the first is the last, in training and in validation alike. So
@@ -375,22 +447,22 @@ class SwappedAttention(ResidualConv):
     `SimpleSelfAttention`, and in a batch in the order of its classes x' is mostly of x's class.
     C^2 + 1 parameters, 2 C^2 N + C^3 multiply-adds.
     """
-    def mix(self, z):
-        z, gram = _Gram.apply(z)
-        return z, gram.roll(1, 0) @ self.weight(z.dtype)
+    def mix(self, z, w):
+        z, gram = _Gram.call(z)
+        return z, gram.roll(1, 0) @ w
 
     def multiply_adds(self, n_positions): return 2 * self.n_channels**2 * n_positions + self.n_channels**3
 
 
-class MeanAttention(ResidualConv):
+class MeanAttention(_Mixing):
     """y = x + gamma * N m (m^T W x), m the mean of x over its positions: the first-order part of `SimpleSelfAttention`.
 
     x x^T = N (m m^T + covariance of the channels over the positions): with `CovarianceAttention` it adds up to that
     layer. C^2 + 1 parameters, C^2 N + 2 C^2 multiply-adds: m (m^T W) is made first, as it is the same at all positions.
     """
-    def mix(self, z):
-        mean = z.mean(2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32)).to(_wide(z.dtype))  # (B, C, 1)
-        return z, z.shape[2] * mean @ (mean.mT @ self.weight(z.dtype))
+    def mix(self, z, w):
+        mean = z.mean(2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32)).to(w.dtype)  # (B, C, 1)
+        return z, z.shape[2] * mean @ (_transpose(mean) @ w)
 
     def multiply_adds(self, n_positions): return self.n_channels**2 * (n_positions + 2)
 
@@ -401,9 +473,9 @@ class CovarianceAttention(SwappedAttention):
     x x^T = N (K + m m^T), see `MeanAttention`. K is made of x - m, so that no digits are lost where m is large.
     C^2 + 1 parameters, 2 C^2 N + C^3 multiply-adds.
     """
-    def mix(self, z):
-        _, gram = _Gram.apply(z - z.mean(2, keepdim=True))
-        return z, gram @ self.weight(z.dtype)
+    def mix(self, z, w):
+        _, gram = _Gram.call(z - z.mean(2, keepdim=True))
+        return z, gram @ w
 
 
 class LowRankAttention(_Attention):
@@ -420,9 +492,10 @@ class LowRankAttention(_Attention):
 
     def attend(self, x, dtype):
         root = self.n_channels**0.5  # f of equal channels is that much larger than x: it is held divided by it
-        z, w = x.to(dtype), torch.cat([self.key() / root, self.query()]).to(_wide(dtype))
-        f, g = _multiply(w.expand(len(z), -1, -1), z, z).split(self.n_inner, dim=1)  # (B, C/8, N) each
-        return _add_product(x, z, (self.gamma * root * _LongProduct.apply(z, f.mT)).to(_wide(dtype)), g)
+        z, fg = _Linear.call(x.to(dtype), torch.cat([self.key() / root, self.query()]).to(_wide(dtype)))
+        f, g = fg.split(self.n_inner, dim=1)  # (B, C/8, N) each
+        values = self.gamma * root * _Product.call(z, _transpose(f), None, _wide(dtype))  # (B, C, C/8)
+        return _add_product(x, z, values.to(_wide(dtype)), g)
 
     def multiply_adds(self, n_positions): return 4 * self.n_inner * self.n_channels * n_positions
 
@@ -435,7 +508,7 @@ class ChannelAttention(_Attention):
     1 parameter, 2 C^2 N multiply-adds.
     """
     def attend(self, x, dtype):
-        _, gram = _Gram.apply(x.to(torch.promote_types(x.dtype, torch.float32)))
+        _, gram = _Gram.call(x.to(torch.promote_types(x.dtype, torch.float32)))
         attention = torch.softmax(gram.amax(2, keepdim=True) - gram, 2)
         z = x.to(dtype)
         return _add_product(x, z, (self.gamma * attention).to(_wide(dtype)), z)
