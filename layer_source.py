@@ -1,7 +1,8 @@
-"""Finds a layer of the user's, FILE.py:NAME or PACKAGE.MODULE:NAME, and hashes its source. Imports neither the layer nor torch.
+"""Finds a layer of the user's, FILE.py:NAME or PACKAGE.MODULE:NAME, and hashes its source.
 
-The hash is of the file and of all that it imports from its own folder (a file) or its own package (a module), as far as import
-statements say so; other packages are not in it. Two runs with the same hash had the same layer, wherever the file was.
+Imports neither the layer nor torch. The hash is of the file and of all that it imports from its own folder (a file) or
+its own package (a module), as far as import statements say so; other packages are not in it. Runs with the same hash
+had the same layer, wherever its file was.
 """
 import hashlib
 import os
@@ -30,15 +31,16 @@ def is_file(place): return place.endswith('.py')
 
 
 def find(attention, file='', source=''):
-    """Returns (the layer as the record has it, its file, the hash of its source) as texts; of a layer of ours the latter two are ''.
+    """Returns (the layer as the record has it, its file, the hash of its source), the latter two '' of a layer of ours.
 
-    In the record a file has no folder: my_layers.py:MyLayer. `file` and `source`: what is known already; as long as they belong to
-    `attention` they stay, and nothing is read. UsageError where there is no such file or module.
+    In the record a file has no folder: my_layers.py:MyLayer. `file` and `source` are what is known already: as long as
+    they belong to `attention` they stay, and nothing is read. UsageError where there is no such file or module.
     """
     if not is_outside(attention): return attention, '', ''
     place, name = parse(attention)
     if file and source and belongs(file, place): return attention, file, source
-    found = Path(file) if file and belongs(file, place) and Path(file).is_file() else find_file(attention, place)
+    there = file and belongs(file, place) and Path(file).is_file()
+    found = Path(file) if there else find_file(attention, place)
     if is_file(place): attention = f'{found.name}:{name}'
     return attention, str(found), digest(attention, found)
 
@@ -62,7 +64,7 @@ def find_file(attention, place):
 
 
 def find_module(attention, place):
-    "Returns the file of a module without importing it; it is looked for where Python does and in the working directory."
+    "Returns the file of a module, found without importing it where Python looks, or in the working directory."
     top, *rest = place.split('.')
     try: spec = find_spec(top)
     except ValueError: spec = None  # of a module made by hand, as __main__ is in a notebook
@@ -73,7 +75,8 @@ def find_module(attention, place):
         folders = list(spec.submodule_search_locations or [])
         spec = PathFinder.find_spec(f'{name}.{part}', folders)
         if not spec:
-            raise UsageError(f'--sa {attention}: {name} has no module {part}{nearest(part, [m.name for m in iter_modules(folders)])}')
+            hint = nearest(part, [module.name for module in iter_modules(folders)])
+            raise UsageError(f'--sa {attention}: {name} has no module {part}{hint}')
         name += f'.{part}'
     if not spec.has_location: raise UsageError(f'--sa {attention}: {name} has no file, so no layer can be found in it')
     return Path(spec.origin)
@@ -93,9 +96,10 @@ def digest(attention, file):
 
 
 def sources(attention, file):
-    """Returns {path: content} of a layer's file and of all that it imports from its folder or package, directly or through others.
+    """Returns {path: content} of a layer's file and of all that it imports from its folder or package.
 
-    The paths are relative to the folder that its imports start from: that of the file, or the one that holds the package.
+    What these import counts too. The paths are relative to the folder that the imports start from: that of the file, or
+    the one that holds the package.
     """
     place, file = parse(attention)[0], Path(file)
     levels = 0 if is_file(place) else place.count('.') + (file.stem == '__init__')
@@ -110,14 +114,15 @@ def sources(attention, file):
     return found
 
 
-IMPORT = re.compile(rb'^[ \t]*(?:import[ \t]+([^\n;]+)|from[ \t]+([.\w]+)[ \t]+import[ \t]*(\([^)]*\)|(?:\\\n|[^\n;])+))', re.MULTILINE)
+IMPORT = re.compile(rb'^[ \t]*(?:import[ \t]+([^\n;]+)|'
+                    rb'from[ \t]+([.\w]+)[ \t]+import[ \t]*(\([^)]*\)|(?:\\\n|[^\n;])+))', re.MULTILINE)
 COMMENT, NAME = re.compile(r'#.*|\bas\s+\w+|\\\n'), re.compile(r'[\w.]+')
 
 
 def imported(file, content, root, top=None):
     """Returns the files in `root` (of the package `top` only, if given) that the import statements of a file name.
 
-    The statements are found by their form, which is fifty times as fast as to parse a file: a package may have two thousand.
+    The statements are found by their form, which is much faster than parsing: a package may have two thousand files.
     """
     here, modules = file.parent.relative_to(root).parts, set()
     for plain, start, names in IMPORT.findall(content):
@@ -129,4 +134,5 @@ def imported(file, content, root, top=None):
             parts = (*base, *filter(None, name.split('.')))
             modules |= {parts[:n] for n in range(1, len(parts) + 1) if not top or parts[0] == top}
     places = [root.joinpath(*module) for module in modules]
-    return [f for place in places for f in (place.with_name(f'{place.name}.py'), place / '__init__.py') if f.is_file()]
+    files = [f for place in places for f in (place.with_name(f'{place.name}.py'), place / '__init__.py')]
+    return [f for f in files if f.is_file()]

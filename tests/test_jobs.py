@@ -9,7 +9,8 @@ from conftest import REPO
 import runlog
 
 TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
-SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint', 'device', 'resumed']
+SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint',
+        'device', 'resumed']
 
 
 @pytest.fixture
@@ -36,7 +37,8 @@ def children(process):
     for pid in filter(str.isdigit, os.listdir('/proc')):
         try: parent = open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[1]
         except OSError: continue
-        if parent == str(process.pid) and b'spawn_main' in open(f'/proc/{pid}/cmdline', 'rb').read(): found.append(int(pid))
+        spawned = b'spawn_main' in open(f'/proc/{pid}/cmdline', 'rb').read()
+        if parent == str(process.pid) and spawned: found.append(int(pid))
     return found
 
 
@@ -47,6 +49,7 @@ def read_to_two_under_way(process):
     return begun
 
 
+@pytest.mark.slow(30)
 def test_the_rows_are_those_of_the_plain_loop(start, tmp_path):
     plain = start('plain', '--epochs', 3)
     assert plain.wait(600) == 0
@@ -54,11 +57,13 @@ def test_the_rows_are_those_of_the_plain_loop(start, tmp_path):
     out, err = process.communicate(timeout=600)
     here, there = rows(tmp_path / 'plain'), rows(tmp_path / 'jobs')
     assert process.returncode == 0 and set(there.status) == {'ok'} and '4/4 ' in out, err
-    assert here[SAME].equals(there[SAME]) and there.run_id.is_unique and list((tmp_path / 'jobs' / 'checkpoints').iterdir()) == []
+    assert here[SAME].equals(there[SAME]) and there.run_id.is_unique
+    assert list((tmp_path / 'jobs' / 'checkpoints').iterdir()) == []
     assert re.search(r'^simple seed 1: epoch 2  ', out, re.M) and 'none → simple:' in out
     assert '0 runs to do, 4 recorded' in start('jobs', '--epochs', 3, '--dry-run').communicate()[0]
 
 
+@pytest.mark.slow(30)
 @pytest.mark.parametrize('how', ['ctrl-c', 'sigterm', 'kill -9'])
 def test_the_end_of_the_command_ends_the_runs_with_their_rows_and_they_go_on(how, start, tmp_path):
     process = start('results', '--epochs', 15, '--jobs', 2)
@@ -71,13 +76,16 @@ def test_the_end_of_the_command_ends_the_runs_with_their_rows_and_they_go_on(how
     assert process.returncode == {'ctrl-c': 130, 'sigterm': 143, 'kill -9': -9}[how] and 'Traceback' not in err, err
     assert not any(os.path.exists(f'/proc/{pid}') for pid in workers)
     left = rows(tmp_path / 'results')
-    assert left.attention.tolist() == ['none', 'simple'] and set(left.status) == {'interrupted'} and left.epochs_done.min() >= 1
+    assert left.attention.tolist() == ['none', 'simple']
+    assert set(left.status) == {'interrupted'} and left.epochs_done.min() >= 1
     assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
     out, err = start('results', '--epochs', 15, '--jobs', 2, '--runs', 1).communicate(timeout=600)
     df = rows(tmp_path / 'results')
-    assert out.count('goes on after epoch') == 2 and df.run_id.tolist() == left.run_id.tolist() and set(df.status) == {'ok'}, err
+    assert out.count('goes on after epoch') == 2, err
+    assert df.run_id.tolist() == left.run_id.tolist() and set(df.status) == {'ok'}
 
 
+@pytest.mark.slow(40)
 def test_a_process_that_dies_is_replaced(start, tmp_path):
     process = start('results', '--epochs', 15, '--jobs', 2)
     read_to_two_under_way(process)
@@ -90,6 +98,7 @@ def test_a_process_that_dies_is_replaced(start, tmp_path):
     assert len(df) == 4 and set(df.status) == {'ok'} and sorted(df.resumed) == [0, 0, 0, 1]
 
 
+@pytest.mark.slow(12)
 def test_a_mistake_ends_all_in_one_line(start, tmp_path):
     process = start('results', '--jobs', 2, '--bs', 60)  # more than there are training images
     _, err = process.communicate(timeout=600)

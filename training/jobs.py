@@ -1,8 +1,9 @@
 """The runs of an experiment side by side on this machine, without Ray: N processes, each with one run at a time.
 
-On a CPU each process has one thread (or OMP_NUM_THREADS), so that N runs share N cores: two runs with a thread each train more
-images a second than one run with two. The numbers of a run are those of a plain run with as many threads, to the bit. Each process
-writes its own rows. What ends this process, even kill -9, ends them too: each notes that its run was interrupted.
+On a CPU each process has one thread (or OMP_NUM_THREADS), so that N runs share N cores: two runs with a thread each
+train more images a second than one run with two. The numbers of a run are those of a plain run with as many threads,
+to the bit. Each process writes its own rows. What ends the first process, even kill -9, ends the others too: each
+records that its run was interrupted.
 """
 import multiprocessing
 import os
@@ -26,8 +27,8 @@ class Jobs:
     def each(self, todo, checkpoint_every=None):
         """Trains `todo`, [(arm, Config)], n at once; yields (arm, cfg, error) as each ends.
 
-        The error is that of a run that failed or was not begun, else None. A mistake of the user ends them all. Left early,
-        the generator ends the runs under way and waits for their rows.
+        The error is that of a run that failed or was not begun, else None. A mistake of the user ends them all.
+        Left early, the generator ends the runs under way and waits for their rows.
         """
         waiting, workers = [(arm, self.with_share(cfg)) for arm, cfg in reversed(todo)], []
         try:
@@ -106,7 +107,10 @@ def environment(variables):
 
 @contextmanager
 def signals_held():
-    "Holds back the signals of the block, and in a process that starts in it, until that has its own handlers (see `work`)."
+    """Holds back the signals of the block.
+
+    In a process that starts in it they are held back until it has handlers of its own, see `work`.
+    """
     if not hasattr(signal, 'pthread_sigmask'): return (yield)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
     try: yield
@@ -143,7 +147,8 @@ def listen(tasks, given):
     try:
         while True: given.put(tasks.recv())
     except (EOFError, OSError):
-        if hasattr(signal, 'pthread_kill'): signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # wakes it where it waits
+        main = threading.main_thread().ident
+        if hasattr(signal, 'pthread_kill'): signal.pthread_kill(main, signal.SIGINT)  # it may be waiting
         else: signal.raise_signal(signal.SIGINT)
 
 

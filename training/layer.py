@@ -1,4 +1,4 @@
-"""The attention layer of a run: imported where it is not ours, tried on the shapes it will meet, its parameters and multiply-adds.
+"""Finds the attention layer of a run, tries one that is not ours before training, and counts what it costs.
 
 A layer is any callable n_channels -> torch.nn.Module that keeps the shape of features (B, C, H, W).
 """
@@ -34,14 +34,17 @@ imported = {}  # {name of a module: the hash of its source when it was imported}
 def outside_layer(attention, file, source):
     "Returns what `attention` names, from its file as it was when `source` was its hash."
     place, name = layer_source.parse(attention)
-    if not Path(file).is_file(): raise UsageError(f'--sa {attention}: {file} is gone')
-    if layer_source.digest(attention, file) != source: raise UsageError(f'--sa {attention}: {file} has changed since the start; start anew')
-    module = import_file(attention, Path(file), source) if layer_source.is_file(place) else import_module(attention, place, source)
+    what, path = f'--sa {attention}', Path(file)
+    if not path.is_file(): raise UsageError(f'{what}: {file} is gone')
+    if layer_source.digest(attention, file) != source: raise UsageError(f'{what}: {file} has changed; start anew')
+    if layer_source.is_file(place): module = import_file(attention, path, source)
+    else: module = import_module(attention, place, source)
     layer = getattr(module, name, None)
     if layer is None:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
-        raise UsageError(f'--sa {attention}: {file} has no {name}{nearest(name, names)}')
-    if not callable(layer): raise UsageError(f'--sa {attention}: is a {type(layer).__name__}, not a class or a function of n_channels')
+        raise UsageError(f'{what}: {file} has no {name}{nearest(name, names)}')
+    if not callable(layer):
+        raise UsageError(f'{what}: is of type {type(layer).__name__}, not a class or a function of n_channels')
     return layer
 
 
@@ -51,9 +54,10 @@ def import_file(attention, file, source):
     if name in sys.modules: return sys.modules[name]
     beside = {file.parent / path for path in layer_source.sources(attention, file)}
     loaded = {other: Path(getattr(module, '__file__', None) or '') for other, module in sys.modules.items()}
-    for top in {path.relative_to(file.parent).parts[0].removesuffix('.py') for path in beside - {file}} & loaded.keys():
-        if loaded[top] not in beside:
-            raise UsageError(f'--sa {attention}: imports {top} from its folder, but that is the name of {loaded[top]}; rename it')
+    tops = {path.relative_to(file.parent).parts[0].removesuffix('.py') for path in beside - {file}}
+    for top in tops & loaded.keys():
+        if loaded[top] in beside: continue
+        raise UsageError(f'--sa {attention}: imports {top} beside it, but that is the name of {loaded[top]}; rename it')
     others = {other: sys.modules.pop(other) for other, path in loaded.items() if path in beside}
     spec = importlib.util.spec_from_file_location(name, file)
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
@@ -65,8 +69,8 @@ def import_file(attention, file, source):
         raise
     finally:
         sys.path.remove(str(file.parent))
-        for other, path in [(other, getattr(module, '__file__', None)) for other, module in sys.modules.items() if other != name]:
-            if path and Path(path) in beside: del sys.modules[other]  # another version of the file imports it again
+        for other, module_ in list(sys.modules.items()):  # another version of the file imports these again
+            if other != name and Path(getattr(module_, '__file__', None) or '') in beside: del sys.modules[other]
         sys.modules.update(others)
     return module
 
@@ -96,16 +100,17 @@ def clear_errors(what):
 # --- the check before training ---
 
 def check(cfg, device):
-    """Raises UsageError unless a layer that is not ours works on the shapes it will meet; says once if it is not the identity at first.
+    """Raises UsageError unless a layer that is not ours works on the shapes it will meet.
 
-    It is tried as it will run: with its precision, memory format and device, in training and in validation, on random numbers and
-    on zeros, which are what it meets at the first step, as the batch norm before it starts with zeros.
+    It is tried as it will run: with its precision, memory format and device, in training and in validation, on random
+    numbers and on zeros, which it meets at the first step, as the weights of the batch norm before it start at 0.
+    Prints once if it is not the identity at the start.
     """
     if not layer_source.is_outside(cfg.attention): return
     change = tried(*conditions(cfg, device))
     if change and cfg.attention not in said and is_local_rank_0():
         said.add(cfg.attention)
-        print(f'{cfg.attention}: not the identity at the start: its output is {change:.1%} of its input away from it', file=sys.stderr)
+        print(f'{cfg.attention}: not the identity at the start: it changes its input by {change:.1%}', file=sys.stderr)
 
 
 said = set()
@@ -113,18 +118,20 @@ said = set()
 
 def conditions(cfg, device):
     "Returns what a layer of a settled `cfg` is and how it will run: the arguments of `tried` and `counted`."
-    return cfg.attention, cfg.attention_file, cfg.attention_source, shapes(cfg), device, cfg.precision, bool(cfg.channels_last)
+    layer = cfg.attention, cfg.attention_file, cfg.attention_source
+    return *layer, shapes(cfg), device, cfg.precision, bool(cfg.channels_last)
 
 
 @cache
 def tried(attention, file, source, shapes, device, precision, channels_last):
-    "Returns how far the layer is from the identity at first: the root mean square of its change over that of its input."
+    "Returns by how much the layer changes its input at first: the change's root mean square over the input's."
     make, change = outside_layer(attention, file, source), 0.
     for C, H, W in sorted(set(shapes)):
         with a_seed(device):
             what = f'--sa {attention}: {layer_source.parse(attention)[1]}({C})'
             with clear_errors(f'{what} fails'): module = make(C)
-            if not isinstance(module, nn.Module): raise UsageError(f'{what} is a {type(module).__name__}, not a torch.nn.Module')
+            if not isinstance(module, nn.Module):
+                raise UsageError(f'{what} is of type {type(module).__name__}, not a torch.nn.Module')
             module, x = ready(channels_last, device, module, torch.randn(2, C, H, W))
             y = attempt(f'{what}, random numbers', module.train(), x, precision)
             attempt(f'{what}, all zeros as at the first step', module, torch.zeros_like(x), precision)
@@ -143,48 +150,59 @@ def a_seed(device):
 
 def ready(channels_last, device, *things):
     "Returns modules and tensors on a device in a memory format."
-    return [thing.to(device, memory_format=torch.channels_last if channels_last else torch.contiguous_format) for thing in things]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return [thing.to(device, memory_format=memory_format) for thing in things]
 
 
 def attempt(what, module, x, precision):
-    "Returns the output of a module for x (B, C, H, W), computed as in training; UsageError where it or its gradient cannot be used."
-    x = x.detach().requires_grad_()
-    autocast = torch.autocast(x.device.type, DTYPES.get(precision, torch.bfloat16), enabled=precision != 'fp32')
-    shape = tuple(x.shape)
+    """Returns the output of a module for x (B, C, H, W), computed as in a run.
+
+    Raises UsageError where it or, in training, its gradient cannot be used.
+    """
+    x, shape = x.detach().requires_grad_(), tuple(x.shape)
+    dtype = DTYPES.get(precision, torch.bfloat16)
+    autocast = torch.autocast(x.device.type, dtype, enabled=precision != 'fp32')
     with clear_errors(f'{what}: fails on a batch {shape}'), torch.set_grad_enabled(module.training), autocast:
         y = module(x * 1)  # in the network it may change its input in place
     if not isinstance(y, torch.Tensor): raise UsageError(f'{what}: gives a {type(y).__name__}, not a tensor')
-    if tuple(y.shape) != shape: raise UsageError(f'{what}: gives {tuple(y.shape)} for {shape}; a layer here keeps the shape')
+    if tuple(y.shape) != shape: raise UsageError(f'{what}: gives {tuple(y.shape)} for {shape}; it must keep the shape')
     if not y.is_floating_point(): raise UsageError(f'{what}: gives {y.dtype}, not floating point numbers')
     if not y.isfinite().all(): raise UsageError(f'{what}: its output is not finite')
-    if module.training:
-        with clear_errors(f'{what}: its gradient fails'): (y.float() * torch.randn_like(x)).sum().backward()
-        gradients = [x.grad, *(p.grad for p in module.parameters())]
-        if not all(g is None or g.isfinite().all() for g in gradients): raise UsageError(f'{what}: its gradient is not finite')
-        module.zero_grad()
+    if module.training: try_gradient(what, module, x, y)
     return y.detach().float()
+
+
+def try_gradient(what, module, x, y):
+    "Raises UsageError unless the gradients of x and of the parameters can be computed from y, and are finite."
+    with clear_errors(f'{what}: its gradient fails'): (y.float() * torch.randn_like(x)).sum().backward()
+    gradients = [x.grad, *(p.grad for p in module.parameters())]
+    if not all(g is None or g.isfinite().all() for g in gradients):
+        raise UsageError(f'{what}: its gradient is not finite')
+    module.zero_grad()
 
 
 # --- what it costs ---
 
 def shapes(cfg):
-    "Returns ((C, H, W), ...) of the features that the layers of `cfg` meet, one for each place; each stage halves the side, rounded up."
+    "Returns ((C, H, W), ...) of the features that the layers of `cfg` meet, one for each of its places."
     expansion = ARCHS[cfg.arch][0]
+    # stem, pool and each stage but the first halve the side, rounded up
     sides = [-(-cfg.size // 2 ** (stage + 1)) for stage, _ in cfg.places]
     return tuple((64 * 2 ** (stage - 1) * expansion, side, side) for (stage, _), side in zip(cfg.places, sides))
 
 
 def cost(cfg, device):
-    """Returns the columns attention_parameters and attention_multiply_adds of a settled `cfg`: of all its layers together.
+    """Returns the columns attention_parameters and attention_multiply_adds of a settled `cfg`: of all its layers.
 
-    Multiply-adds are those of the products and convolutions of one image in a forward pass. Our layers know theirs; those of others
-    are counted while they run.
+    Multiply-adds are those of the products and convolutions of one image in a forward pass. Our layers know theirs;
+    those of others are counted while they run.
     """
     if cfg.attention == 'none': parameters, multiply_adds = 0, 0
     elif layer_source.is_outside(cfg.attention): parameters, multiply_adds = counted(*conditions(cfg, device))
     else:
         with a_seed(device): layers = [(ATTENTION[cfg.attention](C), H * W) for C, H, W in shapes(cfg)]
-        parameters, multiply_adds = sum(n_parameters(m) for m, _ in layers), sum(m.multiply_adds(N) for m, N in layers)
+        parameters = sum(n_parameters(layer) for layer, _ in layers)
+        multiply_adds = sum(layer.multiply_adds(N) for layer, N in layers)
     return dict(attention_parameters=parameters, attention_multiply_adds=multiply_adds)
 
 

@@ -1,4 +1,7 @@
-"""The runs of an experiment, one after the other, side by side, or on Ray; those that the record already holds are left out."""
+"""Trains the runs of an experiment: one after the other, side by side, or on Ray.
+
+What the record holds already is left out.
+"""
 import argparse
 import os
 import sys
@@ -17,30 +20,45 @@ ARMS = 'attention', 'sa_at', 'seed'  # what tells the arms and the runs apart
 
 def add_flags(ap, leave_out=ARMS):
     "Adds the flags that say how the runs are done, and as overrides those of Config but for `leave_out`."
-    ap.add_argument('--seed0', type=int, default=0, metavar='SEED', help='first seed (default 0)')
-    ap.add_argument('--until', type=float, metavar='POINTS', help='go on until the 95%% interval of each difference has this half-width')
-    ap.add_argument('--dry-run', action='store_true', help="print the runs; don't train")
-    ap.add_argument('--jobs', type=int, default=1, metavar='N', help='train N runs side by side, each with one thread on a CPU (default 1)')
-    ap.add_argument('--ray', nargs='?', const='', metavar='ADDRESS', help="hand the runs to Ray: this machine's own, or the cluster there")
-    ap.add_argument('--cpus-per-run', type=float, default=1, metavar='N', help='with --ray: cores of a run (default 1)')
-    ap.add_argument('--gpus-per-run', type=float, metavar='N', help='with --ray: GPUs of a run, 0.25 say (default 1, without any 0)')
+    def add(flag, **options): ap.add_argument(flag, **options)
+    add('--seed0', type=int, default=0, metavar='SEED', help='first seed (default 0)')
+    add('--until', type=float, metavar='POINTS',
+        help='go on until the 95%% interval of each difference has this half-width')
+    add('--dry-run', action='store_true', help="print the runs; don't train")
+    add('--jobs', type=int, default=1, metavar='N',
+        help='train N runs side by side, on a CPU with one thread each (default 1)')
+    add('--ray', nargs='?', const='', metavar='ADDRESS',
+        help="hand the runs to Ray: this machine's own, or the cluster there")
+    add('--cpus-per-run', type=float, default=1, metavar='N', help='with --ray: cores of a run (default 1)')
+    add('--gpus-per-run', type=float, metavar='N',
+        help='with --ray: GPUs of a run, 0.25 say (default 1, without any 0)')
     train_imagenette.add_run_flags(ap)
-    overrides = ap.add_argument_group('in place of what the experiment sets, in all arms')
-    train_imagenette.add_config_flags(overrides, leave_out=leave_out, default=argparse.SUPPRESS)
+    group = ap.add_argument_group('in place of what the experiment sets, in all arms')
+    train_imagenette.add_config_flags(group, leave_out=leave_out, default=argparse.SUPPRESS)
 
 
 def check_flags(args):
     "Raises UsageError on values of the flags of `add_flags` that cannot be."
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1: raise UsageError('one process starts the runs: several at once by --jobs or --ray')
-    if args.until is not None and not 0 < args.until < float('inf'): raise UsageError(f'--until {args.until}: must be a number above 0')
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        raise UsageError('one process starts the runs: several at once by --jobs or --ray')
+    if args.until is not None and not 0 < args.until < float('inf'):
+        raise UsageError(f'--until {args.until}: must be a number above 0')
     if not 1 <= args.jobs <= 1024: raise UsageError(f'--jobs {args.jobs}: must be from 1 to 1024')
     if args.ray is not None and args.jobs > 1: raise UsageError('--jobs, --ray: give one of them')
     train_imagenette.check_run_flags(args)
+    check_ray_flags(args)
+
+
+def check_ray_flags(args):
     cpus, gpus = args.cpus_per_run, args.gpus_per_run
-    if args.ray is None and (cpus != 1 or gpus is not None): raise UsageError('--cpus-per-run, --gpus-per-run: with --ray only')
-    if not (cpus >= 1 and cpus == int(cpus)): raise UsageError(f'--cpus-per-run {cpus:g}: must be 1 or more whole cores')
-    if gpus is not None and not (gpus in (0, 1) or 0 < gpus < 1): raise UsageError(f'--gpus-per-run {gpus:g}: must be from 0 to 1')
-    if args.ray is not None and args.gpu is not None: raise UsageError('--gpu: with --ray each run has the GPU that Ray gives it')
+    if args.ray is None and (cpus != 1 or gpus is not None):
+        raise UsageError('--cpus-per-run, --gpus-per-run: with --ray only')
+    if not (cpus >= 1 and cpus == int(cpus)):
+        raise UsageError(f'--cpus-per-run {cpus:g}: must be 1 or more whole cores')
+    if gpus is not None and not (gpus in (0, 1) or 0 < gpus < 1):
+        raise UsageError(f'--gpus-per-run {gpus:g}: must be from 0 to 1')
+    if args.ray is not None and args.gpu is not None:
+        raise UsageError('--gpu: with --ray each run has the GPU that Ray gives it')
 
 
 def overrides(args):
@@ -53,18 +71,19 @@ def overrides(args):
 class Loop:
     """Trains the runs of an Experiment that the record does not hold yet.
 
-    `args` has the flags of `add_flags`; `program` is the name that messages begin with. `failed` counts the runs that failed,
+    `args` has the flags of `add_flags`; messages begin with the name `program`. `failed` counts the runs that failed,
     `left` those that another process was training.
     """
     def __init__(self, exp, args, program):
         self.exp, self.args, self.program, self.digests = exp, args, program, {}
         self.failed = self.left = 0
-        from training.machine import get_device  # torch and fastai take seconds: not before the command line is known to be good
+        # torch and fastai take seconds: not before the command line is known to be good
         if args.ray is not None:
             from training.cluster import Cluster
             cluster = Cluster(args.ray, args.results, args.cpus_per_run, args.gpus_per_run)
             self.each, self.device = cluster.each, cluster.device
             return
+        from training.machine import get_device
         self.each, self.device = self.here, get_device(args.gpu)
         if args.jobs > 1:
             from training.jobs import Jobs
@@ -73,7 +92,10 @@ class Loop:
     def record(self): return runlog.load(self.args.results / 'runs.csv')
 
     def settled(self, cfg):
-        "Returns (`cfg` as it will run, the fingerprint of its data); the latter is None in a dry run, which fetches nothing."
+        """Returns (`cfg` as it will run, the fingerprint of its data).
+
+        The fingerprint is None in a dry run, which fetches nothing.
+        """
         from training.data import find_set
         from training.machine import settle
         cfg = settle(cfg, self.device)
@@ -84,10 +106,14 @@ class Loop:
     def todo(self, exp, seed0):
         "Returns [(arm, Config)] of the runs of `exp` from `seed0` on that are not recorded yet."
         record = self.record()
-        return [(arm, cfg) for arm, cfg in planned_runs(exp, seed0) if runlog.recorded(record, *self.settled(cfg)).empty]
+        return [(arm, cfg) for arm, cfg in planned_runs(exp, seed0)
+                if runlog.recorded(record, *self.settled(cfg)).empty]
 
     def do(self, todo):
-        "Trains the runs to do, but for those that another process is training. One that fails has left its row, and the others go on."
+        """Trains the runs to do, but for those that another process is training.
+
+        A run that fails has left its row, and the others go on.
+        """
         start = time.perf_counter()
         for done, (arm, cfg, error) in enumerate(self.each(todo, self.args.checkpoint_every), 1):
             if isinstance(error, Busy):
@@ -96,8 +122,9 @@ class Loop:
             elif error:
                 self.failed += 1
                 print(f'{self.program}: {arm} seed {cfg.seed} failed: {error}; going on', file=sys.stderr)
-            left = (time.perf_counter() - start) / done * (len(todo) - done) / 60
-            print(f'[{"#" * round(30 * done / len(todo)):30}] {done}/{len(todo)}  {arm} seed {cfg.seed}  {left:.0f} min left', flush=True)
+            minutes = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+            bar = '#' * round(30 * done / len(todo))
+            print(f'[{bar:30}] {done}/{len(todo)}  {arm} seed {cfg.seed}  {minutes:.0f} min left', flush=True)
 
     def here(self, todo, checkpoint_every):
         """Trains `todo` in this process, one after the other; yields (arm, cfg, error) as each ends.
@@ -125,7 +152,10 @@ class Loop:
         return found
 
     def until(self, enough, seed):
-        "Goes on, a run of each arm a turn, until `enough` holds of `runs()`; UsageError where no run of a turn ends ok."
+        """Goes on from `seed`, a run of each arm a turn, until `enough` holds of `runs()`.
+
+        Raises UsageError where no run of a turn ends ok.
+        """
         turn = replace(self.exp, runs=1)
         while not enough(runs := self.runs()):
             left = self.left
