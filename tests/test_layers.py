@@ -111,7 +111,7 @@ def reference(layer, name):
     return forward
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', REFERENCES)
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('side', [2, 4, 6])  # N = 4, 16, 36 against C = 16
 @pytest.mark.parametrize('batch', [1, 3])
@@ -352,6 +352,7 @@ def test_state_dicts_of_the_first_names_load():
 def fresh_dynamo(): torch._dynamo.reset()  # it counts how often one forward was compiled, over all tests
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize('name', VARIANTS)
 @pytest.mark.parametrize('autocast', [False, True])
 def test_compiles_in_one_graph(name, autocast, fresh_dynamo):
@@ -367,6 +368,7 @@ def test_compiles_in_one_graph(name, autocast, fresh_dynamo):
     assert max(map(error, grads(compiled, x, forward(compiled)), expected)) < (0.05 if autocast else 1e-5)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize('name', VARIANTS)
 def test_compiles_in_one_graph_for_any_height_and_width(name, fresh_dynamo):
     layer = trained(name).train()
@@ -376,6 +378,7 @@ def test_compiles_in_one_graph_for_any_height_and_width(name, fresh_dynamo):
         assert max(map(error, grads(compiled, x), grads(layer, x))) < 1e-5
 
 
+@pytest.mark.slow(3)
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
 def test_compiles_to_code(fresh_dynamo):
     layer = trained('simple')
@@ -396,6 +399,7 @@ def _ddp_worker(rank, port, states, x, out):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow(14)
 def test_distributed_gradients_are_those_of_the_whole_batch():
     import socket
     with socket.socket() as s:
