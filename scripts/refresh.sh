@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# All that is made from the record, made anew: results/tables, results/figures, README.md's table, the outputs of notebooks/results.ipynb.
+# Makes everything again that is made from the record: results/tables, results/figures, the table in README.md, and the outputs of
+# notebooks/results.ipynb.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python}
@@ -15,6 +16,7 @@ from nbclient import NotebookClient
 
 file = sys.argv[1]
 notebook = nbformat.read(file, as_version=4)
-NotebookClient(notebook, record_timing=False, kernel_name='python3', resources={'metadata': {'path': 'notebooks'}}).execute()
+where = {'metadata': {'path': 'notebooks'}}
+NotebookClient(notebook, record_timing=False, kernel_name='python3', resources=where).execute()
 nbformat.write(notebook, file)
 PY

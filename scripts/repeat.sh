@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Train N times with seeds 0 to N-1, a process each; several arms, separated by --, are interleaved:
+# Trains N times with the seeds 0 to N-1, each run in its own process. Several command lines, separated by --, take turns:
 #   scripts/repeat.sh N FLAGS... [-- FLAGS...]...
 #   scripts/repeat.sh 12 --woof --size 128 -- --woof --size 128 --sa
-# Goes on after a run that fails and ends with 1 then; a mistake in the flags, Ctrl-C and SIGTERM end it at once.
+# A run that fails does not stop the others; the script then ends with exit code 1. A mistake in the flags, Ctrl-C or SIGTERM end it at
+# once.
 set -euo pipefail
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: scripts/repeat.sh N FLAGS... [-- FLAGS...]...   (N: how many runs of each)" >&2

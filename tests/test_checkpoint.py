@@ -55,13 +55,11 @@ def stopped(command, monkeypatch, tmp_path):
     return run
 
 
-@pytest.mark.slow(11)
 @pytest.mark.skipif(torch.cuda.is_available(), reason='to the bit on a CPU')
-@pytest.mark.parametrize('options', [
-    '', '--mixup 0.4 --loader device', '--opt ranger --schedule flat_cos', '--opt sgd --sh 0.3', '--opt rms',
-    '--fused 0',
+@pytest.mark.parametrize('options', ['', *[pytest.param(options, marks=pytest.mark.slow(7)) for options in (
+    '--mixup 0.4 --loader device', '--opt ranger --schedule flat_cos', '--opt sgd --sh 0.3', '--opt rms', '--fused 0',
     '--precision bf16', '--sa sagan --sa-at 1,2.0 --channels-last 0', '--sa simple_sym',
-])
+)]])
 def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, command, stopped, tmp_path, monkeypatch):
     monkeypatch.setattr(training.machine, 'has_bf16', lambda: True)
     argv = ['--data', tree, *TINY, '--epochs', 3, *options.split(), '--checkpoint-every', 1]

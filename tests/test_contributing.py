@@ -11,13 +11,15 @@ from conftest import REPO
 TINY = '--split v1 --size 32 --bs 6 --arch xresnet18 --workers 0 --epochs 1'.split()
 
 LAYER = '''
-class Scale(nn.Module):
-    "y = (1 + gamma) x; it starts as the identity."
+class Linear(_Attention):
+    "y = x + gamma * W x."
     def __init__(self, n_channels):
-        super().__init__()
-        self.gamma = nn.Parameter(torch.zeros(1))
+        super().__init__(n_channels)
+        self.conv = SpectralWeight(n_channels, n_channels)
 
-    def forward(self, x): return x + self.gamma * x
+    def attend(self, x, dtype): return x + self.gamma * (self.conv().to(dtype) @ x.to(dtype))
+
+    def multiply_adds(self, n_positions): return self.n_channels**2 * n_positions
 
 
 '''
@@ -65,12 +67,12 @@ def rows(results):
 @pytest.mark.slow(20)
 def test_a_layer_is_a_class_and_a_line(change, tree, tmp_path):
     start = 'ATTENTION = {\n'
-    copy = change(('layers.py', start, LAYER + start + "    'scale': Scale,\n"))
-    train(copy, tree, tmp_path / 'results', '--sa scale', '')
-    scale, none = rows(tmp_path / 'results')
-    assert (scale['attention'], scale['status']) == ('scale', 'ok')
-    assert int(scale['n_parameters']) == int(none['n_parameters']) + 1
-    assert 'passed' in run(copy, '-m', 'pytest', '-m', '', '-n', '0', '--color=no', '-rA', '-k', 'scale', 'tests/test_layers.py')
+    copy = change(('layers.py', start, LAYER + start + "    'linear': Linear,\n"))
+    train(copy, tree, tmp_path / 'results', '--sa linear', '')
+    linear, none = rows(tmp_path / 'results')
+    assert (linear['attention'], linear['status']) == ('linear', 'ok')
+    assert int(linear['n_parameters']) == int(none['n_parameters']) + 64 * 64 + 1  # W at 64 channels, and gamma
+    assert 'passed' in run(copy, '-m', 'pytest', '-m', '', '-n', '0', '--color=no', '-rA', '-k', 'linear', 'tests/test_layers.py')
 
 
 @pytest.mark.slow(10)

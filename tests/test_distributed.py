@@ -20,6 +20,7 @@ from layers import ATTENTION
 from training.data import get_dls
 
 pytest.importorskip('accelerate', reason='needs accelerate: pip install -r requirements-cluster.txt')
+pytestmark = pytest.mark.slow(40)
 LAUNCH = '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'
 TINY = '--split', 'v1', '--size', '32', '--bs', '4', '--arch', 'xresnet18', '--workers', '0'
 

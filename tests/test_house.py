@@ -68,6 +68,7 @@ def test_tests_of_reports_record_and_statistics_start_without_torch():
     subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONPATH': path}, check=True)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize('file, code', [
     ('layers.py', 'import torch, layers; x = torch.randn(2, 8, 5, 5); assert layers.SimpleSelfAttention(8)(x).shape == x.shape'),
     ('xresnet.py', 'import torch, xresnet; assert xresnet.xresnet("xresnet18", 3).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3)'),

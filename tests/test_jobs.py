@@ -49,7 +49,7 @@ def read_to_two_under_way(process):
     return begun
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(40)
 def test_the_rows_are_those_of_the_plain_loop(start, tmp_path):
     plain = start('plain', '--epochs', 3)
     assert plain.wait(600) == 0
@@ -63,7 +63,7 @@ def test_the_rows_are_those_of_the_plain_loop(start, tmp_path):
     assert '0 runs to do, 4 recorded' in start('jobs', '--epochs', 3, '--dry-run').communicate()[0]
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(40)
 @pytest.mark.parametrize('how', ['ctrl-c', 'sigterm', 'kill -9'])
 def test_the_end_of_the_command_ends_the_runs_with_their_rows_and_they_go_on(how, start, tmp_path):
     process = start('results', '--epochs', 15, '--jobs', 2)
@@ -98,7 +98,7 @@ def test_a_process_that_dies_is_replaced(start, tmp_path):
     assert len(df) == 4 and set(df.status) == {'ok'} and sorted(df.resumed) == [0, 0, 0, 1]
 
 
-@pytest.mark.slow(12)
+@pytest.mark.slow(15)
 def test_a_mistake_ends_all_in_one_line(start, tmp_path):
     process = start('results', '--jobs', 2, '--bs', 60)  # more than there are training images
     _, err = process.communicate(timeout=600)

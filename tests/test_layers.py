@@ -114,7 +114,7 @@ def reference(layer, name):
     return forward
 
 
-@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('name', REFERENCES)
 @pytest.mark.parametrize('memory_format', FORMATS)
 @pytest.mark.parametrize('side', [2, 4, 6])  # N = 4, 16, 36 against C = 16
 @pytest.mark.parametrize('batch', [1, 3])
@@ -399,12 +399,15 @@ def test_initialisers_that_look_for_a_weight_find_none_or_a_tensor(name):
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3)
 
 
-@pytest.mark.parametrize('version, old', [('2.3.1+cpu', True), ('1.13.0', True), ('2.4.0a0+git12', False), ('2.11.0', False), ('3.0', False)])
+@pytest.mark.parametrize('version, old', [
+    ('2.3.1+cpu', True), ('1.13.0', True), ('2.4.0a0+git12', False), ('2.11.0', False), ('3.0', False),
+])
 def test_an_old_torch_is_named(version, old, monkeypatch):
     monkeypatch.setattr(torch, '__version__', version)
     source = compile(Path(layers.__file__).read_text(), 'layers.py', 'exec')
     if not old: return exec(source, {'__name__': 'copied'})
-    with pytest.raises(ImportError, match=f'needs torch 2.4 or later, this is torch {re.escape(version)}'): exec(source, {'__name__': 'copied'})
+    named = f'needs torch 2.4 or later, this is torch {re.escape(version)}'
+    with pytest.raises(ImportError, match=named): exec(source, {'__name__': 'copied'})
 
 
 @pytest.mark.parametrize('name', VARIANTS)
@@ -512,6 +515,7 @@ def test_state_dicts_of_the_first_names_load():
 def fresh_dynamo(): torch._dynamo.reset()  # it counts how often one forward was compiled, over all tests
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize('name', VARIANTS)
 @pytest.mark.parametrize('autocast', [False, True])
 def test_compiles_in_one_graph(name, autocast, fresh_dynamo):
@@ -527,6 +531,7 @@ def test_compiles_in_one_graph(name, autocast, fresh_dynamo):
     assert max(map(error, grads(compiled, x, forward(compiled)), expected)) < (0.05 if autocast else 1e-5)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize('name', VARIANTS)
 def test_compiles_in_one_graph_for_any_height_and_width(name, fresh_dynamo):
     layer = trained(name).train()
@@ -536,6 +541,7 @@ def test_compiles_in_one_graph_for_any_height_and_width(name, fresh_dynamo):
         assert max(map(error, grads(compiled, x), grads(layer, x))) < 1e-5
 
 
+@pytest.mark.slow(3)
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
 def test_compiles_to_code(fresh_dynamo):
     layer = trained('simple')
@@ -556,6 +562,7 @@ def _ddp_worker(rank, port, states, x, out):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow(14)
 def test_distributed_gradients_are_those_of_the_whole_batch():
     import socket
     with socket.socket() as s:

@@ -271,6 +271,7 @@ def test_a_flat_frame_has_a_column_for_each_number_and_no_name_twice():
 
 # --- files ---
 
+@pytest.mark.slow(4)
 def test_the_same_rows_give_the_same_bytes(tmp_path, published):
     runs = pd.concat([make_runs('none', [0.60, 0.64, None]), make_runs('simple', [0.65, 0.66])])
     for i in runs.run_id[:2]: runlog.write_curve(i, [dict(epoch=e, accuracy=0.1 * e) for e in (1, 2)], tmp_path)
@@ -334,6 +335,7 @@ def test_the_times_of_different_devices_are_called_not_comparable_and_nothing_is
         assert_within(fig, [t for ax in fig.axes for t in (ax.xaxis.label, ax.yaxis.label, ax.title)])
 
 
+@pytest.mark.slow(10)
 def test_ten_thousand_rows_in_under_3_seconds(published):
     rng = np.random.default_rng(0)
     arms = [cfg for exp in EXPERIMENTS.values() for cfg in exp.arms.values()]
@@ -361,6 +363,7 @@ def test_readme_is_not_stale(published, tmp_path):
     with pytest.raises(UsageError, match='markers'): main.write_readme('', readme)
 
 
+@pytest.mark.slow(4)
 def test_command(tmp_path, capsys):
     assert main.main(['--results', str(tmp_path)]) == 2 and capsys.readouterr().err.count('\n') == 1
     for arm in ('none', 'simple'): runlog.append(make_runs(arm, [0.5]).iloc[0].dropna().to_dict(), tmp_path)

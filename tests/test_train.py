@@ -143,6 +143,7 @@ def test_a_run_leaves_a_row_a_curve_and_predictions(tree, command, tmp_path):
     assert loss.item() == pytest.approx(row.valid_loss, abs=1e-5)
 
 
+@pytest.mark.slow(4)
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(tree, command, tmp_path):
     for seed, workers in [(0, 0), (0, 2), (1, 0)]:
         assert command('--data', tree, '--sa', '--mixup', 0.4, *TINY, '--seed', seed, '--workers', workers)[0] == 0
@@ -150,6 +151,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tree, command
     assert loss[0] == loss[1] != loss[2]
 
 
+@pytest.mark.slow(5)
 def test_runs_are_those_of_single_commands(tree, command, tmp_path):
     assert command('--data', tree, *TINY, '--runs', 2, '--seed', 3)[0] == 0
     assert command('--data', tree, *TINY, '--seed', 4)[0] == 0
@@ -157,6 +159,7 @@ def test_runs_are_those_of_single_commands(tree, command, tmp_path):
     assert df.seed.tolist() == [3, 4, 4] and df.valid_loss[1] == df.valid_loss[2] != df.valid_loss[0] and df.run_id.is_unique
 
 
+@pytest.mark.slow(25)
 def test_the_whole_way_on_digits(command, tmp_path):
     code, _, err = command('--dataset', 'digits', '--size', 32, '--epochs', 3, '--arch', 'xresnet18', '--sa')
     assert code == 0, err
@@ -164,6 +167,7 @@ def test_the_whole_way_on_digits(command, tmp_path):
     assert (row.n_train, row.n_val, row.split) == (1437, 360, 'v2') and row.accuracy > 0.4  # chance is 0.1
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize('options', [
     '--opt rms', '--opt sgd', '--opt ranger --schedule flat_cos', '--sh 0.3 --act mish --pool max', '--sa sagan --sa-at 1,2.0',
     '--stem 32-32-64 --sa simple_sym', '--split v2 --sa simple_out', '--loader device --fused 0 --channels-last 0',
@@ -360,6 +364,7 @@ def test_memory_format_is_that_of_the_flag(tree):
         assert weight.is_contiguous(memory_format=torch.channels_last) == bool(last)
 
 
+@pytest.mark.slow(9)
 @pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
 def test_freed_memory_is_kept(tree):
     code = ('import resource, sys, torch\n'
@@ -375,6 +380,7 @@ def test_freed_memory_is_kept(tree):
     assert faults[1] < faults[0] / 2
 
 
+@pytest.mark.slow(9)
 def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command, tmp_path, monkeypatch):
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))  # the same graphs, without a C++ compiler
     argv = ['--data', tree, '--sa', *TINY]
