@@ -39,7 +39,9 @@ def commands(program):
 
 
 @pytest.mark.parametrize('argv', commands('train_imagenette.py'))
-def test_training_commands_are_understood(argv, tree, capsys):
+def test_training_commands_are_understood(argv, tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'my_layers.py').write_text('class MyLayer: ...')
     argv = [str(tree) if word == 'DIR' else word for word in argv]
     if '--help' in argv:
         with pytest.raises(SystemExit): train_imagenette.parse(argv)
