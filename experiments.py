@@ -5,6 +5,7 @@ of the source, github.com/sdoria/SimpleSelfAttention (2019). This module imports
 """
 import ast
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -57,6 +58,10 @@ class Config:
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
                        choices=['auto', '160', '320', 'full'])
     data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download', role='label')
+    valid_pct: float = knob(0., 'of --data: a flat folder <class>/<image>, of which this part of each class, such as 0.2, validates',
+                            least=0, below=1)
+    skip_damaged: int = knob(0, 'of --data: train without the images that cannot be read, and count them in the row', choices=SWITCH,
+                             role='label')
     pct_noise: int = knob(0, 'percent of noisy labels in training, from the CSV of the archive, made for v2: with v1 about 0.7 times that',
                          choices=[0, 1, 5, 25, 50])
     # model
@@ -105,6 +110,9 @@ class Config:
             if f.type is float: object.__setattr__(self, f.name, float(getattr(self, f.name)))  # 1 and 1. are one setting
         if self.dataset == 'digits' and self.split == 'v1':
             raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
+        if self.data.startswith('~'): object.__setattr__(self, 'data', os.path.expanduser(self.data))  # of --data=~/x no shell does
+        if self.valid_pct and not self.data: raise UsageError('--valid-pct: with --data only')
+        if self.valid_pct and self.split == 'v1': raise UsageError('--valid-pct and --split v1: give one of them')
         if self.dataset == 'custom' and not self.data: raise UsageError('--dataset custom: name its folder with --data')
         try: places = parse_places(self.sa_at, blocks := ARCHS[self.arch][1])
         except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None

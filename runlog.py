@@ -29,7 +29,7 @@ STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
 DONE = 'ok', 'diverged'  # those that need no repetition
 CONFIG = {f.name: f.type for f in fields(Config)}
 MEASURED = {  # what a run found out; results/README.md says what each column means
-    'n_train': int, 'n_val': int, 'accuracy': float, 'top5_accuracy': float, 'valid_loss': float, 'train_loss': float,
+    'n_train': int, 'n_val': int, 'n_skipped': int, 'accuracy': float, 'top5_accuracy': float, 'valid_loss': float, 'train_loss': float,
     'max_accuracy': float, 'max_accuracy_epoch': int, 'epochs_done': int, 'fit_seconds': float, 'median_epoch_seconds': float,
     'images_per_second': float, 'peak_memory_mb': float, 'n_parameters': int, 'resumed': int,
 }

@@ -6,6 +6,7 @@ the decoded images on the device and crops there. Both normalise with ImageNet's
 All that is random in an epoch (order, crops, flips) is drawn at once from (seed, epoch), so it depends neither on
 the loader, nor on the number of its processes, nor on the epochs before it.
 """
+import configparser
 import gzip
 import os
 import shutil
@@ -15,6 +16,7 @@ import zlib
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -25,9 +27,10 @@ from fastai.torch_core import TensorImage, rank_distrib
 from fastai.vision.augment import RandomErasing
 from PIL import Image
 
-from command import UsageError
+from command import UsageError, is_first_process
 from experiments import N_IMAGES
-from training.files import find_images, fingerprint, noisy_labels, split_files
+from training import check
+from training.files import fingerprint, label_of, left_out, noisy_labels, same_but_for_case, scan, split_files, unused_folders
 from training.images import Pixels, crop_boxes, epoch_draws, read_image, stack, train_image, valid_image
 
 ARCHIVES = {  # (dataset, source): URL
@@ -44,12 +47,12 @@ def find_data(cfg):
     if cfg.data: return Path(cfg.data)
     if cfg.dataset == 'digits': return digits()
     url = ARCHIVES[cfg.dataset, cfg.source]
-    archive, folder = fastai_path('archive') / Path(url).name, fastai_path('data') / Path(url).stem
+    archive, folder = home('archive') / Path(url).name, home('data') / Path(url).stem
     if folder.exists(): return folder
     try:
         with whole(folder) as part:
             untar_data(url, base=part.parent, archive=archive.parent, data=part.parent)
-            n, expected = len(find_images(part)), sum(N_IMAGES[cfg.dataset, cfg.split])
+            n, expected = len(scan(part)[0]), sum(N_IMAGES[cfg.dataset, cfg.split])
             if n != expected: raise tarfile.ReadError(f'{n:,} of {expected:,} images')  # at a damaged header tarfile ends in silence
     except (EOFError, UsageError, gzip.BadGzipFile, shutil.ReadError, tarfile.TarError, zlib.error) as e:
         raise UsageError(f'{archive}: damaged ({_brief(e)}); remove it, and it is downloaded anew') from None
@@ -77,18 +80,50 @@ def whole(folder):
             if not folder.exists(): raise
 
 
+class ImageSet(NamedTuple):
+    "The images of a run: `files` is {relative path: bytes}; `skipped` counts damaged ones, `looks` is {} of archives of ours."
+    path: Path
+    files: dict
+    fingerprint: str
+    skipped: int
+    looks: dict
+    others: list
+
+
 def find_set(cfg):
-    "(folder, {path: bytes}, fingerprint) of the images `cfg` trains and validates on, downloaded first where need be."
+    """Returns the ImageSet that `cfg` trains and validates on, downloaded first where need be.
+
+    The images of a folder of the user's are all opened once; UsageError lists those that cannot be read.
+    """
     try:
         path = find_data(cfg)
-        files = find_images(path)
-        return path, files, fingerprint(files)
+        files, others = scan(path, cfg.valid_pct)
+        if not cfg.data: return ImageSet(path, files, fingerprint(files), 0, {}, others)
+        looks, skipped = check.sound(path, check.look_at_all(path, files, memory()), cfg.skip_damaged)
+        digest = check.fingerprint(looks) + (f'-{cfg.valid_pct:g}' if cfg.valid_pct else '')
+        return ImageSet(path, {f: files[f] for f in looks}, digest, skipped, looks, others)
     except (OSError, UnicodeError) as e: raise UsageError(f'cannot read the data: {e}') from None
+
+
+def home(folder):
+    "Returns a folder of fastai's home, which its config.ini names; raises UsageError that says what to do if there is none."
+    where = Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()
+    try: return fastai_path(folder)
+    except OSError as e: raise UsageError(f'{where}: cannot be written ({e.strerror}); name another folder by FASTAI_HOME') from None
+    except (configparser.Error, KeyError, UnicodeError) as e:
+        why = ' '.join(str(e).split())
+        raise UsageError(f'{where / "config.ini"}: damaged ({why}); remove it, and it is written anew') from None
+
+
+def memory():
+    "Returns the folder where `check` keeps what it found, or None where there is no home for it."
+    try: return home('data').parent / 'looked-at'
+    except UsageError: return None
 
 
 def digits():
     "scikit-learn's 1,797 handwritten digits as PNGs, written once: every fifth one is in val."
-    path = fastai_path('data') / 'digits'
+    path = home('data') / 'digits'
     if path.exists(): return path
     from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
@@ -203,6 +238,20 @@ def device_bytes(device):
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
 
 
+def n_workers(cfg, shm=Path('/dev/shm')):
+    """Returns how many loader processes `cfg` gets: fewer than it asks for, and a line that says so, where shared memory is small.
+
+    Each has two batches there on their way, as in a container with 64 MB of it; two more are in use.
+    """
+    if not cfg.workers or not shm.is_dir(): return cfg.workers
+    batch = cfg.bs * (3 * cfg.size**2 + 8)  # bytes
+    fit = shutil.disk_usage(shm).free // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) // batch // 2 - 1
+    if fit < cfg.workers:
+        say_once(f'{shm} has room for the batches of {max(0, fit)} of {cfg.workers} loader processes, so there are no more; '
+                 f'docker run --shm-size 2g gives it more')
+    return max(0, min(cfg.workers, fit))
+
+
 def loaders(cfg, path, train, valid, digest, device):
     """(training loader, validation loader, name of the kind) from lists of (file, label).
 
@@ -223,15 +272,33 @@ def loaders(cfg, path, train, valid, digest, device):
     else:
         sets = (ImageFiles(path, train, train_labels, cfg.size, cfg.seed, share),
                 ImageFiles(path, valid, valid_labels, cfg.size, share=share))
-        make, options = ImageLoader, dict(num_workers=cfg.workers, pin_memory=device.type == 'cuda')
+        make, options = ImageLoader, dict(num_workers=n_workers(cfg), pin_memory=device.type == 'cuda')
     return make(sets[0], cfg.sh, bs=cfg.bs, drop_last=True, **options), make(sets[1], bs=cfg.bs, **options), kind
 
 
+def remarks(cfg, path, skipped, looks, others, train, valid):
+    "Yields lines on what of a folder of the user's is left out or changed."
+    if not cfg.data: return
+    if skipped: yield f'{skipped:,} damaged images are left out'
+    if others: yield left_out(others)
+    for folder in unused_folders(path): yield f'the folder {folder} is not used'
+    yield from check.remarks(looks, train, valid)
+
+
+@lru_cache
+def say_once(line):
+    "Prints a line, once in the life of the first process of a run."
+    if is_first_process(): print(line, flush=True)
+
+
 def get_dls(cfg, device='cpu'):
-    "DataLoaders of a resolved `cfg`, with `vocab` (class names), `valid_files`, `fingerprint` and `loader` (its kind)."
+    """Returns DataLoaders of a resolved `cfg`.
+
+    They have `vocab` (class names), `valid_files`, `fingerprint`, `skipped` (damaged images), `loader` (its kind) and `workers`.
+    """
     device = torch.device(device)
-    path, sizes, digest = find_set(cfg)
-    train, valid = split_files(list(sizes), cfg.split)
+    path, sizes, digest, skipped, looks, others = find_set(cfg)
+    train, valid = split_files(list(sizes), cfg.split, cfg.valid_pct)
     expected = N_IMAGES.get((cfg.dataset, cfg.split)) if not cfg.data else None
     if expected and len(sizes) != sum(expected):
         print(f'{path}: {len(sizes):,} of {sum(expected):,} images, not the full archive')
@@ -243,10 +310,13 @@ def get_dls(cfg, device='cpu'):
         each = f' in each of {cfg.processes} processes' if cfg.processes > 1 else ''
         raise UsageError(f'{path}: {len(train)} training images make no batch of {cfg.bs}{each}; lower --bs')
 
-    label = {f: Path(f).parent.name for f in sizes}
+    label = {f: label_of(f) for f in sizes}
     vocab = sorted({label[f] for f in train})
     unknown = sorted({label[f] for f in valid} - set(vocab))
-    if unknown: raise UsageError(f'{path}: class {", ".join(unknown)} of the validation images is not in training')
+    if unknown:
+        meant = same_but_for_case(unknown[0], vocab)
+        hint = f'; it has {meant} there, of which upper and lower case and accents count' if meant else ''
+        raise UsageError(f'{path}: class {", ".join(unknown)} of the validation images is not in training{hint}')
     missing = sorted(set(vocab) - {label[f] for f in valid})
     if missing: raise UsageError(f'{path}: class {", ".join(missing)} of the training images has none in validation')
     if len(vocab) < 2: raise UsageError(f'{path}: one class only, {vocab[0]}; there is nothing to tell apart')
@@ -258,6 +328,8 @@ def get_dls(cfg, device='cpu'):
     index = {name: i for i, name in enumerate(vocab)}
     pairs = [[(f, index[label[f]]) for f in files] for files in (train, valid)]
     *dls, kind = loaders(cfg, path, *pairs, digest, device)
+    for line in remarks(cfg, path, skipped, looks, others, train, valid): say_once(f'{path}: {line}')
     dls = DataLoaders(*dls, path=path, device=device)
-    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader = vocab, valid, digest, kind
+    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader, dls.skipped = vocab, valid, digest, kind, skipped
+    dls.workers = dls.train.fake_l.num_workers
     return dls

@@ -24,7 +24,7 @@ from experiments import Config
 from layers import ATTENTION
 from training import checkpoint, distributed
 from training.data import get_dls
-from training.files import find_images
+from training.files import find_images, label_of
 from training.learner import fit, get_learner, keep_memory
 from training.machine import device_name, get_device, settle
 from training.measure import Heed, Measure
@@ -46,7 +46,7 @@ def prepare(cfg, device):
     if device.type == 'cpu': keep_memory(bool(cfg.keep_memory))
     distributed.join(device)
     with distributed.first_goes_first(): dls = get_dls(cfg, device)
-    cfg = replace(cfg, loader=dls.loader, workers=cfg.workers if dls.loader == 'workers' else 0)
+    cfg = replace(cfg, loader=dls.loader, workers=dls.workers)
     set_seed(cfg.seed)
     return cfg, dls, get_model(cfg, len(dls.vocab))
 
@@ -69,7 +69,7 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
             if save and first: print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
             return begun
         row = begun | asdict(cfg) | runlog.provenance() | dict(
-            n_train=len(dls.train.dataset.labels), n_val=len(dls.valid_files), n_parameters=n_parameters(model),
+            n_train=len(dls.train.dataset.labels), n_val=len(dls.valid_files), n_skipped=dls.skipped, n_parameters=n_parameters(model),
             device=device_name(device), data_fingerprint=dls.fingerprint)
         return fit_and_hand_over(cfg, dls, model, row, Path(results), save, checkpoint_every, hand_over or partial(record, results=results))
 
@@ -173,7 +173,7 @@ def load_model(file):
 
 def dump(cfg):
     "The model of `cfg` as text: a line per module, its output shape for one image and its parameters."
-    classes = {f.split('/')[1] for f in find_images(Path(cfg.data)) if f.startswith('train/')} if cfg.data else range(10)
+    classes = {label_of(f) for f in find_images(Path(cfg.data), cfg.valid_pct)} if cfg.data else range(10)
     model = get_model(cfg, len(classes)).eval()
     shapes = {}
     def keep(name): return lambda m, i, o: shapes.update({name: tuple(o.shape)})
