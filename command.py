@@ -6,6 +6,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import lru_cache
 
 
 class UsageError(Exception):
@@ -57,9 +58,20 @@ def is_first_process():
     return os.environ.get('LOCAL_RANK', '0') == '0'
 
 
+@lru_cache
+def say_once(line):
+    "Prints a line, once in the life of the first process of a run on this machine."
+    if is_first_process(): print(line, flush=True)
+
+
 # --- signals ---
 
-ENDING = signal.SIGINT, signal.SIGTERM
+ENDING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]  # Windows has two
+
+
+def heeded():
+    "Returns those of ENDING that are not ignored, as SIGINT is in a script's background and SIGHUP under nohup: they stay so."
+    return [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def stop_on_signals():
@@ -73,7 +85,7 @@ def stop_on_signals():
         sys.unraisablehook = lambda *_: None            # and its half-made iterators complain when they are deleted
         raise Stopped
 
-    for number in ENDING: signal.signal(number, stop)
+    for number in heeded(): signal.signal(number, stop)
 
 
 @contextmanager
@@ -92,7 +104,7 @@ def undisturbed():
     "Lets Ctrl-C and SIGTERM wait for the end of the block: they stop what comes after it."
     if threading.current_thread() is not threading.main_thread(): return (yield)
     came = []
-    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in ENDING}
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in heeded()}
     try: yield
     except BaseException:  # it may hold a row: it goes on, and the signal is only noted
         if came: Stopped.by = came[0]
@@ -104,12 +116,19 @@ def undisturbed():
 
 # --- exit codes ---
 
+def print_anything():
+    "Lets no output fail by its encoding: what a terminal or a log has no letter for is printed as its number, \\u2192."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+
+
 def exit_code(program, work):
     """Returns the exit code of work(), a whole command; the signal handlers that it sets are put back.
 
     0: done; 1: a fault; 2: a mistake of the user; 130, 143, 141: Ctrl-C, SIGTERM, a closed pipe.
     A mistake and the death of a loader process are printed in one line; any other fault is raised with its traceback.
     """
+    print_anything()
     with restored():
         try: return work()
         except UsageError as e:

@@ -140,6 +140,7 @@ def parse_places(sa_at, blocks):
     `blocks`: blocks per stage. A place that does not exist is a ValueError that lists those that do.
     """
     named = {f'{s}.{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
+    named |= {f'{s}b{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
     named |= {str(s): (s, n - 1) for s, n in enumerate(blocks, 1)}
     try: return sorted({named[p.strip()] for p in sa_at.split(',')})
     except KeyError as e:
@@ -148,8 +149,12 @@ def parse_places(sa_at, blocks):
 
 
 def format_places(places, blocks):
-    "The one setting that stands for `places`: for xresnet50, of '2,1.2' as of '1,2.3' it is '1,2'."
-    return ','.join(str(s) if b == blocks[s - 1] - 1 else f'{s}.{b}' for s, b in places)
+    """Returns the one setting that stands for `places`: for xresnet50, of '2,1.2' as of '1,2.3' it is '1,2'.
+
+    Blocks 10, 20 and 30 are written 3b10, as a spreadsheet would make 3.1, another place, of 3.10.
+    """
+    def name(s, b): return str(s) if b == blocks[s - 1] - 1 else f'{s}b{b}' if b and b % 10 == 0 else f'{s}.{b}'
+    return ','.join(name(s, b) for s, b in places)
 
 
 N_IMAGES = {  # (dataset, split): numbers of training and validation images of a full archive

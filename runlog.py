@@ -7,6 +7,7 @@ disk, runs.csv under a lock: readers and interrupted writers always leave a comp
 stays as it is. A run that was interrupted and continued has a row for each of its ends, and its last one counts.
 """
 import csv
+import errno
 import hashlib
 import math
 import os
@@ -14,12 +15,14 @@ import platform
 import secrets
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, SoftFileLock
 
 from command import Parser, UsageError, exit_code
 from experiments import SETTINGS, Config, fields, setting
@@ -95,6 +98,41 @@ def _changed(repo, line):
 
 
 # --- writing ---
+
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what some NFS and cloud mounts answer
+
+
+def take_lock(file, timeout):
+    """Returns the lock of a file, taken; raises filelock.Timeout if another process holds it for `timeout` seconds.
+
+    Where the file system has no locks, a file `.held` beside it stands for one, and a line says what that means.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # some versions of filelock fall back by themselves, and warn
+        lock = FileLock(file, timeout=timeout)
+        try: lock.acquire()
+        except OSError as e:
+            if e.errno not in NO_LOCKS: raise
+            lock = SoftFileLock(f'{file}.held', timeout=timeout)
+            lock.acquire()
+            say_no_locks(Path(file).parent)
+    return lock
+
+
+@lru_cache
+def say_no_locks(folder):
+    "Says once what is not safe in a folder without locks."
+    what = 'its file system has no locks; files *.held stand for them, and after a kill -9 those that are left must be removed'
+    print(f'{folder}: {what}', file=sys.stderr)
+
+
+@contextmanager
+def locked(file, timeout=60):
+    "Holds the lock of a file for the block."
+    lock = take_lock(file, timeout)
+    try: yield
+    finally: lock.release()
+
 
 @contextmanager
 def replacing(path, mode='w'):
@@ -198,7 +236,7 @@ def _append(rows, results):
         if row.get('status') not in STATUSES: raise ValueError(f'no such status: {row.get("status")!r}')
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
-    with FileLock(results / '.runs.lock', timeout=60):  # of a process that hangs: the row is told instead
+    with locked(results / '.runs.lock'):  # of a process that hangs: the row is told instead
         path, old, wrong = _writable(results)
         known, new, clash = {_key(row): row for row in old}, [], []
         for row in rows:
@@ -219,7 +257,7 @@ def check(results=RESULTS):
     results = Path(results)
     try:
         results.mkdir(parents=True, exist_ok=True)
-        with FileLock(results / '.runs.lock', timeout=60):
+        with locked(results / '.runs.lock'):
             if (results / 'runs.csv').exists(): _read_rows(results / 'runs.csv')
             _writable(results)
             with replacing(results / '.probe') as f: f.write('a row fits')

@@ -1,8 +1,13 @@
 """Images and folders as people have them: of each case what is trained on, and what the user reads. tests/IMAGES.md has the table."""
+import errno
+import fcntl
 import io
 import os
 import shutil
+import signal
 import struct
+import subprocess
+import sys
 import warnings
 import zlib
 from pathlib import Path
@@ -10,16 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, config, make_image
+from conftest import CLASSES, REPO, config, make_image
+from filelock import Timeout
 from PIL import Image
 
+import command as command_module
 import runlog
 from command import UsageError
-from experiments import Config, resolve
+from experiments import ARCHS, Config, resolve
 from training import check, data, images
 from training.data import find_set, get_dls
 from training.files import find_images, fingerprint, is_hidden, label_of, scan, split_files
 from training.images import Pixels, inspect, read_image, stack, upright_size
+from training.machine import settle
 
 TINY = '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--epochs', 1, '--workers', 0
 
@@ -32,7 +40,7 @@ def memory(tmp_path, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def lines_are_said_anew(): data.say_once.cache_clear()
+def lines_are_said_anew(): command_module.say_once.cache_clear()
 
 
 def both_loaders(files):
@@ -172,7 +180,7 @@ def test_tiny_and_thin_images_train(tree, size, loader, memory):
 @pytest.mark.parametrize('limit, shape', [(60 * 48, (48, 60)), (60 * 48 - 1, (24, 30)), (500, (12, 15)), (60, (6, 8))])
 def test_a_large_jpeg_is_read_at_a_lower_resolution(tmp_path, limit, shape, monkeypatch):
     monkeypatch.setattr(images, 'LARGE', limit)
-    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)  # twice that is where Pillow refuses
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', limit)  # it refuses at twice that
     make_image(0).save(tmp_path / 'x.jpg')
     assert both_loaders([tmp_path / 'x.jpg'])[0].shape[:2] == shape
     assert inspect(io.BytesIO((tmp_path / 'x.jpg').read_bytes())) == ('large' if limit < 60 * 48 else '')
@@ -243,12 +251,14 @@ def test_links_are_followed_but_not_in_a_circle(tree, tmp_path):
 
 
 @pytest.mark.parametrize('name', ['mit Leerzeichen, und Komma', 'größe', '犬', "it's", '100%', '#1'])
-def test_names_of_all_kinds_train(tree, name, memory, command):
+def test_names_of_all_kinds_are_read(tree, name, memory):
     for folder in ('train', 'val'):
         (tree / folder / CLASSES[0]).rename(tree / folder / name)
         make_image(0).save(tree / folder / name / f'{name}.png')
-    code, out, err = command('--data', tree, *TINY, '--split', 'v2')
-    assert code == 0 and 'accuracy' in out, err
+    for loader in ('workers', 'device'):
+        dls = get_dls(config(tree, split='v2', loader=loader))
+        assert name in dls.vocab and f'val/{name}/{name}.png' in dls.valid_files
+        assert sum(len(y) for _, y in dls.valid) == 13 and len(list(dls.train)) == 4
 
 
 def test_classes_that_differ_in_case_alone_are_pointed_at(tree, memory):
@@ -450,3 +460,113 @@ def test_the_row_has_the_loader_processes_that_there_were(tree, memory, monkeypa
     code, out, _ = command('--data', tree, *TINY, '--workers', 2)
     assert code == 0 and 'room for the batches of 0 of 2' in out
     assert runlog.load(tmp_path / 'results' / 'runs.csv').workers.tolist() == [0]
+
+
+# --- what the command says, and how it ends ---
+
+def run_python(code, **options):
+    "The outcome of a Python process that runs `code` in the repository."
+    environment = os.environ | {'PYTHONPATH': str(REPO)} | options.pop('env', {})
+    return subprocess.run([sys.executable, '-c', code], cwd=REPO, env=environment, capture_output=True, timeout=120, **options)
+
+
+@pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252'])
+def test_no_output_fails_by_its_encoding(encoding):
+    code = ('import sys, command\n'
+            'def work(): print("caf\\u00e9 \\u2192 \\u72ac \\udcff"); raise command.UsageError("no \\u2192")\n'
+            'sys.exit(command.exit_code("x", work))')
+    out = run_python(code, env={'PYTHONIOENCODING': encoding, 'PYTHONUTF8': '0'})
+    assert out.returncode == 2 and br'\u2192 \u72ac \udcff' in out.stdout and out.stderr.strip() == br'x: no \u2192'
+
+
+@pytest.mark.parametrize('name', ['SIGHUP', 'SIGUSR1', 'SIGTERM', 'SIGINT'])
+def test_signals_that_end_a_run_let_it_write_its_row(name):
+    code = ('import signal, sys, command\n'
+            'def work():\n'
+            '    command.stop_on_signals()\n'
+            f'    try: signal.raise_signal(signal.{name})\n'
+            '    finally: print("row")\n'
+            'sys.exit(command.exit_code("x", work))')
+    out = run_python(code)
+    assert out.returncode == 128 + getattr(signal, name) and out.stdout == b'row\n' and not out.stderr
+
+
+@pytest.mark.parametrize('name', ['SIGHUP', 'SIGINT'])
+def test_signals_that_are_ignored_stay_so(name):
+    code = ('import signal, sys, command\n'
+            f'signal.signal(signal.{name}, signal.SIG_IGN)\n'
+            'def work():\n'
+            '    command.stop_on_signals()\n'
+            f'    signal.raise_signal(signal.{name})\n'
+            f'    with command.undisturbed(): signal.raise_signal(signal.{name})\n'
+            '    print("went on", command.Stopped.by)\n'
+            'sys.exit(command.exit_code("x", work) or 0)')
+    out = run_python(code)
+    assert out.returncode == 0 and out.stdout == b'went on 0\n', out.stderr
+
+
+def test_save_of_a_run_that_diverges_is_said(tree, memory, command, tmp_path):
+    (tmp_path / 'model.pt').write_text('of an earlier run')
+    code, out, err = command('--data', tree, *TINY, '--lr', '1e30', '--save', tmp_path / 'model.pt')
+    assert code == 0 and 'diverged' in out
+    assert err == f'--save {tmp_path / "model.pt"}: not written, as the run is diverged; the file there is of an earlier run\n'
+
+
+@pytest.mark.parametrize('asked, said', [('bf16', True), ('no', False), ('fp32', False)])
+def test_the_precision_of_accelerate_launch_is_said_not_to_count(asked, said, monkeypatch, capsys):
+    monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', asked)
+    assert settle(Config(), torch.device('cpu')).precision == 'fp32'
+    assert ('accelerate asks for bf16, which is not heeded: --precision bf16' in capsys.readouterr().out) == said
+
+
+def test_a_place_of_attention_survives_a_spreadsheet():
+    for arch in ('xresnet101', 'xresnet152'):
+        cfg = Config(arch=arch, sa_at='3.10,3.1,3.20')
+        assert cfg.places == [(3, 1), (3, 10), (3, 20)] and cfg.sa_at == '3.1,3b10,3b20' and Config(arch=arch, sa_at=cfg.sa_at) == cfg
+        for block in range(ARCHS[arch][1][2] - 1):
+            text = Config(arch=arch, sa_at=f'3.{block}').sa_at
+            read_back = f'{float(text):g}' if text.replace('.', '').isdigit() else text
+            assert Config(arch=arch, sa_at=read_back).places == [(3, block)]
+
+
+# --- homes and file systems ---
+
+@pytest.mark.parametrize('content', [b'', b'garbage', b'[DEFAULT]\n', b'\xff\xfe[DEFAULT]', b'[DEFAULT]\nda'])
+def test_a_damaged_config_of_fastai_is_one_line(tmp_path, content):
+    (tmp_path / 'config.ini').write_bytes(content)
+    code = ('import sys, train_imagenette\n'
+            f'sys.exit(train_imagenette.main(["--woof", "--bs", "6", "--workers", "0", "--results", {str(tmp_path / "results")!r}]))')
+    out = run_python(code, env={'FASTAI_HOME': str(tmp_path)})
+    assert out.returncode == 2 and f'{tmp_path / "config.ini"}: damaged' in out.stderr.decode() and out.stderr.count(b'\n') == 1, out.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, 'getuid') or os.getuid() != 0, reason='only root can take another user id')
+def test_without_a_home_the_way_on_is_named(tmp_path):
+    tmp_path.chmod(0o777)
+    code = ('import os\n'
+            'from training import data\n'
+            'import matplotlib, getpass\n'
+            'assert getpass.getuser() == "54321" and os.access(matplotlib.get_cachedir(), os.W_OK) and data.memory() is None\n'
+            'try: data.home("data")\n'
+            'except data.UsageError as e: print(e)')
+    nowhere = {'HOME': '/', 'TMPDIR': str(tmp_path), 'FASTAI_HOME': '/no-such-home'}
+    os.environ.pop('USER', None)
+    out = run_python(code, user=54321, env=nowhere)
+    assert out.returncode == 0 and b'/no-such-home: cannot be written (Permission denied); name another folder by FASTAI_HOME' in out.stdout
+    assert not out.stderr, out.stderr
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])
+def test_a_file_system_without_locks_holds_a_record(tmp_path, monkeypatch, capsys, number):
+    def no_lock(*args): raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, 'flock', no_lock)
+    runlog.say_no_locks.cache_clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        for i in range(2):
+            runlog.check(tmp_path)
+            runlog.append(dict(run_id=f'r{i}', status='ok'), tmp_path)
+    assert runlog.load(tmp_path / 'runs.csv').run_id.tolist() == ['r0', 'r1']
+    told = capsys.readouterr().err
+    assert told.count('its file system has no locks') == told.count('\n') <= 1
+    with runlog.locked(tmp_path / 'x.lock'), pytest.raises(Timeout): runlog.take_lock(tmp_path / 'x.lock', 0)

@@ -15,7 +15,7 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import rank_distrib
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 import runlog
 from command import Busy, UsageError
@@ -100,8 +100,7 @@ def lock(file, wait=10):
     `wait`: seconds, as the loader processes of a run that was killed hold it for some more.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(file.with_suffix('.lock'), timeout=wait)
-    try: held.acquire()
+    try: held = runlog.take_lock(file.with_suffix('.lock'), wait)
     except Timeout: raise Busy(f'{file}: another process is at this run') from None
     return held
 

@@ -27,7 +27,7 @@ from fastai.torch_core import TensorImage, rank_distrib
 from fastai.vision.augment import RandomErasing
 from PIL import Image
 
-from command import UsageError, is_first_process
+from command import UsageError, say_once
 from experiments import N_IMAGES
 from training import check
 from training.files import fingerprint, label_of, left_out, noisy_labels, same_but_for_case, scan, split_files, unused_folders
@@ -283,12 +283,6 @@ def remarks(cfg, path, skipped, looks, others, train, valid):
     if others: yield left_out(others)
     for folder in unused_folders(path): yield f'the folder {folder} is not used'
     yield from check.remarks(looks, train, valid)
-
-
-@lru_cache
-def say_once(line):
-    "Prints a line, once in the life of the first process of a run."
-    if is_first_process(): print(line, flush=True)
 
 
 def get_dls(cfg, device='cpu'):

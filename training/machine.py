@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from command import UsageError
+from command import UsageError, say_once
 from experiments import resolve
 from training import distributed
 
@@ -31,6 +31,9 @@ def settle(cfg, device):
     if device.type == 'cpu':
         if precision == 'fp16': raise UsageError('--precision fp16: needs a CUDA device; on a CPU take fp32 or bf16')
         if precision == 'bf16' and not has_bf16(): raise UsageError('--precision bf16: not in the hardware of this CPU; take fp32')
+    wanted = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')  # of accelerate launch --mixed_precision
+    if wanted not in ('no', precision): say_once(f'accelerate asks for {wanted}, which is not heeded: --precision {wanted} does so; '
+                                                 f'this run is in {precision}')
     n = distributed.n_processes()
     if cfg.processes not in (1, n): raise UsageError(f'--processes {cfg.processes}: started as {n}; accelerate launch or torchrun set it')
     if cfg.compile and n > 1: raise UsageError('--compile: in one process only')

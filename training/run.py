@@ -95,7 +95,7 @@ def fit_and_hand_over(cfg, dls, model, row, results, save, checkpoint_every, han
             whole = row['status'] == 'ok'
             row |= measure.results(whole)
             if first and whole: write_predictions(run_id, results, files=np.array(dls.valid_files), **predictions)
-            if first and whole and save: write_model(save, cfg, dls.vocab, model)
+            if first and save: write_model(save, cfg, dls.vocab, model) if whole else say_not_saved(save, row['status'])
             try:
                 if first: hand_over(row)
             finally: kept.release()
@@ -153,6 +153,12 @@ def write_model(file, cfg, vocab, model):
     try:
         with runlog.replacing(file, 'wb') as f: torch.save(dict(config=asdict(cfg), vocab=vocab, model=model.state_dict()), f)
     except (OSError, RuntimeError) as e: print(f'--save {file}: could not be written ({e})', file=sys.stderr)
+
+
+def say_not_saved(file, status):
+    "Says that a run that did not end ok leaves no model; a file of an earlier run could pass for it."
+    older = '; the file there is of an earlier run' if Path(file).exists() else ''
+    print(f'--save {file}: not written, as the run is {status}{older}', file=sys.stderr)
 
 
 def summary(row):
