@@ -10,6 +10,7 @@ import sys
 import threading
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import lru_cache
 
 
 class UsageError(Exception):
@@ -62,9 +63,20 @@ def is_local_rank_0():
     return os.environ.get('LOCAL_RANK', '0') == '0'
 
 
+@lru_cache
+def say_once(line):
+    "Prints a line, once in the life of the first process of a run on this machine."
+    if is_local_rank_0(): print(line, flush=True)
+
+
 # --- signals ---
 
-ENDING = signal.SIGINT, signal.SIGTERM
+ENDING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]  # Windows has two
+
+
+def heeded():
+    "Returns those of ENDING that are not ignored, as SIGINT is in a script's background and SIGHUP under nohup: they stay so."
+    return [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def stop_on_signals():
@@ -80,7 +92,7 @@ def stop_on_signals():
         sys.unraisablehook = lambda unraisable: None
         raise Stopped
 
-    for number in ENDING: signal.signal(number, stop)
+    for number in heeded(): signal.signal(number, stop)
 
 
 @contextmanager
@@ -102,7 +114,7 @@ def undisturbed():
     "Lets Ctrl-C and SIGTERM wait for the end of the block: they stop what comes after it."
     if threading.current_thread() is not threading.main_thread(): return (yield)  # Signals go to the main thread only.
     came = []
-    before = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in ENDING}
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in heeded()}
     try: yield
     except BaseException:
         if came: Stopped.by = came[0]  # The exception may hold a row, so it goes on, and the signal is only noted.
@@ -114,6 +126,12 @@ def undisturbed():
 
 # --- exit codes ---
 
+def print_anything():
+    "Lets no output fail by its encoding: what a terminal or a log has no letter for is printed as its number, \\u2192."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+
+
 def exit_code(program, work):
     """Returns the exit code of work(), a whole command; puts back the signal handlers that it sets.
 
@@ -121,6 +139,7 @@ def exit_code(program, work):
     A mistake, the death of a loader process and a lack of GPU memory are printed in one line. Any other fault is raised
     with its traceback.
     """
+    print_anything()
     with restored():
         try: return work()
         except UsageError as e:

@@ -5,6 +5,7 @@ of the source, github.com/sdoria/SimpleSelfAttention (2019). This module imports
 """
 import ast
 import math
+import os
 from dataclasses import dataclass, field, fields, replace
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -60,6 +61,10 @@ class Config:
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
                        choices=['auto', '160', '320', 'full'])
     data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download', role='label')
+    valid_pct: float = knob(0., 'of --data: a flat folder <class>/<image>, of which this part of each class, such as 0.2, validates',
+                            least=0, below=1)
+    skip_damaged: int = knob(0, 'of --data: train without the images that cannot be read, and count them in the row', choices=SWITCH,
+                             role='label')
     pct_noise: int = knob(0, 'percent of noisy labels in training, from the CSV of the archive, made for v2: with v1 about 0.7 times that',
                          choices=[0, 1, 5, 25, 50])
     # model
@@ -115,6 +120,9 @@ class Config:
         for name, value in zip(('attention', 'attention_file', 'attention_source'), found): object.__setattr__(self, name, value)
         if self.dataset == 'digits' and self.split == 'v1':
             raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
+        if self.data.startswith('~'): object.__setattr__(self, 'data', os.path.expanduser(self.data))  # of --data=~/x no shell does
+        if self.valid_pct and not self.data: raise UsageError('--valid-pct: with --data only')
+        if self.valid_pct and self.split == 'v1': raise UsageError('--valid-pct and --split v1: give one of them')
         if self.dataset == 'custom' and not self.data: raise UsageError('--dataset custom: name its folder with --data')
         try: places = parse_places(self.sa_at, blocks := ARCHS[self.arch][1])
         except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None
@@ -145,6 +153,7 @@ def parse_places(sa_at, blocks):
     `blocks`: blocks per stage. A place that does not exist is a ValueError that lists those that do.
     """
     named = {f'{s}.{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
+    named |= {f'{s}b{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
     named |= {str(s): (s, n - 1) for s, n in enumerate(blocks, 1)}
     try: return sorted({named[p.strip()] for p in sa_at.split(',')})
     except KeyError as e:
@@ -153,8 +162,12 @@ def parse_places(sa_at, blocks):
 
 
 def format_places(places, blocks):
-    "The one setting that stands for `places`: for xresnet50, of '2,1.2' as of '1,2.3' it is '1,2'."
-    return ','.join(str(s) if b == blocks[s - 1] - 1 else f'{s}.{b}' for s, b in places)
+    """Returns the one setting that stands for `places`: for xresnet50, of '2,1.2' as of '1,2.3' it is '1,2'.
+
+    Blocks 10, 20 and 30 are written 3b10, as a spreadsheet would make 3.1, another place, of 3.10.
+    """
+    def name(s, b): return str(s) if b == blocks[s - 1] - 1 else f'{s}b{b}' if b and b % 10 == 0 else f'{s}.{b}'
+    return ','.join(name(s, b) for s, b in places)
 
 
 N_IMAGES = {  # (dataset, split): numbers of training and validation images of a full archive

@@ -8,6 +8,7 @@ written once and stays as it is. A run that was interrupted and continued has a 
 one counts.
 """
 import csv
+import errno
 import hashlib
 import math
 import os
@@ -15,12 +16,14 @@ import platform
 import secrets
 import subprocess
 import sys
+import warnings
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, SoftFileLock
 
 from command import Parser, UsageError, exit_code
 from experiments import SETTINGS, Config, fields, setting
@@ -30,7 +33,7 @@ STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
 DONE = 'ok', 'diverged'  # A run that ended so needs no repetition.
 CONFIG = {f.name: f.type for f in fields(Config)}
 MEASURED = {  # what a run finds out; results/README.md says what each column means
-    'n_train': int, 'n_val': int, 'accuracy': float, 'top5_accuracy': float, 'valid_loss': float, 'train_loss': float,
+    'n_train': int, 'n_val': int, 'n_skipped': int, 'accuracy': float, 'top5_accuracy': float, 'valid_loss': float, 'train_loss': float,
     'max_accuracy': float, 'max_accuracy_epoch': int, 'epochs_done': int, 'fit_seconds': float,
     'median_epoch_seconds': float, 'images_per_second': float, 'peak_memory_mb': float, 'n_parameters': int,
     'attention_parameters': int, 'attention_multiply_adds': int, 'resumed': int,
@@ -99,6 +102,41 @@ def _changed(repo, line):
 
 
 # --- writing ---
+
+NO_LOCKS = {errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS}  # what some NFS and cloud mounts answer
+
+
+def take_lock(file, timeout):
+    """Returns the lock of a file, taken; raises filelock.Timeout if another process holds it for `timeout` seconds.
+
+    Where the file system has no locks, a file `.held` beside it stands for one, and a line says what that means.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # some versions of filelock fall back by themselves, and warn
+        lock = FileLock(file, timeout=timeout)
+        try: lock.acquire()
+        except OSError as e:
+            if e.errno not in NO_LOCKS: raise
+            lock = SoftFileLock(f'{file}.held', timeout=timeout)
+            lock.acquire()
+            say_no_locks(Path(file).parent)
+    return lock
+
+
+@lru_cache
+def say_no_locks(folder):
+    "Says once what is not safe in a folder without locks."
+    what = 'its file system has no locks; files *.held stand for them, and after a kill -9 those that are left must be removed'
+    print(f'{folder}: {what}', file=sys.stderr)
+
+
+@contextmanager
+def locked(file, timeout=60):
+    "Holds the lock of a file for the block."
+    lock = take_lock(file, timeout)
+    try: yield
+    finally: lock.release()
+
 
 @contextmanager
 def replacing(path, mode='w'):
@@ -228,7 +266,7 @@ def _append(rows, results):
         if row.get('status') not in STATUSES: raise ValueError(f'no such status: {row.get("status")!r}')
     results = Path(results)
     results.mkdir(parents=True, exist_ok=True)
-    with FileLock(results / '.runs.lock', timeout=60):  # A process that hangs does not hold up this one for ever.
+    with locked(results / '.runs.lock'):  # A process that hangs does not hold up this one for ever.
         path, old, wrong = _writable(results)
         known = {_key(row): row for row in old}
         new, clash = [], []
@@ -251,7 +289,7 @@ def check(results=RESULTS):
     results = Path(results)
     try:
         results.mkdir(parents=True, exist_ok=True)
-        with FileLock(results / '.runs.lock', timeout=60):
+        with locked(results / '.runs.lock'):
             if (results / 'runs.csv').exists(): _read_rows(results / 'runs.csv')
             _writable(results)
             with replacing(results / '.probe') as f: f.write('a row fits')

@@ -86,7 +86,7 @@ def parse(argv):
     cfg = Config(**config)
     replace(cfg, seed=cfg.seed + args.runs - 1)  # the last seed is checked now, not after the run before it
     try:
-        if cfg.data: find_images(Path(cfg.data))
+        if cfg.data: find_images(Path(cfg.data), cfg.valid_pct)
     except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
     if args.save and is_local_rank_0(): probe(args.save)
     return cfg, args

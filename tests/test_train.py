@@ -129,7 +129,7 @@ def test_a_run_leaves_a_row_a_curve_and_predictions(tree, command, tmp_path):
     assert row.n_parameters == sum(p.numel() for p in training.run.get_model(Config(arch='xresnet18', attention='simple'), 3).parameters())
     assert math.isnan(row.top5_accuracy)  # of 3 classes
     assert row.fit_seconds > 0 and row.images_per_second > 0 and row.peak_memory_mb > 100 and row.torch == torch.__version__.split('+')[0]
-    assert len(row.git_commit) in (0, 40) and row.started.endswith('Z') and len(row.data_fingerprint) == 12
+    assert len(row.git_commit) in (0, 40) and row.started.endswith('Z') and len(row.data_fingerprint) == 16
 
     import pandas as pd
     curve = pd.read_csv(tmp_path / 'results' / 'curves' / f'{row.run_id}.csv')

@@ -112,8 +112,7 @@ def lock(file, wait=10):
     was killed hold it for a while longer.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    held = FileLock(file.with_suffix('.lock'), timeout=wait)
-    try: held.acquire()
+    try: held = runlog.take_lock(file.with_suffix('.lock'), wait)
     except Timeout: raise Busy(f'{file}: another process is already training this run') from None
     return held
 

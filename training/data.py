@@ -6,6 +6,7 @@ There are two loaders of the same images (images.py): `workers` decodes and crop
 All that is random in an epoch (order, crops, flips) is drawn at once from (seed, epoch). So it depends neither on the
 loader, nor on the number of its processes, nor on the epochs before.
 """
+import configparser
 import gzip
 import multiprocessing
 import os
@@ -17,6 +18,7 @@ import zlib
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,9 +29,10 @@ from fastai.torch_core import TensorImage, rank_distrib
 from fastai.vision.augment import RandomErasing
 from PIL import Image
 
-from command import UsageError
+from command import UsageError, say_once
 from experiments import N_IMAGES
-from training.files import find_images, fingerprint, noisy_labels, split_files
+from training import check
+from training.files import fingerprint, label_of, left_out, noisy_labels, same_but_for_case, scan, split_files, unused_folders
 from training.images import Pixels, crop_boxes, epoch_draws, read_image, stack_valid_images, train_image, valid_image
 
 ARCHIVES = {  # (dataset, source): URL
@@ -53,14 +56,13 @@ def find_data(cfg):
     if cfg.data: return Path(cfg.data)
     if cfg.dataset == 'digits': return digits()
     url = ARCHIVES[cfg.dataset, cfg.source]
-    archive, folder = fastai_path('archive') / Path(url).name, fastai_path('data') / Path(url).stem
+    archive, folder = home('archive') / Path(url).name, home('data') / Path(url).stem
     if folder.exists(): return folder
     try:
         with filled(folder) as part:
             untar_data(url, base=part.parent, archive=archive.parent, data=part.parent)
-            n, expected = len(find_images(part)), sum(N_IMAGES[cfg.dataset, cfg.split])
-            if n != expected:  # At a damaged header tarfile ends without an error.
-                raise tarfile.ReadError(f'{n:,} of {expected:,} images')
+            n, expected = len(scan(part)[0]), sum(N_IMAGES[cfg.dataset, cfg.split])
+            if n != expected: raise tarfile.ReadError(f'{n:,} of {expected:,} images')  # at a damaged header tarfile ends in silence
     except (EOFError, UsageError, gzip.BadGzipFile, shutil.ReadError, tarfile.TarError, zlib.error) as e:
         raise UsageError(f'{archive}: damaged ({_brief(e)}); remove it, and it is downloaded anew') from None
     except Exception as e:  # Whatever urllib, ssl or a full disk raise, there is no archive.
@@ -88,18 +90,50 @@ def filled(folder):
             if not folder.exists(): raise  # Else another process was first.
 
 
+class ImageSet(NamedTuple):
+    "The images of a run: `files` is {relative path: bytes}; `skipped` counts damaged ones, `looks` is {} of archives of ours."
+    path: Path
+    files: dict
+    fingerprint: str
+    skipped: int
+    looks: dict
+    others: list
+
+
 def find_set(cfg):
-    "Returns (folder, {path: bytes}, fingerprint) of the images of `cfg`; downloads them where they are not there yet."
+    """Returns the ImageSet that `cfg` trains and validates on, downloaded first where need be.
+
+    The images of a folder of the user's are all opened once; UsageError lists those that cannot be read.
+    """
     try:
         path = find_data(cfg)
-        files = find_images(path)
-        return path, files, fingerprint(files)
+        files, others = scan(path, cfg.valid_pct)
+        if not cfg.data: return ImageSet(path, files, fingerprint(files), 0, {}, others)
+        looks, skipped = check.sound(path, check.look_at_all(path, files, memory()), cfg.skip_damaged)
+        digest = check.fingerprint(looks) + (f'-{cfg.valid_pct:g}' if cfg.valid_pct else '')
+        return ImageSet(path, {f: files[f] for f in looks}, digest, skipped, looks, others)
     except (OSError, UnicodeError) as e: raise UsageError(f'cannot read the data: {e}') from None
+
+
+def home(folder):
+    "Returns a folder of fastai's home, which its config.ini names; raises UsageError that says what to do if there is none."
+    where = Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()
+    try: return fastai_path(folder)
+    except OSError as e: raise UsageError(f'{where}: cannot be written ({e.strerror}); name another folder by FASTAI_HOME') from None
+    except (configparser.Error, KeyError, UnicodeError) as e:
+        why = ' '.join(str(e).split())
+        raise UsageError(f'{where / "config.ini"}: damaged ({why}); remove it, and it is written anew') from None
+
+
+def memory():
+    "Returns the folder where `check` keeps what it found, or None where there is no home for it."
+    try: return home('data').parent / 'looked-at'
+    except UsageError: return None
 
 
 def digits():
     "Returns the folder of scikit-learn's 1,797 digits as PNGs, and writes it once: every fifth one is in val."
-    path = fastai_path('data') / 'digits'
+    path = home('data') / 'digits'
     if path.exists(): return path
     from sklearn.datasets import load_digits
     images, labels = load_digits(return_X_y=True)
@@ -242,6 +276,20 @@ def device_bytes(device, batch_pixels):
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
 
 
+def n_workers(cfg, shm=Path('/dev/shm')):
+    """Returns how many loader processes `cfg` gets: fewer than it asks for, and a line that says so, where shared memory is small.
+
+    Each has two batches there on their way, as in a container with 64 MB of it; two more are in use.
+    """
+    if not cfg.workers or not shm.is_dir(): return cfg.workers
+    batch = cfg.bs * (3 * cfg.size**2 + 8)  # bytes
+    fit = shutil.disk_usage(shm).free // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) // batch // 2 - 1
+    if fit < cfg.workers:
+        say_once(f'{shm} has room for the batches of {max(0, fit)} of {cfg.workers} loader processes, so there are no more; '
+                 f'docker run --shm-size 2g gives it more')
+    return max(0, min(cfg.workers, fit))
+
+
 def loaders(cfg, path, train, valid, digest, device):
     """Returns (training loader, validation loader, the name of their kind) for lists of (file, label).
 
@@ -267,28 +315,39 @@ def loaders(cfg, path, train, valid, digest, device):
     else:
         train_set = ImageFiles(path, train, train_labels, cfg.size, cfg.seed, share)
         valid_set = ImageFiles(path, valid, valid_labels, cfg.size, share=share)
-        make, options = ImageLoader, dict(bs=cfg.bs, num_workers=cfg.workers, pin_memory=device.type == 'cuda')
+        make, options = ImageLoader, dict(bs=cfg.bs, num_workers=n_workers(cfg), pin_memory=device.type == 'cuda')
     return make(train_set, cfg.sh, drop_last=True, **options), make(valid_set, **options), kind
+
+
+def remarks(cfg, path, skipped, looks, others, train, valid):
+    "Yields lines on what of a folder of the user's is left out or changed."
+    if not cfg.data: return
+    if skipped: yield f'{skipped:,} damaged images are left out'
+    if others: yield left_out(others)
+    for folder in unused_folders(path): yield f'the folder {folder} is not used'
+    yield from check.remarks(looks, train, valid)
 
 
 def get_dls(cfg, device='cpu'):
     """Returns the DataLoaders of a resolved `cfg`.
 
-    They have the attributes `vocab` (class names), `valid_files`, `fingerprint` and `loader` (the kind). Raises
-    UsageError if the images or their labels cannot be used.
+    They have the attributes `vocab` (class names), `valid_files`, `fingerprint`, `skipped` (how many damaged images are
+    left out), `loader` (the kind) and `workers`. Raises UsageError if the images or their labels cannot be used.
     """
     device = torch.device(device)
-    path, sizes, digest = find_set(cfg)
-    train, valid = split_files(list(sizes), cfg.split)
+    path, sizes, digest, skipped, looks, others = find_set(cfg)
+    train, valid = split_files(list(sizes), cfg.split, cfg.valid_pct)
     check_numbers(cfg, path, len(train), len(valid))
-    label = {file: Path(file).parent.name for file in sizes}
+    label = {file: label_of(file) for file in sizes}
     vocab = find_classes(path, {label[file] for file in train}, {label[file] for file in valid})
     if cfg.pct_noise: label |= mislabelled(cfg, path, train, vocab)
     index = {name: i for i, name in enumerate(vocab)}
     train_pairs, valid_pairs = ([(file, index[label[file]]) for file in files] for files in (train, valid))
     train_loader, valid_loader, kind = loaders(cfg, path, train_pairs, valid_pairs, digest, device)
+    for line in remarks(cfg, path, skipped, looks, others, train, valid): say_once(f'{path}: {line}')
     dls = DataLoaders(train_loader, valid_loader, path=path, device=device)
-    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader = vocab, valid, digest, kind
+    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader, dls.skipped = vocab, valid, digest, kind, skipped
+    dls.workers = dls.train.fake_l.num_workers
     return dls
 
 
@@ -309,7 +368,10 @@ def check_numbers(cfg, path, n_train, n_valid):
 def find_classes(path, train, valid):
     "Returns the sorted class names; raises UsageError unless there are two, and the same in `train` and `valid`."
     unknown, missing = sorted(valid - train), sorted(train - valid)
-    if unknown: raise UsageError(f'{path}: class {", ".join(unknown)} of the validation images is not in training')
+    if unknown:
+        meant = same_but_for_case(unknown[0], train)
+        hint = f'; it has {meant} there, of which upper and lower case and accents count' if meant else ''
+        raise UsageError(f'{path}: class {", ".join(unknown)} of the validation images is not in training{hint}')
     if missing: raise UsageError(f'{path}: class {", ".join(missing)} of the training images has none in validation')
     if len(train) < 2: raise UsageError(f'{path}: one class only, {min(train)}; there is nothing to tell apart')
     return sorted(train)

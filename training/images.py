@@ -3,16 +3,21 @@
 A training image is a random resized crop (area 0.35 to 1, ratio 3/4 to 4/3) by Pillow's bilinear filter, and flipped
 half the time. A validation image has its short side resized to size + 32, and is the centre crop of that.
 
-`train_image` does so with Pillow, for one image. `Pixels` keeps a whole set decoded on a device and does so there for a
-batch, each image with its own crop. Pillow's filter is separable and linear, so a crop is `rows @ image @ columns`: two
-batched matrix products. Both ways give the same pixels within one level of 255, as some versions of Pillow round the
-rows first.
+`read_image` turns any file that Pillow opens into upright 8-bit RGB: 16 bits become their upper 8, the EXIF orientation is
+applied, transparency is dropped as torchvision and timm drop it, and of several frames the first counts.
+
+`train_image` does so with Pillow, for one image. `Pixels` keeps a whole set decoded on a device and does it there for a
+batch, each image with its own crop: Pillow's filter is separable and linear, so a crop is `rows @ image @ columns`, two
+batched matrix products. The same pixels within a level of 255: some versions of Pillow round the rows first.
 """
+import warnings
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from PIL.Image import Transpose
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
 
@@ -54,17 +59,108 @@ def crop_boxes(u, width, height):
 
 # --- one image ---
 
+TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLIP_TOP_BOTTOM, 5: Transpose.TRANSPOSE,
+         6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # by EXIF orientation
+JPEG = 'JPEG', 'MPO'
+SIDEWAYS = TURNS[5], TURNS[6], TURNS[7], TURNS[8]
+LARGE = 89_478_485  # pixels, beyond which Pillow warns: a JPEG is decoded at a half, a quarter or an eighth of its sides
+KINDS = {  # what `inspect` says of an image, in words
+    'turned': 'turned as the EXIF orientation says', 'transparent': 'with transparency, which is dropped: the colours below it count',
+    '16 bits': 'with 16 bits, of which the upper 8 count', 'floats': 'of floating point, taken from 0 to 1',
+    'frames': 'of several frames, of which the first counts',
+    'large': f'of more than {LARGE / 1e6:.0f} million pixels, a JPEG of which is read at a lower resolution; slow at each epoch',
+}
+warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # `inspect` says it, once for all images
+
+
 def _open(file, read):
-    "Returns read(PIL image of `file`); raises UsageError, with the path, if it cannot be read."
+    "Returns read(PIL image of `file`); raises UsageError with the path if it cannot be read."
     try:
-        with Image.open(file) as im: return read(im)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as e:
-        why = ' '.join(str(e).split()) or type(e).__name__
-        raise UsageError(f'{file}: cannot be read as an image ({why})') from None
+        with opened(file) as im: return read(im)
+    except MemoryError: raise
+    except Exception as e:  # what damaged files make Pillow's readers raise has no end: also struct.error, TypeError, KeyError
+        raise UsageError(f'{file}: cannot be read as an image ({why_not(e)})') from None
 
 
-def read_image(file): return _open(file, lambda im: im.convert('RGB'))
-def image_size(file): return _open(file, lambda im: im.size)
+def why_not(e):
+    "Returns what an exception of Pillow says, in one line and without the name of what it was read from."
+    return ' '.join(str(e).split()).replace(' <_io.BytesIO object at', ' <').split(' <')[0] or type(e).__name__
+
+
+def opened(file):
+    "Returns the PIL image of a path or a binary file; a JPEG of more than LARGE pixels comes smaller."
+    try: im = Image.open(file)
+    except Image.DecompressionBombError:
+        if hasattr(file, 'seek'): file.seek(0)
+        try: im = JpegImageFile(file)  # Image.open refuses by the size alone
+        except SyntaxError: im = None
+        if im is None: raise  # it is no JPEG
+    im.large = im.width * im.height > LARGE
+    if im.large and im.format in JPEG:
+        n = next((n for n in (2, 4) if im.width * im.height // n**2 <= LARGE), 8)
+        im.draft(None, (im.width // n, im.height // n))
+    return im
+
+
+def rgb(im):
+    """Returns a PIL image of any mode as 8-bit RGB, transparency dropped.
+
+    Raises ValueError where no range of its values is known: 32-bit integers, and floats that are not from 0 to 1.
+    """
+    if im.mode.startswith('I;16') or (im.mode == 'I' and im.format in ('PNG', 'PPM')):  # which older versions of Pillow read as I
+        return Image.fromarray((np.asarray(im).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert('RGB')
+    if im.mode == 'I': raise ValueError('32-bit integers: which of them is white is not known; save it with 8 or 16 bits')
+    if im.mode == 'F':
+        x = np.asarray(im)
+        if not (x.min() >= 0 and x.max() <= 1): raise ValueError('floats that are not from 0 to 1; save it with 8 or 16 bits')
+        return Image.fromarray(np.rint(x * 255).astype(np.uint8)).convert('RGB')
+    return im.convert('RGB')
+
+
+def turn(im):
+    "Returns how a PIL image has to be turned by its EXIF orientation, or None. Pillow turns a TIFF itself, as it decodes it."
+    if im.format == 'TIFF': return None
+    try: return TURNS.get(im.getexif().get(ExifTags.Base.Orientation))
+    except Exception: return None  # an image with damaged EXIF data is taken as it lies
+
+
+def upright_rgb(im):
+    "Returns a PIL image as upright 8-bit RGB."
+    how = turn(im)
+    return rgb(im) if how is None else rgb(im).transpose(how)
+
+
+def upright_size(im):
+    "Returns (width, height) of `upright_rgb`, from the header where that tells."
+    if im.format == 'TIFF': im.load()  # before it, older versions of Pillow tell the size of the image as it lies
+    return im.size[::-1] if im.width != im.height and turn(im) in SIDEWAYS else im.size
+
+
+def read_image(file):
+    "Returns the upright 8-bit RGB image of a file; raises UsageError with the path if it cannot be read."
+    return _open(file, upright_rgb)
+
+
+def upright_size_of(file): return _open(file, upright_size)
+
+
+def inspect(file):
+    """Returns the KINDS of an image in a binary file, comma-separated; raises what Pillow raises if it cannot be read whole.
+
+    A JPEG is decoded at an eighth of its sides, which is faster and finds what is cut off just as well.
+    """
+    with opened(file) as im:
+        orientation = im.getexif().get(ExifTags.Base.Orientation) if im.format == 'TIFF' else None
+        kinds = {
+            'turned': turn(im) is not None or orientation in TURNS, 'large': im.large,
+            'transparent': im.mode in ('RGBA', 'LA', 'PA', 'La', 'RGBa') or 'transparency' in im.info,
+            '16 bits': im.mode.startswith('I'), 'floats': im.mode == 'F',
+            'frames': im.format != 'MPO' and getattr(im, 'is_animated', False),  # MPO: a photo with previews
+        }
+        if im.format not in JPEG: rgb(im)
+        elif not im.large: im.draft(None, (max(1, im.width // 8), max(1, im.height // 8)))
+        im.load()
+    return ','.join(kind for kind, holds in kinds.items() if holds)
 
 
 def train_image(im, size, u, flip):
@@ -94,7 +190,7 @@ class Pixels:
     """
     def __init__(self, files, device, limit=float('inf')):
         with ThreadPoolExecutor() as pool:
-            self.width, self.height = np.array(list(pool.map(image_size, files))).T
+            self.width, self.height = np.array(list(pool.map(upright_size_of, files))).T
             self.start = np.concatenate([[0], np.cumsum(self.width * self.height)])  # the first pixel of each image
             n_bytes = 3 * self.start[-1]
             if n_bytes > limit: raise MemoryError(f'{n_bytes / 2**20:,.0f} MiB of decoded images')

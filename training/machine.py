@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from command import UsageError
+from command import UsageError, say_once
 from experiments import resolve
 from training import distributed
 
@@ -56,6 +56,10 @@ def settle(cfg, device):
             raise UsageError('--precision bf16: not in the hardware of this CPU; take fp32')
     elif precision == 'bf16' and torch.cuda.is_available() and torch.cuda.get_device_capability(device) < (8, 0):
         raise UsageError('--precision bf16: not in the hardware of this GPU; take fp16')
+    wanted = os.environ.get('ACCELERATE_MIXED_PRECISION', 'no')  # by accelerate launch --mixed_precision
+    if wanted not in ('no', precision):
+        say_once(f'accelerate asks for {wanted}, which has no effect here: this run is in {precision}; '
+                 f'--precision {wanted} changes that')
     n = distributed.n_processes()
     if cfg.processes not in (1, n):
         raise UsageError(f'--processes {cfg.processes}: started as {n}; accelerate launch or torchrun set it')

@@ -23,7 +23,7 @@ from command import UsageError, is_stop, undisturbed
 from experiments import Config, model_name
 from training import checkpoint, distributed, layer
 from training.data import get_dls
-from training.files import find_images
+from training.files import find_images, label_of
 from training.layer import n_parameters
 from training.learner import fit, get_learner, keep_memory
 from training.machine import device_name, get_device, prepare_device, settle
@@ -44,7 +44,7 @@ def prepare(cfg, device):
     if device.type == 'cpu': keep_memory(bool(cfg.keep_memory))
     distributed.join(device)
     with distributed.first_goes_first(): dls = get_dls(cfg, device)
-    cfg = replace(cfg, loader=dls.loader, workers=cfg.workers if dls.loader == 'workers' else 0)
+    cfg = replace(cfg, loader=dls.loader, workers=dls.workers)
     set_seed(cfg.seed)
     return cfg, dls, get_model(cfg, len(dls.vocab))
 
@@ -73,7 +73,8 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
                 print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
             return begun
         row = begun | asdict(cfg) | runlog.provenance() | layer.cost(cfg, device) | dict(
-            n_train=len(dls.train.dataset.labels), n_val=len(dls.valid_files), n_parameters=n_parameters(model),
+            n_train=len(dls.train.dataset.labels), n_val=len(dls.valid_files), n_skipped=dls.skipped,
+            n_parameters=n_parameters(model),
             device=device_name(device), data_fingerprint=dls.fingerprint)
         file = checkpoint.path(results, row['run_id'])
         saver = checkpoint.Checkpoint(file, checkpoint.identity(cfg, row), checkpoint_every, found)
@@ -141,7 +142,9 @@ def fit_and_hand_over(cfg, dls, model, row, saver, results, save, hand_over):
             whole = row['status'] == 'ok'
             row |= measure.results(whole)
             if first and whole: write_predictions(run_id, results, files=np.array(dls.valid_files), **predictions)
-            if first and whole and save: write_model(save, cfg, dls.vocab, model)
+            if first and save:
+                if whole: write_model(save, cfg, dls.vocab, model)
+                else: say_not_saved(save, row['status'])
             if first: hand_over(row)
     return row
 
@@ -190,6 +193,12 @@ def write_model(file, cfg, vocab, model):
     except (OSError, RuntimeError) as e: print(f'--save {file}: could not be written ({e})', file=sys.stderr)
 
 
+def say_not_saved(file, status):
+    "Says that a run that did not end ok leaves no model; a file of an earlier run could pass for it."
+    older = '; the file there is of an earlier run' if Path(file).exists() else ''
+    print(f'--save {file}: not written, as the run is {status}{older}', file=sys.stderr)
+
+
 def summary(row):
     "Returns a row as one line of text."
     model = model_name(row['arch'], row['attention'])
@@ -215,8 +224,7 @@ def dump(cfg):
     "Returns the model of `cfg` as text: a line per module, with its output shape for one image and its parameters."
     n_classes = 10
     if cfg.data:
-        files = find_images(Path(cfg.data))
-        n_classes = len({file.split('/')[1] for file in files if file.startswith('train/')})
+        n_classes = len({label_of(file) for file in find_images(Path(cfg.data), cfg.valid_pct)})
     device = torch.device('cpu')
     layer.check(settle(replace(cfg, precision='fp32'), device), device)
     model = get_model(cfg, n_classes).eval()

@@ -22,7 +22,7 @@ from conftest import CLASSES, config, make_image
 import runlog
 from command import UsageError
 from experiments import Config, resolve
-from training import data
+from training import check, data
 from training.data import get_dls
 
 TINY = '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--epochs', 1
@@ -46,10 +46,23 @@ def test_an_unreadable_image_is_named_and_makes_no_result(loader, content, words
     file = tree / folder / CLASSES[1] / f'{CLASSES[1]}_{folder}3.JPEG'
     file.write_bytes(file.read_bytes()[:-300] if content == 'half' else content)
     code, _, err = command('--data', tree, *TINY, *loader.split())
-    assert code == 2 and err.startswith(f'train_imagenette.py: {file}: cannot be read as an image ({words}')
-    assert err.count('\n') == 1
-    before_the_run = 'device' in loader  # That loader reads all images first.
-    assert statuses(tmp_path) == ([] if before_the_run else ['failed'])
+    named = f'1 of 36 images cannot be read: {file.relative_to(tree)} ({words}'
+    assert code == 2 and err.startswith(f'train_imagenette.py: {tree}: {named}') and err.count('\n') == 1
+    assert statuses(tmp_path) == []  # all are read before the run begins
+
+
+@pytest.mark.parametrize('loader, content, words', [('--workers 0', *UNREADABLE[0]), ('--workers 1', *UNREADABLE[2])])
+def test_an_image_that_is_spoiled_after_it_was_checked_is_named(loader, content, words, tree, command, tmp_path, monkeypatch):
+    file = tree / 'train' / CLASSES[1] / f'{CLASSES[1]}_train3.JPEG'
+    look_at_all = check.look_at_all
+    def then_spoilt(*args):
+        looks = look_at_all(*args)
+        file.write_bytes(file.read_bytes()[:-300] if content == 'half' else content)
+        return looks
+    monkeypatch.setattr(check, 'look_at_all', then_spoilt)
+    code, _, err = command('--data', tree, *TINY, *loader.split())
+    assert code == 2 and err.startswith(f'train_imagenette.py: {file}: cannot be read as an image ({words}') and err.count('\n') == 1
+    assert statuses(tmp_path) == ['failed']
 
 
 @pytest.mark.parametrize('loader', ['--workers 0', '--workers 1', '--loader device'])
@@ -78,7 +91,7 @@ def empty(folder):
 @pytest.mark.parametrize('spoil, words', [
     (lambda t: t.rename(t.with_name('gone')), 'no such folder'),
     (lambda t: (shutil.rmtree(t), t.touch()), 'not a folder'),
-    (lambda t: (t / 'val').rename(t / 'test'), 'no folder val'),
+    (lambda t: (t / 'val').rename(t / 'elsewhere'), 'no folder val'),
     (lambda t: shutil.rmtree(t / 'train'), 'no folder train'),
     (lambda t: empty(t / 'val' / CLASSES[0]), f'val/{CLASSES[0]}: no images in this class folder'),
     (lambda t: empty(t / 'train' / CLASSES[0]), f'train/{CLASSES[0]}: no images in this class folder'),
@@ -92,8 +105,8 @@ def empty(folder):
     (lambda t: [shutil.rmtree(t / f / c) for f in ('train', 'val') for c in CLASSES],
      'no images in train|val/<class>/'),
     (lambda t: [f.unlink() for f in t.rglob('ILSVRC*')], 'try --split v2'),
-    (lambda t: (t / 'val' / CLASSES[0] / 'gone.png').symlink_to('nowhere'), 'cannot read the data: '),
-    (lambda t: os.rename(t / 'val' / CLASSES[0], os.fsencode(t / 'val') + b'/\xff'), 'cannot read the data: '),
+    (lambda t: (t / 'val' / CLASSES[0] / 'gone.png').symlink_to('nowhere'), 'gone.png (a broken link)'),
+    (lambda t: os.rename(t / 'val' / CLASSES[0], os.fsencode(t / 'val') + b'/\xff'), 'its name is not UTF-8'),
 ])
 def test_folders_that_cannot_be_used_are_mistakes_before_the_run(spoil, words, tree, command, tmp_path):
     spoil(tree)
