@@ -30,7 +30,6 @@ os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # read
 import numpy as np
 import pandas as pd
 import torch
-from fastai import layers as fastai_layers
 from fastai.callback.core import Callback, CancelFitException
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import DataLoaders
@@ -58,8 +57,8 @@ from training.data import ImageLoader
 from training.learner import get_learner, keep_memory
 from training.machine import device_name, get_device, settle
 from training.run import get_model, prepare
+from training.timing import PEERS, alternate, peak_mb
 
-PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}
 LAYERS = [  # name, shape, shape of --quick
     ('simple', (16, 256, 32, 32), (4, 256, 32, 32)),
     ('simple', (8, 256, 64, 64), (2, 256, 64, 64)),
@@ -72,30 +71,6 @@ SQUARES_MB = 1024  # a layer that holds N x N matrices of more than that is skip
 
 
 # --- measuring ---
-
-def alternate(functions, device, rounds):
-    "Median seconds of each function, called in turn `rounds` times after one call to warm up."
-    seconds = [[] for _ in functions]
-    for n in range(rounds + 1):
-        for times, f in zip(seconds, functions):
-            start = time.perf_counter()
-            f()
-            if device.type == 'cuda': torch.cuda.synchronize(device)
-            if n: times.append(time.perf_counter() - start)
-    return [float(np.median(times)) for times in seconds]
-
-
-def peak_mb(f, device):
-    "Peak MiB of tensors allocated during f() beyond those before it."
-    if device.type == 'cuda':
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        f()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile: f()
-    events = sorted((e for e in profile.profiler.kineto_results.events() if e.name() == '[memory]'), key=lambda e: e.start_ns())
-    return float(np.cumsum([e.nbytes() for e in events]).max()) / 2**20
-
 
 def matrix_rate(device):
     "Multiply-adds per second of a float32 matrix product (float16 on CUDA), the best of ten."

@@ -276,10 +276,10 @@ def test_a_checkpoint_is_not_continued_with_another_source(file, tree, command, 
     (kept,) = (tmp_path / 'results' / 'checkpoints').glob('*.pt')
     file.write_text(LAYERS + '# edited')
     code, out, err = command(*argv)
-    assert code == 0 and 'goes on after' not in out and kept.exists(), err
+    assert code == 0 and 'continues after' not in out and kept.exists(), err
     file.write_text(LAYERS)
     code, out, _ = command(*argv)
-    assert code == 0 and f'{kept.stem}: goes on after epoch 1 of 2' in out and not kept.exists()
+    assert code == 0 and f'{kept.stem}: continues after epoch 1 of 2' in out and not kept.exists()
     assert record(tmp_path).status.tolist() == ['ok', 'ok'] and record(tmp_path).attention_source.nunique() == 2
 
 

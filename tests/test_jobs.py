@@ -81,7 +81,7 @@ def test_the_end_of_the_command_ends_the_runs_with_their_rows_and_they_go_on(how
     assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
     out, err = start('results', '--epochs', 15, '--jobs', 2, '--runs', 1).communicate(timeout=600)
     df = rows(tmp_path / 'results')
-    assert out.count('goes on after epoch') == 2, err
+    assert out.count('continues after epoch') == 2, err
     assert df.run_id.tolist() == left.run_id.tolist() and set(df.status) == {'ok'}
 
 

@@ -1,0 +1,278 @@
+"""Writes the plan and the page of a trial: a layer beside none and beside a plain convolution.
+
+A plan is a dict, kept as results/trials/<name>.json. scripts/trial.py makes it before the first run:
+name, layer, source, saved, git_commit, git_dirty, device, precision, data_fingerprint
+arms            {arm: the Config as a dict}, their order that of the runs
+contrasts       [[base, arm]]: what is compared, named before the first run
+seed0, runs     the runs of each arm have the seeds seed0 to seed0+runs-1
+until           points: the trial goes on until each difference is known to so many; None: it ends after `runs`
+costs           {arm: parameters and multiply_adds of its layers, step_ms, peak_mb}
+recorded        {arm: runs that were recorded before the plan was saved}
+changes         [dict(saved, runs, until, recorded)]: how the plan was before it was changed, and when
+"""
+import json
+
+import numpy as np
+from matplotlib.figure import Figure
+
+import runlog
+from command import UsageError
+from experiments import Config, Experiment, setting
+from report import compare, figures, stats, tables
+from report.published import load_published
+
+EQUAL_TIME = ' in '  # 'MyLayer in 4 epochs' is the arm MyLayer at the run time of the fastest arm
+
+
+# --- the plan ---
+
+def path(results, name): return results / 'trials' / f'{name}.json'
+
+
+def load(results, name):
+    "Returns the plan of that name, or None."
+    file = path(results, name)
+    if not file.exists(): return None
+    try: return json.loads(file.read_text(encoding='utf-8'))
+    except ValueError as e: raise UsageError(f'{file}: not a plan ({e}); mend or move it') from None
+
+
+def save(plan, results):
+    with runlog.replacing(path(results, plan['name'])) as f: json.dump(plan, f, indent=1, ensure_ascii=False)
+
+
+def experiment(plan):
+    "Returns the plan as an Experiment."
+    arms = {arm: Config(**cfg) for arm, cfg in plan['arms'].items()}
+    contrasts = tuple(map(tuple, plan['contrasts']))
+    return Experiment(f'{plan["layer"]} on trial', arms, plan['runs'], contrasts=contrasts)
+
+
+def check_same(plan, layer, arms, results):
+    "Raises UsageError unless a plan asks what `arms` {arm: settled Config} do."
+    file = path(results, plan['name'])
+    if plan['layer'] != layer: raise UsageError(f'{file}: is a trial of {plan["layer"]}; give this one another --name')
+    planned = experiment(plan).arms
+    for arm, cfg in arms.items():
+        if arm not in planned: raise UsageError(f'{file}: has no arm {arm}; give this trial another --name')
+        there, here = ({name: getattr(c, name) for name in compare.SETTINGS} for c in (planned[arm], cfg))
+        if setting(planned[arm]) == setting(cfg): continue
+        what = ', '.join(f'{name} {there[name]}, here {here[name]}' for name in there if there[name] != here[name])
+        raise UsageError(f'{file}: has another plan ({what}); give this trial another --name')
+
+
+def seeds(plan, runs):
+    "Returns the seeds that count: the planned ones; with `until` all from the first one on that the layer has."
+    first, last = plan['seed0'], plan['seed0'] + plan['runs'] - 1
+    if plan['until']: last = max([last, *runs.seed[runs.attention == plan['layer']]])
+    return range(first, last + 1)
+
+
+def runs_of(plan, runs):
+    "Returns the runs that count: of the plan's images, precision and seeds."
+    here = (runs.data_fingerprint == plan['data_fingerprint']) & (runs.precision == plan['precision'])
+    return runs[here & runs.seed.isin(seeds(plan, runs[here]))]
+
+
+# --- in words ---
+
+def plan_text(plan):
+    "Returns the plan in Markdown, as it is printed before the first run."
+    cfg = next(iter(experiment(plan).arms.values()))
+    source = f', source {plan["source"]}' if plan['source'] else ''
+    contrasts = '; '.join(f'{arm} − {base}' for base, arm in plan['contrasts'])
+    recorded = ', '.join(f'{n} of {arm}' for arm, n in plan['recorded'].items() if n)
+    commit = (plan['git_commit'][:7] or 'unknown') + (' with changes' if plan['git_dirty'] else '')
+    last = plan['seed0'] + plan['runs'] - 1
+    lines = [
+        f'Layer: `{plan["layer"]}`{source}, at place {cfg.sa_at} of the network.',
+        f'Arms, in turn, each turn with one seed: {", ".join(plan["arms"])}.',
+        f'Contrasts: {contrasts}; accuracy of the last epoch, paired by seed.',
+        f'Images: {cfg.dataset}, split {cfg.split}, {cfg.size} px (data {plan["data_fingerprint"]}).',
+        f'Recipe: {cfg.arch}, {cfg.epochs} epochs, batch {cfg.bs}, {cfg.opt}, lr {cfg.lr:g}, {cfg.schedule}, '
+        f'{plan["precision"]}{special(cfg)}.',
+        f'Stopping: {plan["runs"]} runs of each arm, seeds {plan["seed0"]} to {last}{more(plan["until"])}.',
+        f'Saved {plan["saved"]}, commit {commit}, on {plan["device"]}.']
+    if recorded: lines.append(f'Recorded before the plan was saved, and counted: runs of {recorded}.')
+    for change in plan['changes']:
+        n_recorded = sum(change['recorded'].values())
+        lines.append(f'Changed {change["saved"]}, when {n_recorded} runs were recorded; before, it was '
+                     f'{change["runs"]} runs of each arm{more(change["until"])}.')
+    return '\n'.join(f'- {line}' for line in lines)
+
+
+def more(until):
+    "Returns what `until` adds to the number of runs, in words."
+    return f', and more until each difference is known to ± {until:g} points (95 %)' if until else ''
+
+
+def special(cfg):
+    "Returns what else of the settings is not the default, in words."
+    told = {'dataset', 'split', 'size', 'arch', 'epochs', 'bs', 'opt', 'lr', 'schedule', 'precision', 'source',
+            'attention', 'attention_source', 'sa_at'}
+    rest = [name for name in compare.SETTINGS if name not in told and getattr(cfg, name) != getattr(Config, name)]
+    return ''.join(f', {name} {getattr(cfg, name)}' for name in rest)
+
+
+def gaps(plan, runs, results):
+    "Returns the rows of compare.gaps of the plan's contrasts."
+    return compare.gaps({plan['name']: experiment(plan)}, runs_of(plan, runs), load_published(), results)
+
+
+def conclusion(row):
+    "Returns a sentence on a row of `gaps`: the difference, its interval, the verdict."
+    what, words = f'**{row["arm"]}** against {row["base"]}', tables.verdict(row)
+    if not compare.has_runs(row): return f'{what}: {words}.'
+    p = row['difference']['p']
+    p = '' if np.isnan(p) else f', P = {p:.2g} (Holm {row["difference"]["holm_p"]:.2g})'
+    return f'{what}: {tables.change(row["difference"])} points{p}: {words}.'
+
+
+def text(plan, runs, results):
+    "Returns the conclusions for a terminal."
+    return '\n'.join(conclusion(row).replace('**', '') for row in gaps(plan, runs, results))
+
+
+HEAD = ['arm', 'parameters of the layer', 'multiply-adds an image', 'step (ms)', 'step / none',
+        'memory of a step (MiB)', 'accuracy (%): mean ± sd (runs)']
+
+
+def arms_table(plan, runs):
+    "Returns the arms as a Markdown table: what a layer costs, and its accuracy."
+    arms, none = of_arms(plan, runs), plan['costs']['none']
+    lines = [HEAD, ['---'] + ['---:'] * 6]
+    for arm, cost in plan['costs'].items():
+        lines.append([arm, f'{cost["parameters"]:,}', f'{cost["multiply_adds"]:,}', f'{cost["step_ms"]:.1f}',
+                      f'{cost["step_ms"] / none["step_ms"]:.3f}', f'{cost["peak_mb"]:,.0f}',
+                      accuracy(arms[arm]) if arm in arms else 'not trained'])
+    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+
+
+def of_arms(plan, runs):
+    "Returns {arm: those of its runs that count}."
+    recipes = compare.by_recipe(runs_of(plan, runs))
+    return {arm: recipes.get(compare.recipe(cfg), runs[:0]) for arm, cfg in experiment(plan).arms.items()}
+
+
+def accuracy(runs):
+    "Returns the mean of the runs of an arm and their spread, in words."
+    bad = dict(diverged=(runs.status == 'diverged').sum(), other=(~runs.status.isin(runlog.DONE)).sum())
+    return tables.percent(stats.summary(compare.values(runs, 'last')[0]) | bad)
+
+
+def known(plan, runs):
+    "Returns whether each difference is known to the points that the plan asks for."
+    return compare.known_to(plan['until'], experiment(plan).pairs(), of_arms(plan, runs), 'last')
+
+
+def equal_time_text(plan):
+    "Returns what the arms of equal run time are, in Markdown, or how to get them."
+    steps = step_times(plan)
+    fastest = min(steps, key=steps.get)
+    slower = [arm for arm in steps if EQUAL_TIME in arm]
+    if not slower:
+        return f'Not part of the plan: `--equal-time` adds it. The arm with the fastest step is {fastest}.'
+    epochs = {arm: Config(**plan['arms'][arm]).epochs for arm in steps}
+    lines = [f'{fastest} has the fastest step. A slower arm has as many epochs as fit in the same time, rounded:', '']
+    for arm in slower:
+        share = steps[arm] * epochs[arm] / (steps[fastest] * epochs[fastest])
+        lines.append(f'- {arm}: {share:.0%} of the time of {fastest} in {epochs[fastest]} epochs.')
+    return '\n'.join(lines)
+
+
+def step_times(plan):
+    "Returns {arm: milliseconds of a step} of the arms that train."
+    return {arm: cost['step_ms'] for arm, cost in plan['costs'].items() if arm in plan['arms']}
+
+
+NOTES = """\
+Parameters and multiply-adds (of products and convolutions, in a forward pass) are those of all its layers together. A \
+step is forward, loss, backward and optimizer on one batch of random numbers, the arms in turn, the median of several; \
+its memory is the peak of the tensors that it allocates.
+
+Intervals are of 95 %: of the paired differences where all seeds of both arms match, else Welch's. The verdict follows \
+the rule of [results/README.md](../README.md#how-a-verdict-is-reached). P values are of {n_pairs} comparisons, in \
+brackets after Holm's correction. The runs are {n_runs} rows of `runs.csv`, on {devices}."""
+
+
+def page(plan, runs, results):
+    "Returns the page of a trial in Markdown."
+    rows, counted = gaps(plan, runs, results), runs_of(plan, runs)
+    equal_time = [row for row in rows if EQUAL_TIME in row['arm'] + row['base']]
+    devices = sorted(set(counted.device[counted.status == 'ok']) - {''})
+    words = dict(n_pairs=len(rows), n_runs=len(counted), devices='; '.join(devices) or 'no machine yet')
+    def lines(rows): return '\n'.join(f'- {conclusion(row)}' for row in rows)
+    parts = [f'# Trial of {plan["layer"]}', lines([row for row in rows if row not in equal_time]),
+             f'![every run, and the differences with their intervals]({plan["name"]}.png)',
+             '## What it costs', arms_table(plan, runs),
+             '## At equal run time', lines(equal_time), equal_time_text(plan),
+             '## Plan', plan_text(plan), '## Notes', NOTES.format(**words)]
+    return '\n\n'.join(filter(None, parts)) + '\n'
+
+
+# --- the figure ---
+
+def figure(plan, runs, results):
+    "Returns the figure of a trial: every run beside the mean of its arm, and the differences."
+    exp, cfg = experiment(plan), next(iter(experiment(plan).arms.values()))
+    fig = Figure(figsize=(10, 3.6), layout='constrained')
+    left, right = fig.subplots(1, 2)
+    figures.points(left, exp, of_arms(plan, runs), load_published()[:0], 'last')
+    differences(right, gaps(plan, runs, results))
+    what = f'{cfg.dataset} {cfg.size} px, {cfg.arch}, {cfg.epochs} epochs'
+    left.set_title(f'{plan["layer"]}: {what}', fontsize=8, loc='left')
+    return fig
+
+
+def differences(ax, rows):
+    "Draws each difference with its 95 % interval."
+    for y, row in enumerate(rows):
+        d, low, high = (100 * row['difference'][key] for key in ('difference', 'low', 'high'))
+        error = None if np.isnan(low) else [[d - low], [high - d]]
+        if not np.isnan(d): ax.errorbar(d, y, xerr=error, fmt='o', color='black', ms=5, capsize=3)
+    counts = [[row['ours'][side]['n'] for side in ('arm', 'base')] for row in rows]
+    labels = [f'{row["arm"]} − {row["base"]}\nn = {n}, {m}' for row, (n, m) in zip(rows, counts)]
+    ax.set_yticks(range(len(rows)), labels, fontsize=8)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.axvline(0, color='black', lw=0.8)
+    ax.set_xlabel('difference in accuracy (points), 95 % interval')
+
+
+def write(plan, runs, results):
+    "Writes results/trials/<name>.md, .png and .svg; returns the page's path."
+    file = path(results, plan['name']).with_suffix('.md')
+    figures.save(figure(plan, runs, results), file.with_suffix(''))
+    with runlog.replacing(file) as f: f.write(page(plan, runs, results))
+    return file
+
+
+# --- equal run time ---
+
+def add_equal_time(plan):
+    """Adds to a plan the slower arms with as many epochs as fit in the run time of the fastest, and their contrasts.
+
+    Raises UsageError where no arm is slow enough to lose an epoch.
+    """
+    steps, at_time = step_times(plan), {}
+    fastest = min(steps, key=steps.get)
+    for arm in steps:
+        epochs = Config(**plan['arms'][arm]).epochs
+        fewer = max(1, round(epochs * steps[fastest] / steps[arm]))
+        at_time[arm] = arm if fewer == epochs else f'{arm}{EQUAL_TIME}{fewer} epochs'
+        if fewer == epochs: continue
+        plan['arms'][at_time[arm]] = plan['arms'][arm] | dict(epochs=fewer)
+        plan['costs'][at_time[arm]] = plan['costs'][arm]
+    pairs = [[at_time[base], at_time[arm]] for base, arm in plan['contrasts']]
+    pairs = [pair for pair in pairs if pair not in plan['contrasts']]
+    if not pairs:
+        slowest = max(steps.values()) / steps[fastest]
+        raise UsageError(f'--equal-time: the slowest step takes {slowest:.2f} times as long as the fastest, less than half '
+                         f'an epoch in {Config(**plan["arms"][fastest]).epochs}: take more --epochs, or leave it out')
+    plan['contrasts'] += pairs
+
+
+def with_runs(plan, runs, until, recorded):
+    "Returns the plan with other numbers of runs; that it was changed, and after how many runs, is kept in it."
+    if (plan['runs'], plan['until']) == (runs, until): return plan
+    change = dict(saved=runlog.timestamp(), runs=plan['runs'], until=plan['until'], recorded=recorded)
+    return plan | dict(runs=runs, until=until, changes=[*plan['changes'], change])

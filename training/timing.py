@@ -1,0 +1,87 @@
+"""Measures training steps and layers side by side.
+
+They take turns, so that what slows the machine down meets all alike.
+"""
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from fastai import layers as fastai_layers
+from fastai.losses import LabelSmoothingCrossEntropy
+
+from training.layer import DTYPES, ready
+from training.learner import decay_groups, get_opt_func, keep_memory
+from training.run import get_model
+from xresnet import xresnet
+
+PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}  # fastai's own layers
+
+
+def alternate(functions, device, rounds):
+    "Returns the median seconds of each function, called in turn `rounds` times after one call to warm up."
+    seconds = [[] for _ in functions]
+    for n in range(rounds + 1):
+        for times, f in zip(seconds, functions):
+            start = time.perf_counter()
+            f()
+            if device.type == 'cuda': torch.cuda.synchronize(device)
+            if n: times.append(time.perf_counter() - start)
+    return [float(np.median(times)) for times in seconds]
+
+
+def peak_mb(f, device):
+    "Returns the peak MiB of tensors allocated during f() beyond those before it."
+    if device.type == 'cuda':
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        f()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile: f()
+    events = profile.profiler.kineto_results.events()
+    events = sorted((e for e in events if e.name() == '[memory]'), key=lambda e: e.start_ns())
+    return float(np.cumsum([e.nbytes() for e in events]).max()) / 2**20
+
+
+def training_step(cfg, device, peer=None, n_classes=10):
+    """Returns a function that does one training step of a settled `cfg` on one batch of random numbers.
+
+    Forward, loss, backward and optimizer; no loading. `peer`: a layer in place of that of `cfg`.
+    """
+    if peer: model = xresnet(cfg.arch, n_classes, peer, cfg.places, cfg.stem, cfg.act, cfg.pool)
+    else: model = get_model(cfg, n_classes)
+    model, x = ready(cfg.channels_last, device, model.train(), torch.randn(cfg.bs, 3, cfg.size, cfg.size))
+    y = torch.randint(n_classes, (cfg.bs,), device=device)
+    loss_func, opt = LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg)(decay_groups(model), lr=cfg.lr)
+    autocast = torch.autocast(device.type, DTYPES.get(cfg.precision, torch.bfloat16), enabled=cfg.precision != 'fp32')
+
+    def step():
+        with autocast: loss = loss_func(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+    return step
+
+
+def measure_steps(arms, device, threads=None, rounds=None):
+    """Returns {arm: dict(step_ms, peak_mb)} of training steps of {arm: settled Config}, measured in turn.
+
+    An arm named "fastai's ..." has the layer of fastai in place of ours. `threads`: of a CPU, as many as a run has.
+    """
+    rounds = rounds or (30 if device.type == 'cuda' else 9)
+    with on_threads(threads if device.type == 'cpu' else None), torch.random.fork_rng(devices=[]):
+        if device.type == 'cpu': keep_memory(bool(next(iter(arms.values())).keep_memory))
+        peers = {arm: PEERS[cfg.attention] if arm.startswith("fastai's ") else None for arm, cfg in arms.items()}
+        steps = {arm: training_step(cfg, device, peers[arm]) for arm, cfg in arms.items()}
+        seconds = alternate(list(steps.values()), device, rounds)
+        memory = [peak_mb(step, device) for step in steps.values()]
+    return {arm: dict(step_ms=1e3 * s, peak_mb=mb) for arm, s, mb in zip(steps, seconds, memory)}
+
+
+@contextmanager
+def on_threads(n):
+    "Has torch compute on `n` threads in the block, or on as many as before where that is None."
+    before = torch.get_num_threads()
+    if n: torch.set_num_threads(n)
+    try: yield
+    finally: torch.set_num_threads(before)
