@@ -216,104 +216,373 @@ def setting(cfg, names=SETTINGS):
 
 @dataclass(frozen=True)
 class Experiment:
-    """Arms {name: Config} to be compared (`pairs`), each run as often as published: `runs` times, or {arm: times}.
+    """Arms {name: Config} to be compared, how often each one runs, and what is published about them.
 
-    `tables`: those of the published means (report.load_published) that it answers to; `claim`: what they say.
-    `contrasts`: the pairs (base, arm) that were named before the first run, where these are not the usual ones.
+    runs       how often each arm runs, or {arm: how often}
+    tables     the tables of published means (report.published.load_published) that the arms answer to
+    contrasts  the comparisons [(base, arm)] that were named before the first run; without any, see `pairs`
+    command    what trains the second arm once
+    expect     {arm: (published accuracy in percent, number of runs)}
+    metric     of which epoch `expect` is: 'last', or 'max' for the best one on the validation images
+    hours      what all runs take on one RTX 2080 Ti of 2019, by scripts/estimate.py
     """
     claim: str
     arms: dict
     runs: int | dict
     tables: tuple = ()
     contrasts: tuple = ()
+    command: str = ''
+    expect: dict = field(default_factory=dict)
+    metric: str = 'last'
+    hours: float | None = None
 
-    def wanted(self, arm): return self.runs[arm] if isinstance(self.runs, dict) else self.runs
+    def wanted(self, arm):
+        "Returns how often an arm runs."
+        return self.runs[arm] if isinstance(self.runs, dict) else self.runs
 
     def pairs(self):
-        """Returns what is compared, [(base, arm)]: the contrasts of these arms, or without any the first arm with each other one.
+        """Returns what is compared, [(base, arm)]: the contrasts between arms that are here.
 
-        In the latter case sagan is compared with simple too, which is said to beat it.
+        Without any, it is the first arm with each other one, and sagan with simple, which is said to beat it.
         """
         named = [pair for pair in self.contrasts if self.arms.keys() >= set(pair)]
         if named: return named
         first, *others = self.arms
-        return [(first, arm) for arm in others] + [('sagan', 'simple')] * ({'sagan', 'simple'} <= set(others))
+        pairs = [(first, arm) for arm in others]
+        return [*pairs, ('sagan', 'simple')] if {'sagan', 'simple'} <= set(others) else pairs
 
 
-def attentions(base, *names, **shorter):
-    "{variant: `base` with it} of attention layers; simple@1,2,3,4 at those stages. `shorter`: settings of all but the first."
+def attentions(base, *names):
+    "Returns {name: `base` with that attention layer}; simple@1,2 is simple in the stages 1 and 2."
     arms = {}
     for name in names:
         attention, _, places = name.partition('@')
-        arms[name] = replace(base, attention=attention, **dict(sa_at=places) if places else {}, **shorter if arms else {})
+        arms[name] = replace(base, attention=attention, sa_at=places or base.sa_at)
     return arms
 
 
-def _experiments():
-    woof, nette = (Config(dataset=d, split='v1') for d in ('imagewoof', 'imagenette'))
-    main, two = ('main',), ('none', 'simple')
-    yield 'woof-128-5', Experiment("the layer helps, and more than SAGAN's", attentions(woof, *two, 'sagan', 'simple_sym'), 12,
-                                   ('main', 'three-way'),
-                                   (('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')))
-    for size, epochs, runs, claim in [(256, 5, 10, 'the layer helps most where there are many positions'),
-                                      (256, 20, 10, 'the layer still helps after 20 epochs'),
-                                      (256, 80, 10, 'the layer helps little after 80 epochs'),
-                                      (256, 400, 1, 'the layer helps after 400 epochs')]:
-        yield f'woof-{size}-{epochs}', Experiment(claim, attentions(replace(woof, size=size, epochs=epochs), *two), runs, main)
-    for size, epochs, runs in [(128, 5, 10), (256, 5, 6), (256, 20, 6)]:
-        yield f'nette-{size}-{epochs}', Experiment('the layer helps a little on the easier set',
-                                                   attentions(replace(nette, size=size, epochs=epochs), *two), runs, main)
-
-    small = replace(woof, arch='xresnet18', lr=8e-3)
-    long, mixed = replace(small, epochs=100), replace(small, epochs=100, mixup=0.2)
-    yield 'woof-128-50-r18', Experiment('at equal run time simple attention beats none and SAGAN', attentions(
-        replace(small, epochs=50), *two, 'sagan', epochs=47), 20, ('same run time ~50 epochs',))
-    yield 'woof-128-100-r18', Experiment('at equal run time simple attention beats none', attentions(long, *two, epochs=94), 23,
-                                         ('same run time ~100 epochs',))
-    yield 'woof-128-100-r18-mixup', Experiment('with mixup too', attentions(mixed, *two, 'sagan', epochs=94), 15, ('~100 epochs mixup',))
-    yield 'woof-256-50-r18-mixup', Experiment('no difference at 256 px with mixup', attentions(
-        replace(small, size=256, epochs=50, mixup=0.2), *two, epochs=47), 15, ('~50 epochs 256px mixup',))
-    rates = {f'none lr {lr:g}': (lr, n) for lr, n in zip((8e-3, 1e-3, 3e-3, 5e-3, 1e-2, 12e-3, 14e-3), (20, 10, 30, 10, 20, 20, 20))}
-    yield 'woof-128-50-r18-lr', Experiment('8e-3 is the best learning rate of the baseline', {
-        arm: replace(small, epochs=50, lr=lr) for arm, (lr, _) in rates.items()}, {arm: n for arm, (_, n) in rates.items()}, ('lr search',))
-
-    for short, base, ends in [('woof', woof, [(128, 5), (256, 5), (256, 20), (256, 80), (256, 400)]),
-                              ('nette', nette, [(128, 5), (256, 5), (256, 20)])]:
-        for size, epochs in ends:
-            arms = attentions(replace(base, size=size, epochs=epochs), 'simple', 'simple@1,2,3,4')
-            yield f'{short}-{size}-{epochs}-stages', Experiment("a layer in every stage against one: the fork's", arms,
-                                                                6 if epochs == 400 else 30, ('fork',))
-
-    r18 = Config(dataset='imagewoof', split='v2', size=64, arch='xresnet18')
-    yield 'woof-64-5-r18', Experiment('nothing is published: does it help where it costs nothing to try?', attentions(
-        r18, *two, 'sagan', 'simple_sym'),
-                                      dict(none=10, simple=10, sagan=6, simple_sym=6))
-    first = 'none', 'simple', 'conv', 'simple_n', 'swap', 'mean', 'cov', 'sagan', 'simple_sym'
-    later = 'low_rank', 'channel', 'se'
-    yield 'attention', Experiment(
-        'nothing is published: is it the parameters, this image, the order of the statistics, the scale, or any gate?',
-        attentions(r18, *first, *later), dict.fromkeys(first, 14) | dict.fromkeys(later, 10), contrasts=(
-            ('none', 'conv'), ('conv', 'simple'), ('simple_n', 'simple'), ('swap', 'simple'), ('mean', 'cov'), ('se', 'simple'),
-            ('sagan', 'simple'), ('simple', 'simple_sym')))
-    places = [f'simple@{place}' for place in ('1.0', '2.0', '2', '3.0', '3', '4.0', '4')]
-    yield 'woof-64-5-r18-places', Experiment(
-        'other positions have been tested with worse results', attentions(r18, *two, *places), 10,
-        contrasts=tuple((place, 'simple') for place in places))
-    yield 'woof-64-5-r18-stages', Experiment(
-        'adding multiple layers made results worse', attentions(r18, 'simple', 'simple@1.0,1', 'simple@1,2', 'simple@1,2,3,4'), 10)
-    replication = Config(dataset='imagewoof', lr=4e-3, mom=0.95, opt='ranger', schedule='flat_cos', ann_start=0.72, act='mish')
-    yield 'woof-128-5-ranger', Experiment('an independent replication of 2019, with Ranger and Mish: the layer helps', attentions(
-        replace(replication, split='v1', source='full'), *two), 20, ('ranger-mish',))
-    yield 'woof-64-5-r18-ranger', Experiment('nothing is published: does the layer help in the recipe of the replication too?', attentions(
-        replace(replication, split='v2', size=64, arch='xresnet18'), *two), 8)
-    yield 'digits', Experiment('nothing is published: shows that the way from files to verdict works', attentions(
-        Config(dataset='digits', size=32, epochs=3, arch='xresnet18'), *two), 2)
-
-
-EXPERIMENTS = dict(_experiments())
-
-
 def planned_runs(exp, seed0=0):
-    "Returns [(arm, Config)] of the runs of an Experiment. Its arms take turns, each turn with one seed: what drifts meets all alike."
-    seeds = range(seed0, seed0 + max(map(exp.wanted, exp.arms)))
-    return [(arm, replace(cfg, seed=seed)) for seed in seeds for arm, cfg in exp.arms.items() if seed - seed0 < exp.wanted(arm)]
+    """Returns [(arm, Config)] of the runs of an Experiment.
+
+    The arms take turns, each turn with one seed, so that whatever drifts meets all arms alike.
+    """
+    turns = max(exp.wanted(arm) for arm in exp.arms)
+    return [(arm, replace(cfg, seed=seed0 + turn)) for turn in range(turns) for arm, cfg in exp.arms.items()
+            if turn < exp.wanted(arm)]
+
+
+EXPERIMENTS = {
+    # the main table of the source, and its three-way table: xresnet50, the layer in the last block of stage 1
+    'woof-128-5': Experiment(
+        claim="The layer helps, and more than SAGAN's",
+        command='python train_imagenette.py --woof --size 128 --epochs 5 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v1', size=128, epochs=5),
+            'none', 'simple', 'sagan', 'simple_sym'),
+        runs=12,
+        expect={'none': (62.3, 12), 'simple': (65.2, 12), 'sagan': (64.0, 12)},
+        hours=1.8,
+        tables=('main', 'three-way'),
+        contrasts=(('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')),
+    ),
+    'woof-256-5': Experiment(
+        claim='The layer helps most where there are many positions',
+        command='python train_imagenette.py --woof --size 256 --epochs 5 --sa',
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=5), 'none', 'simple'),
+        runs=10,
+        expect={'none': (61.9, 10), 'simple': (67.6, 10)},
+        hours=2.8,
+        tables=('main',),
+    ),
+    'woof-256-20': Experiment(
+        claim='The layer still helps after 20 epochs',
+        command='python train_imagenette.py --woof --size 256 --epochs 20 --sa',
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=20), 'none', 'simple'),
+        runs=10,
+        expect={'none': (83.9, 10), 'simple': (85.66, 10)},
+        hours=11,
+        tables=('main',),
+    ),
+    'woof-256-80': Experiment(
+        claim='The layer helps little after 80 epochs',
+        command='python train_imagenette.py --woof --size 256 --epochs 80 --sa',
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=80), 'none', 'simple'),
+        runs=10,
+        expect={'none': (89.9, 10), 'simple': (90.3, 10)},
+        hours=44,
+        tables=('main',),
+    ),
+    'woof-256-400': Experiment(
+        claim='The layer reaches 91.0 % after 400 epochs; the source has no baseline for it',
+        command='python train_imagenette.py --woof --size 256 --epochs 400 --sa',
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=400), 'none', 'simple'),
+        runs=1,
+        expect={'simple': (91.0, 1)},
+        hours=22,
+        tables=('main',),
+    ),
+    'nette-128-5': Experiment(
+        claim='The layer helps a little on the easier set',
+        command='python train_imagenette.py --size 128 --epochs 5 --sa',
+        arms=attentions(Config(dataset='imagenette', split='v1', size=128, epochs=5), 'none', 'simple'),
+        runs=10,
+        expect={'none': (85.5, 10), 'simple': (86.3, 10)},
+        hours=0.71,
+        tables=('main',),
+    ),
+    'nette-256-5': Experiment(
+        claim='The layer helps a little on the easier set',
+        command='python train_imagenette.py --size 256 --epochs 5 --sa',
+        arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=5), 'none', 'simple'),
+        runs=6,
+        expect={'none': (84.6, 6), 'simple': (85.3, 6)},
+        hours=1.7,
+        tables=('main',),
+    ),
+    'nette-256-20': Experiment(
+        claim='The layer helps a little on the easier set',
+        command='python train_imagenette.py --size 256 --epochs 20 --sa',
+        arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=20), 'none', 'simple'),
+        runs=6,
+        expect={'none': (93.6, 6), 'simple': (94.4, 6)},
+        hours=6.8,
+        tables=('main',),
+    ),
+
+    # the later tables of the source: xresnet18; the layer trains for fewer epochs, in about the same time
+    'woof-128-50-r18': Experiment(
+        claim='At equal run time simple attention beats none and SAGAN',
+        command='python train_imagenette.py --woof --size 128 --epochs 47 --arch xresnet18 --lr 8e-3 --sa',
+        arms={
+            'none': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=8e-3),
+            'simple': Config(dataset='imagewoof', split='v1', size=128, epochs=47, arch='xresnet18', attention='simple',
+                             lr=8e-3),
+            'sagan': Config(dataset='imagewoof', split='v1', size=128, epochs=47, arch='xresnet18', attention='sagan',
+                            lr=8e-3),
+        },
+        runs=20,
+        expect={'none': (84.98, 20), 'simple': (85.67, 20), 'sagan': (85.47, 20)},
+        metric='max',
+        hours=10,
+        tables=('same run time ~50 epochs',),
+    ),
+    'woof-128-100-r18': Experiment(
+        claim='At equal run time simple attention beats none',
+        command='python train_imagenette.py --woof --size 128 --epochs 94 --arch xresnet18 --lr 8e-3 --sa',
+        arms={
+            'none': Config(dataset='imagewoof', split='v1', size=128, epochs=100, arch='xresnet18', lr=8e-3),
+            'simple': Config(dataset='imagewoof', split='v1', size=128, epochs=94, arch='xresnet18', attention='simple',
+                             lr=8e-3),
+        },
+        runs=23,
+        expect={'none': (85.76, 23), 'simple': (86.34, 23)},
+        metric='max',
+        hours=15,
+        tables=('same run time ~100 epochs',),
+    ),
+    'woof-128-100-r18-mixup': Experiment(
+        claim='With mixup, too, it beats none and SAGAN at equal run time',
+        command='python train_imagenette.py --woof --size 128 --epochs 94 --arch xresnet18 --lr 8e-3 --mixup 0.2 --sa',
+        arms={
+            'none': Config(dataset='imagewoof', split='v1', size=128, epochs=100, arch='xresnet18', lr=8e-3, mixup=0.2),
+            'simple': Config(dataset='imagewoof', split='v1', size=128, epochs=94, arch='xresnet18', attention='simple',
+                             lr=8e-3, mixup=0.2),
+            'sagan': Config(dataset='imagewoof', split='v1', size=128, epochs=94, arch='xresnet18', attention='sagan',
+                            lr=8e-3, mixup=0.2),
+        },
+        runs=15,
+        expect={'none': (86.36, 15), 'simple': (87.11, 15), 'sagan': (86.97, 15)},
+        metric='max',
+        hours=15,
+        tables=('~100 epochs mixup',),
+    ),
+    'woof-256-50-r18-mixup': Experiment(
+        claim='With mixup at 256 px there is no difference',
+        command='python train_imagenette.py --woof --size 256 --epochs 47 --arch xresnet18 --lr 8e-3 --mixup 0.2 --sa',
+        arms={
+            'none': Config(dataset='imagewoof', split='v1', size=256, epochs=50, arch='xresnet18', lr=8e-3, mixup=0.2),
+            'simple': Config(dataset='imagewoof', split='v1', size=256, epochs=47, arch='xresnet18', attention='simple',
+                             lr=8e-3, mixup=0.2),
+        },
+        runs=15,
+        expect={'none': (90.05, 15), 'simple': (90.02, 15)},
+        metric='max',
+        hours=20,
+        tables=('~50 epochs 256px mixup',),
+    ),
+    'woof-128-50-r18-lr': Experiment(
+        claim='8e-3 is the best learning rate of the baseline',
+        command='python train_imagenette.py --woof --size 128 --epochs 50 --arch xresnet18 --lr 1e-3',
+        arms={
+            'none lr 0.008': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=8e-3),
+            'none lr 0.001': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=1e-3),
+            'none lr 0.003': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18'),
+            'none lr 0.005': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=5e-3),
+            'none lr 0.01': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=1e-2),
+            'none lr 0.012': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=12e-3),
+            'none lr 0.014': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=14e-3),
+        },
+        runs={'none lr 0.008': 20, 'none lr 0.001': 10, 'none lr 0.003': 30, 'none lr 0.005': 10, 'none lr 0.01': 20,
+              'none lr 0.012': 20, 'none lr 0.014': 20},
+        expect={'none lr 0.008': (85.0, 20), 'none lr 0.001': (82.1, 10), 'none lr 0.003': (84.5, 30),
+                'none lr 0.005': (84.6, 10), 'none lr 0.01': (84.6, 20), 'none lr 0.012': (84.4, 20),
+                'none lr 0.014': (84.7, 20)},
+        metric='max',
+        hours=22,
+        tables=('lr search',),
+    ),
+
+    # the fork's runs: a layer in every stage against one
+    'woof-128-5-stages': Experiment(
+        claim='A layer in every stage against one',
+        command='python train_imagenette.py --woof --size 128 --epochs 5 --sa --sa-at 1,2,3,4',
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=128, epochs=5), 'simple', 'simple@1,2,3,4'),
+        runs=30,
+        expect={'simple': (66.04, 30), 'simple@1,2,3,4': (67.47, 30)},
+        hours=2.3,
+        tables=('fork',),
+    ),
+    'woof-256-5-stages': Experiment(
+        claim='A layer in every stage against one',
+        command='python train_imagenette.py --woof --size 256 --epochs 5 --sa --sa-at 1,2,3,4',
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=5), 'simple', 'simple@1,2,3,4'),
+        runs=30,
+        expect={'simple': (67.47, 30), 'simple@1,2,3,4': (69.29, 30)},
+        hours=9.5,
+        tables=('fork',),
+    ),
+    'woof-256-20-stages': Experiment(
+        claim='A layer in every stage against one',
+        command='python train_imagenette.py --woof --size 256 --epochs 20 --sa --sa-at 1,2,3,4',
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=20), 'simple', 'simple@1,2,3,4'),
+        runs=30,
+        expect={'simple': (85.26, 30), 'simple@1,2,3,4': (86.13, 30)},
+        hours=38,
+        tables=('fork',),
+    ),
+    'woof-256-80-stages': Experiment(
+        claim='A layer in every stage against one',
+        command='python train_imagenette.py --woof --size 256 --epochs 80 --sa --sa-at 1,2,3,4',
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=80), 'simple', 'simple@1,2,3,4'),
+        runs=30,
+        expect={'simple': (89.48, 30), 'simple@1,2,3,4': (89.54, 30)},
+        hours=150,
+        tables=('fork',),
+    ),
+    'woof-256-400-stages': Experiment(
+        claim='A layer in every stage against one',
+        command='python train_imagenette.py --woof --size 256 --epochs 400 --sa --sa-at 1,2,3,4',
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=400), 'simple', 'simple@1,2,3,4'),
+        runs=6,
+        expect={'simple': (89.1, 6), 'simple@1,2,3,4': (75.97, 6)},
+        hours=150,
+        tables=('fork',),
+    ),
+    'nette-128-5-stages': Experiment(
+        claim='A layer in every stage against one',
+        command='python train_imagenette.py --size 128 --epochs 5 --sa --sa-at 1,2,3,4',
+        arms=attentions(Config(dataset='imagenette', split='v1', size=128, epochs=5), 'simple', 'simple@1,2,3,4'),
+        runs=30,
+        expect={'simple': (85.98, 30), 'simple@1,2,3,4': (87.23, 30)},
+        hours=2.4,
+        tables=('fork',),
+    ),
+    'nette-256-5-stages': Experiment(
+        claim='A layer in every stage against one',
+        command='python train_imagenette.py --size 256 --epochs 5 --sa --sa-at 1,2,3,4',
+        arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=5), 'simple', 'simple@1,2,3,4'),
+        runs=30,
+        expect={'simple': (87.91, 30), 'simple@1,2,3,4': (88.41, 30)},
+        hours=9.8,
+        tables=('fork',),
+    ),
+    'nette-256-20-stages': Experiment(
+        claim='A layer in every stage against one',
+        command='python train_imagenette.py --size 256 --epochs 20 --sa --sa-at 1,2,3,4',
+        arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=20), 'simple', 'simple@1,2,3,4'),
+        runs=30,
+        expect={'simple': (94.35, 30), 'simple@1,2,3,4': (94.37, 30)},
+        hours=39,
+        tables=('fork',),
+    ),
+
+    # an independent replication, made with full-size images; its command is in its notebook
+    'woof-128-5-ranger': Experiment(
+        claim='An independent replication of 2019, with Ranger and Mish: the layer helps',
+        command='python train_imagenette.py --woof --source full --size 128 --epochs 5 --lr 4e-3 --opt ranger'
+                ' --mom 0.95 --schedule flat_cos --ann-start 0.72 --act mish --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v1', source='full', size=128, epochs=5, lr=4e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', ann_start=0.72, act='mish'),
+            'none', 'simple'),
+        runs=20,
+        expect={'none': (73.65, 20), 'simple': (74.97, 20)},
+        hours=1.4,
+        tables=('ranger-mish',),
+    ),
+
+    # 64 px, where two CPU cores do a run in minutes; split v2
+    'woof-64-5-r18': Experiment(
+        claim='Nothing is published: does the layer help where it costs nothing to try?',
+        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
+            'none', 'simple', 'sagan', 'simple_sym'),
+        runs={'none': 10, 'simple': 10, 'sagan': 6, 'simple_sym': 6},
+        hours=0.11,
+    ),
+    'woof-64-5-r18-ranger': Experiment(
+        claim='Nothing is published: does the layer help in the recipe of the replication, too?',
+        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --lr 4e-3'
+                ' --opt ranger --mom 0.95 --schedule flat_cos --ann-start 0.72 --act mish --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18', lr=4e-3, opt='ranger',
+                   mom=0.95, schedule='flat_cos', ann_start=0.72, act='mish'),
+            'none', 'simple'),
+        runs=8,
+        hours=0.056,
+    ),
+    'attention': Experiment(
+        claim='Nothing is published: is it the parameters, this image, the order of its statistics, the scale, any gate?',
+        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
+            'none', 'simple', 'conv', 'simple_n', 'swap', 'mean', 'cov', 'sagan', 'simple_sym', 'low_rank', 'channel',
+            'se'),
+        runs={'none': 14, 'simple': 14, 'conv': 14, 'simple_n': 14, 'swap': 14, 'mean': 14, 'cov': 14, 'sagan': 14,
+              'simple_sym': 14, 'low_rank': 10, 'channel': 10, 'se': 10},
+        hours=0.55,
+        contrasts=(('none', 'conv'), ('conv', 'simple'), ('simple_n', 'simple'), ('swap', 'simple'), ('mean', 'cov'),
+                   ('se', 'simple'), ('sagan', 'simple'), ('simple', 'simple_sym')),
+    ),
+    'woof-64-5-r18-places': Experiment(
+        claim='Other positions have been tested with worse results',
+        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
+            'none', 'simple', 'simple@1.0', 'simple@2.0', 'simple@2', 'simple@3.0', 'simple@3', 'simple@4.0',
+            'simple@4'),
+        runs=10,
+        hours=0.31,
+        contrasts=(('simple@1.0', 'simple'), ('simple@2.0', 'simple'), ('simple@2', 'simple'), ('simple@3.0', 'simple'),
+                   ('simple@3', 'simple'), ('simple@4.0', 'simple'), ('simple@4', 'simple')),
+    ),
+    'woof-64-5-r18-stages': Experiment(
+        claim='Adding several layers has made results worse',
+        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --sa --sa-at 1.0,1',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
+            'simple', 'simple@1.0,1', 'simple@1,2', 'simple@1,2,3,4'),
+        runs=10,
+        hours=0.14,
+    ),
+
+    # the digits of scikit-learn, which need no download
+    'digits': Experiment(
+        claim='Nothing is published: shows that the way from files to verdict works',
+        command='python train_imagenette.py --dataset digits --size 32 --epochs 3 --arch xresnet18 --sa',
+        arms=attentions(Config(dataset='digits', size=32, epochs=3, arch='xresnet18'), 'none', 'simple'),
+        runs=2,
+        hours=0.00032,
+    ),
+}

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""What every published row costs to run again, on 1, 8 and 64 GPUs: writes results/tables/cost.md and cost.csv.
+"""Estimates what the experiments cost: writes results/tables/cost.md and cost.csv.
 
-The runs are those of reproduce.py for all experiments that answer to a published mean, each setting and seed once. A run's work is its
-multiply-adds: three forward passes for a training image, one for a validation image. What a device does a second is measured: the wall
-times published for xresnet18 at 128 px, our steps in results/benchmarks, our runs on CUDA in results/runs.csv. That it does as many in
-another network at another size is assumed. Several devices take the runs one by one, the longest first.
+The work of a run is its multiply-adds: three forward passes for a training image, one for a validation image. What a
+device does in a second is measured: by the wall times published for xresnet18 at 128 px, by our training steps in
+results/benchmarks, and by our runs on CUDA in results/runs.csv, which may have shared their GPU. That it does as many
+in another network at another size is assumed. Several devices take the runs one by one, the longest first.
 """
 import heapq
 import sys
@@ -18,86 +18,134 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import runlog
-from experiments import EXPERIMENTS, N_IMAGES, Config, planned_runs
+from experiments import EXPERIMENTS, N_IMAGES, Config, planned_runs, resolve
 from layer_source import is_outside
 from report.published import load_published, published_mean
 from training.run import get_model
 
 DEVICES = 1, 8, 64
+COUNTS = N_IMAGES | {('digits', 'v2'): (1_437, 360)}
 
+
+# --- the work of a run ---
 
 @lru_cache
 def forward(arch, attention, sa_at, size):
-    "Multiply-adds of one image through the network."
+    "Returns the multiply-adds of one image through the network."
     model = get_model(Config(arch=arch, attention=attention, sa_at=sa_at), 10).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as flops: model(torch.zeros(1, 3, size, size))
     return flops.get_total_flops() / 2
 
 
-def multiply_adds(cfg):
-    "Multiply-adds of a run."
-    n_train, n_val = N_IMAGES[cfg.dataset, cfg.split]
-    return cfg.epochs * (3 * n_train + n_val) * forward(cfg.arch, cfg.attention, cfg.sa_at, cfg.size)
+def work(epochs, n_train, n_val, *network):
+    "Returns the multiply-adds of training: `network` is what `forward` takes."
+    return epochs * (3 * n_train + n_val) * forward(*network)
 
+
+def multiply_adds(cfg):
+    "Returns the multiply-adds of a run."
+    cfg = resolve(cfg)
+    return work(cfg.epochs, *COUNTS[cfg.dataset, cfg.split], cfg.arch, cfg.attention, cfg.sa_at, cfg.size)
+
+
+# --- what a device does in a second ---
 
 def rates(results=runlog.RESULTS):
-    "{what was measured: multiply-adds a second}: a device with what it ran."
-    published, out = load_published(), {}
-    timed = published[published.wall_time_min.notna()]
-    seconds = timed.wall_time_min * 60
-    done = [multiply_adds(Config(dataset=r.dataset, split=r.split, size=r['size'], epochs=r.epochs, arch=r.arch, attention=r.variant))
-            for _, r in timed.iterrows()]
-    for device, rows in timed.assign(rate=done / seconds).groupby(timed.note.str.removeprefix('one ')):
-        out[f'{device}, 2019: {len(rows)} published wall times of xresnet18, 128 px'] = rows.rate.mean()
-    for file in sorted(Path(results).glob('**/benchmarks/step.csv')):
-        for r in pd.read_csv(file).itertuples():
-            arch, _, attention = r.model.partition('+')
-            per_image = 3 * forward(arch, attention or 'none', Config.sa_at, r.size)
-            out[f'{r.device}: training step of {r.model}, {r.size} px, {r.precision}'] = r.ours_images_per_second * per_image
-    runs = runlog.load(Path(results) / 'runs.csv')
+    "Returns {what was measured: multiply-adds a second}; its name begins with the device."
+    return _published_rates() | _step_rates(Path(results)) | _run_rates(Path(results))
+
+
+def _published_rates():
+    timed = load_published().query('wall_time_min > 0')
+    names = ['dataset', 'split', 'size', 'epochs', 'arch']
+    done = [multiply_adds(Config(attention=row.variant, **row[names])) for _, row in timed.iterrows()]
+    timed = timed.assign(device=timed.note.str.removeprefix('one '), rate=done / (60 * timed.wall_time_min))
+    return {f'{device}, 2019: {len(rows)} published wall times of xresnet18, 128 px': rows.rate.mean()
+            for device, rows in timed.groupby('device')}
+
+
+def _step_rates(results):
+    found = {}
+    for file in sorted(results.glob('**/benchmarks/step.csv')):
+        for row in pd.read_csv(file).itertuples():
+            arch, _, attention = row.model.partition('+')
+            per_image = 3 * forward(arch, attention or 'none', Config.sa_at, row.size)
+            name = f'{row.device}: training step of {row.model}, {row.size} px, {row.precision}'
+            found[name] = row.ours_images_per_second * per_image
+    return found
+
+
+def _run_rates(results):
+    runs = runlog.load(results / 'runs.csv')
     runs = runs[(runs.status == 'ok') & ~runs.device.str.contains('threads') & ~runs.attention.map(is_outside)]
-    for (device, arch, attention, sa_at, size), rows in runs.groupby(['device', 'arch', 'attention', 'sa_at', 'size']):
-        total = rows.epochs * (3 * rows.n_train + rows.n_val) * forward(arch, attention, sa_at, size)
-        what = f'{device}: {len(rows)} runs of {Config(arch=arch, attention=attention).model}, {size} px'
-        out[what] = (total / rows.fit_seconds).median()
-    return out
+    settings = zip(runs.epochs, runs.n_train, runs.n_val, runs.arch, runs.attention, runs.sa_at, runs['size'])
+    runs = runs.assign(work=[work(*setting) for setting in settings])
+    return {f'{device}: {len(rows)} runs of {arch}, {size} px': rows.work.sum() / rows.fit_seconds.sum()
+            for (device, arch, size), rows in runs.groupby(['device', 'arch', 'size'])}
+
+
+# --- what the experiments cost ---
+
+def hours_of(exp, results=runlog.RESULTS):
+    "Returns the hours of all runs of an Experiment on the first device of `rates`, one RTX 2080 Ti of 2019."
+    rate = next(iter(rates(results).values()))
+    return sum(multiply_adds(cfg) for _, cfg in planned_runs(exp)) / rate / 3600
 
 
 def published_runs():
-    "{(Config with its seed): the first experiment it is of}, of every published row."
+    "Returns the runs behind every published mean, [Config with its seed], each once."
     published = load_published()
-    return {cfg: name for name, exp in reversed(EXPERIMENTS.items()) for arm, cfg in planned_runs(exp)
+    runs = {cfg: None for exp in EXPERIMENTS.values() for arm, cfg in planned_runs(exp)
             if published_mean(exp, arm, published) is not None}
+    return list(runs)
 
 
 def makespan(seconds, n):
-    "Seconds until `n` devices have done runs of these `seconds`, the longest first."
+    "Returns the seconds until `n` devices have done runs of these `seconds`, the longest first."
     free = [0.] * n
     for s in sorted(seconds, reverse=True): heapq.heappush(free, heapq.heappop(free) + s)
     return max(free)
 
 
 def costs(results=runlog.RESULTS):
-    "(a row per experiment with its runs and multiply-adds, a row per measured rate with the hours of all on 1, 8 and 64 devices)."
-    runs = published_runs()
-    each = pd.DataFrame([dict(experiment=name, runs=1, multiply_adds=multiply_adds(cfg)) for cfg, name in runs.items()])
-    table = each.groupby('experiment').sum().reindex([name for name, exp in EXPERIMENTS.items() if exp.tables]).reset_index()
-    hours = [dict(measured=what, multiply_adds_per_second=rate, longest_run_hours=each.multiply_adds.max() / rate / 3600)
-             | {f'hours_on_{n}': makespan(each.multiply_adds / rate, n) / 3600 for n in DEVICES} for what, rate in rates(results).items()]
-    return table, pd.DataFrame(hours)
+    """Returns two frames: the work of each experiment, and the hours of all published runs by each rate.
+
+    An experiment counts all of its runs, so that runs which two experiments share are in both.
+    """
+    work_of = {name: [multiply_adds(cfg) for _, cfg in planned_runs(exp)] for name, exp in EXPERIMENTS.items()}
+    table = [dict(experiment=name, runs=len(runs), multiply_adds=sum(runs)) for name, runs in work_of.items()]
+    published = pd.Series([multiply_adds(cfg) for cfg in published_runs()])
+    rows = []
+    for what, rate in rates(results).items():
+        hours = published / rate / 3600
+        row = dict(measured=what, multiply_adds_per_second=rate, runs=len(hours), longest_run_hours=hours.max())
+        rows.append(row | {f'hours_on_{n}': makespan(hours, n) for n in DEVICES})
+    return pd.DataFrame(table), pd.DataFrame(rows)
 
 
 def markdown(table, hours):
-    "Both tables as Markdown; the hours of each experiment are on the first device."
-    first, rate = hours.iloc[0], hours.multiply_adds_per_second.iloc[0]
-    lines = [f'| experiment | runs | 10^15 multiply-adds | hours on one {first.measured.partition(",")[0]} |', '|---|---:|---:|---:|']
-    lines += [f'| {r.experiment} | {r.runs} | {r.multiply_adds / 1e15:,.0f} | {r.multiply_adds / rate / 3600:,.1f} |'
-              for r in table.itertuples()]
-    lines += [f'| all | {table.runs.sum()} | {table.multiply_adds.sum() / 1e15:,.0f} | {first.hours_on_1:,.0f} |', '']
-    lines += ['| what was measured | 10^12 multiply-adds a second | longest run | 1 | 8 | 64 |', '|---|---:|---:|---:|---:|---:|']
-    lines += [f'| {r.measured} | {r.multiply_adds_per_second / 1e12:.3f} | {r.longest_run_hours:,.1f} h | '
-              + ' | '.join(f'{getattr(r, f"hours_on_{n}"):,.0f} h' for n in DEVICES) + ' |' for r in hours.itertuples()]
-    return '\n'.join(lines) + '\n'
+    "Returns both frames as Markdown. The hours of an experiment are those on the first device."
+    device, rate = hours.measured[0].partition(',')[0], hours.multiply_adds_per_second[0]
+    lines = [['experiment', 'runs', '10^15 multiply-adds', f'hours on one {device}'], ['---'] + ['---:'] * 3]
+    for row in table.itertuples():
+        work_done = row.multiply_adds
+        lines.append([row.experiment, row.runs, f'{work_done / 1e15:,.1f}', f'{rounded(work_done / rate / 3600):,}'])
+    all_hours = hours.hours_on_1[0]
+    all_work = f'{all_hours * 3600 * rate / 1e15:,.0f}'
+    lines.append(['every published mean, each run once', hours.runs[0], all_work, f'{all_hours:,.0f}'])
+    lines.append([])
+    lines += [['what was measured', '10^12 multiply-adds a second', 'longest run', *DEVICES], ['---'] + ['---:'] * 5]
+    for row in hours.itertuples():
+        on_each = [f'{getattr(row, f"hours_on_{n}"):,.0f} h' for n in DEVICES]
+        speed = f'{row.multiply_adds_per_second / 1e12:.3f}'
+        lines.append([row.measured, speed, f'{row.longest_run_hours:,.1f} h', *on_each])
+    return ''.join(f'| {" | ".join(map(str, line))} |\n' if line else '\n' for line in lines)
+
+
+def rounded(hours):
+    "Returns hours to two digits, as EXPERIMENTS has them: 0.013, 2.8, 130."
+    digits = float(f'{hours:.2g}')
+    return int(digits) if digits >= 10 else digits
 
 
 def main(results=runlog.RESULTS):
