@@ -224,6 +224,7 @@ def test_a_checkpoint_that_another_process_is_done_with_is_no_damage(tree, comma
     assert code == 0 and 'it starts from the beginning' in out and not err
 
 
+@pytest.mark.slow(7)
 def test_the_checkpoint_that_went_furthest_is_read_whole_and_once(tree, command, stopped, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)

@@ -94,6 +94,7 @@ def test_what_cannot_be_is_told_in_one_line(start, tmp_path):
     assert not (tmp_path / 'results' / 'runs.csv').exists()
 
 
+@pytest.mark.slow(5)
 def test_a_node_gets_the_code_that_trains_and_nothing_else(spawn, tmp_path):
     code = f'''
 import sys

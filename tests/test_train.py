@@ -212,6 +212,7 @@ def test_dump_has_a_head_for_the_classes_of_the_folder_and_needs_no_device(tree,
     assert code == 0 and '(1, 3)' in next(x for x in out.splitlines() if x.startswith('head '))
 
 
+@pytest.mark.slow(8)
 def test_a_reader_that_closes_the_pipe_is_no_fault():
     argv = [sys.executable, REPO / 'train_imagenette.py', '--dump', '--arch', 'xresnet152', '--size', '32']  # more than a pipe holds
     process = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -220,6 +221,7 @@ def test_a_reader_that_closes_the_pipe_is_no_fault():
     assert process.stderr.read() == '' and process.wait() == 141
 
 
+@pytest.mark.slow(10)
 def test_lrfinder_suggests_and_plots_each_setting_in_its_own_file(tree, command, tmp_path):
     code, out, err = command('--data', tree, *TINY, '--lrfinder', '--opt', 'sgd', '--sa-at', '1,2', '--wd', 0.01)
     assert code == 0, err
@@ -333,6 +335,7 @@ def test_one_step_is_decoupled_adam(tree, fused):
     for (name, p), q in zip(learn.model.named_parameters(), model.parameters()): assert torch.allclose(p, q, atol=1e-5), name
 
 
+@pytest.mark.slow(4)
 def test_fused_adam_is_fastais_step_for_step(tree):
     "The same gradients and the same cycle of learning rate and momentum to both: the weights agree to 1e-6."
     learners = [learner(tree, '--sa', '--fused', fused)[1] for fused in (0, 1)]
@@ -394,6 +397,7 @@ def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command
     assert loss[0] == pytest.approx(loss[2], abs=0.02) and loss[0] != loss[1]
 
 
+@pytest.mark.slow(4)
 @pytest.mark.parametrize('options', ['', '--fused 0', '--opt sgd', '--opt rms', '--opt ranger'])
 def test_compiled_passes_meet_no_gradient_of_the_step_before(options, tree, monkeypatch):
     "fastai's optimizers zero the gradients in place: in the memory of a CUDA graph, which then may not be replayed."
@@ -410,6 +414,7 @@ def test_compiled_passes_meet_no_gradient_of_the_step_before(options, tree, monk
     assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), learn.model.parameters()))
 
 
+@pytest.mark.slow(4)
 @pytest.mark.parametrize('fused', [0, 1])
 def test_recorded_passes_train_as_plain_ones(fused, tree, monkeypatch):
     "With a stand-in that does to the network what recording does: rounds to warm up, then another `forward`, in training alone."
@@ -463,6 +468,7 @@ def test_unknown_values_are_refused_by_config_itself():
     assert Config(lr=1) == Config(lr=1.) and isinstance(Config(lr=1).lr, float)
 
 
+@pytest.mark.slow(3)
 @pytest.mark.parametrize('middle, high, low', [(0, 0.05, 0), (0.5, 0.55, 0.45), (0.95, 0.975, 0.9), (0.99, 0.995, 0.94)])
 def test_the_cycle_of_the_momentum_stays_within_0_and_1(middle, high, low, tree):
     mom = hyperparameters(tree, '--epochs', 4, '--mom', middle)[0]['mom']

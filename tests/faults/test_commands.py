@@ -146,6 +146,7 @@ def test_reproduce(place, monkeypatch):
     assert min(codes[0], codes[2]) > 15, codes
 
 
+@pytest.mark.slow(6)
 @pytest.mark.parametrize('main, program, start, words, n', [
     (main.main, 'report', [], [*EXPERIMENTS][:3], 40), (runlog.main, 'runlog.py', ['merge'], ['results/runs.csv'], 60),
 ])
