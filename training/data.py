@@ -219,13 +219,13 @@ class DeviceLoader(ImageLoader):
 
 
 @lru_cache(maxsize=1)
-def _decoded(path, files, digest, device, batch_pixels):
-    "Returns the Pixels of `files`, which are kept for the next run of this process on the same data (`digest`)."
+def _decoded(path, files, data_fingerprint, device, batch_pixels):
+    "Returns the Pixels of `files`, which are kept for the next run of this process on the same data."
     return Pixels([path / f for f in files], device, limit=device_bytes(device, batch_pixels))
 
 
 @lru_cache(maxsize=1)
-def _decoded_valid(path, files, digest, device, size):
+def _decoded_valid(path, files, data_fingerprint, device, size):
     "Returns the validation images of `files`, kept in the same way: (n, size, size, 3)."
     return stack_valid_images([path / f for f in files], size).to(device)
 
@@ -242,7 +242,7 @@ def device_bytes(device, batch_pixels):
     return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
 
 
-def loaders(cfg, path, train, valid, digest, device):
+def loaders(cfg, path, train, valid, data_fingerprint, device):
     """Returns (training loader, validation loader, the name of their kind) for lists of (file, label).
 
     `auto` is `device` on a GPU that holds the images. On a CPU it is `workers`, since Pillow is several times faster
@@ -254,13 +254,13 @@ def loaders(cfg, path, train, valid, digest, device):
     kind = cfg.loader
     if kind == 'auto': kind = 'device' if device.type == 'cuda' else 'workers'
     if kind == 'device':
-        try: pixels = _decoded(path, train, digest, device, cfg.bs * cfg.size**2)
+        try: pixels = _decoded(path, train, data_fingerprint, device, cfg.bs * cfg.size**2)
         except MemoryError as e:
             if cfg.loader == 'device':
                 raise UsageError(f'--loader device: no room for {e}; take --loader workers') from None
             kind = 'workers'
     if kind == 'device':
-        ready = _decoded_valid(path, valid, digest, device, cfg.size)
+        ready = _decoded_valid(path, valid, data_fingerprint, device, cfg.size)
         train_set = DeviceImages(pixels, train_labels, cfg.size, cfg.seed, share)
         valid_set = DeviceImages(ready, valid_labels, cfg.size, share=share)
         make, options = DeviceLoader, dict(bs=cfg.bs, num_workers=0)
@@ -278,7 +278,7 @@ def get_dls(cfg, device='cpu'):
     UsageError if the images or their labels cannot be used.
     """
     device = torch.device(device)
-    path, sizes, digest = find_set(cfg)
+    path, sizes, data_fingerprint = find_set(cfg)
     train, valid = split_files(list(sizes), cfg.split)
     check_numbers(cfg, path, len(train), len(valid))
     label = {file: Path(file).parent.name for file in sizes}
@@ -286,9 +286,9 @@ def get_dls(cfg, device='cpu'):
     if cfg.pct_noise: label |= mislabelled(cfg, path, train, vocab)
     index = {name: i for i, name in enumerate(vocab)}
     train_pairs, valid_pairs = ([(file, index[label[file]]) for file in files] for files in (train, valid))
-    train_loader, valid_loader, kind = loaders(cfg, path, train_pairs, valid_pairs, digest, device)
+    train_loader, valid_loader, kind = loaders(cfg, path, train_pairs, valid_pairs, data_fingerprint, device)
     dls = DataLoaders(train_loader, valid_loader, path=path, device=device)
-    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader = vocab, valid, digest, kind
+    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader = vocab, valid, data_fingerprint, kind
     return dls
 
 
