@@ -27,7 +27,7 @@ class Busy(UsageError):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ends a command after Ctrl-C or SIGTERM.
+    """Ends a command after Ctrl-C, SIGTERM, or SIGHUP, which comes when a terminal is closed.
 
     `Stopped.by` is the number of the signal that came, or 0. Every exception after a signal follows from it, since the
     signal ends the loader processes too.
@@ -36,7 +36,7 @@ class Stopped(KeyboardInterrupt):
 
 
 def is_stop(e):
-    "Returns whether an exception follows from Ctrl-C or SIGTERM."
+    "Returns whether an exception follows from a signal that ends the command."
     if isinstance(e, KeyboardInterrupt) or Stopped.by: return True
     return 'killed by signal: Terminated' in str(e)  # SIGTERM ended a loader process first, and torch says so.
 
@@ -80,7 +80,7 @@ def heeded():
 
 
 def stop_on_signals():
-    "Lets Ctrl-C and SIGTERM raise Stopped in this process; loader processes inherit the handler, and just end."
+    "Lets the signals ENDING raise Stopped in this process; loader processes inherit the handler, and just end."
     main, Stopped.by = os.getpid(), 0
 
     def stop(number, frame):
@@ -111,7 +111,7 @@ def restored():
 
 @contextmanager
 def undisturbed():
-    "Lets Ctrl-C and SIGTERM wait for the end of the block: they stop what comes after it."
+    "Lets the signals ENDING wait for the end of the block: they stop what comes after it."
     if threading.current_thread() is not threading.main_thread(): return (yield)  # Signals go to the main thread only.
     came = []
     before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in heeded()}
@@ -135,9 +135,9 @@ def print_anything():
 def exit_code(program, work):
     """Returns the exit code of work(), a whole command; puts back the signal handlers that it sets.
 
-    The code is 0: done; 1: a fault; 2: a mistake of the user; 130: Ctrl-C; 143: SIGTERM; 141: a closed pipe.
-    A mistake, the death of a loader process and a lack of GPU memory are printed in one line. Any other fault is raised
-    with its traceback.
+    The code is 0 when all is done, 1 after a fault, and 2 after a mistake of the user. After a signal it is 130
+    (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), and after a closed pipe 141. A mistake, the death of a loader process and a
+    lack of GPU memory are printed in one line. Any other fault is raised with its traceback.
     """
     print_anything()
     with restored():

@@ -378,11 +378,11 @@ def of_config(runs, cfg):
     return by_setting(runs).get(setting(cfg), runs[:0])
 
 
-def recorded(runs, cfg, digest):
-    "Returns the runs of a settled `cfg` that are done, its seed included, on the data `digest` (None: on any)."
+def recorded(runs, cfg, data_fingerprint):
+    "Returns the runs of a settled `cfg` that are done, its seed included, on the data; None: on any data."
     runs = of_config(runs, cfg)
     runs = runs[(runs.seed == cfg.seed) & runs.status.isin(DONE)]
-    return runs if digest is None else runs[runs.data_fingerprint == digest]
+    return runs if data_fingerprint is None else runs[runs.data_fingerprint == data_fingerprint]
 
 
 # --- the command ---

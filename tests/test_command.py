@@ -8,7 +8,7 @@ import pytest
 import command
 from command import Stopped, UsageError, exit_code, stop_on_signals
 
-SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGCHLD
+SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGCHLD
 
 
 def state(): return [signal.getsignal(number) for number in SIGNALS], sys.unraisablehook, Stopped.by
@@ -40,6 +40,7 @@ def fails(error):
 @pytest.mark.parametrize('work, code', [
     (lambda: stop_on_signals(), None), (fails(UsageError('no such thing')), 2),
     (ended_by(signal.SIGINT), 130), (fails(KeyboardInterrupt()), 130), (ended_by(signal.SIGTERM), 143),
+    (ended_by(signal.SIGHUP), 129),
     (fails(RuntimeError('DataLoader worker (pid 7) is killed by signal: Terminated')), 143),
     (fails(RuntimeError('DataLoader worker (pid 7) is killed by signal: Killed')), 1),
 ])
@@ -56,6 +57,18 @@ def test_a_handler_that_is_set_once_in_a_process_stays(before):
     def as_torch_does(number, frame): pass
     assert not exit_code('command', lambda: signal.signal(signal.SIGCHLD, as_torch_does))
     assert signal.getsignal(signal.SIGCHLD) is as_torch_does
+
+
+def test_under_nohup_a_closed_terminal_ends_nothing(before):
+    done = []
+
+    def work():
+        stop_on_signals()
+        with command.undisturbed(): os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGHUP)
+        done.append('all')
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert not exit_code('command', work) and done == ['all'] and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
 
 
 def test_a_signal_in_an_undisturbed_block_stops_what_comes_after_it(before):

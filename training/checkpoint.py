@@ -118,12 +118,13 @@ def lock(file, wait=10):
 
 
 @contextmanager
-def claim(cfg, digest, results):
-    """Keeps other processes from the run of a settled `cfg` on the data `digest`; raises Busy if one has it.
+def claim(cfg, data_fingerprint, results):
+    """Keeps other processes from the run of a settled `cfg` on the data; raises Busy if one has it.
 
     The id of the run does not matter. So of several loops over the same runs, each run is trained by one.
     """
-    name = hashlib.sha256(repr([digest, *(getattr(cfg, key) for key in FOR_LIFE)]).encode()).hexdigest()[:12]
+    run = [data_fingerprint, *(getattr(cfg, key) for key in FOR_LIFE)]
+    name = hashlib.sha256(repr(run).encode()).hexdigest()[:12]
     file = Path(results) / 'checkpoints' / f'{name}.claim'
     held = lock(file)
     try: yield
@@ -147,8 +148,8 @@ def tidy(runs, results):
         if file.stem in done: remove(file)
 
 
-def find(cfg, digest, runs, results, device='cpu'):
-    """Returns the checkpoint of the run of a settled `cfg` on the data `digest` that went furthest, or None.
+def find(cfg, data_fingerprint, runs, results, device='cpu'):
+    """Returns the checkpoint of the run of a settled `cfg` on the data that went furthest, or None.
 
     `runs`: the record; the checkpoint of a run that is done there does not count. The one that is returned has been
     read whole, with its tensors on `device`, and its lock is held. A file that cannot be read is named and left
@@ -161,7 +162,7 @@ def find(cfg, digest, runs, results, device='cpu'):
         except UsageError as e:
             if file.exists(): print(f'{e}; it is left alone', file=sys.stderr)  # else its run has just been finished
             continue
-        same_data = state['data_fingerprint'] == digest
+        same_data = state['data_fingerprint'] == data_fingerprint
         same_config = all(state['config'].get(key, BEFORE[key]) == getattr(cfg, key) for key in FOR_LIFE)
         if same_data and same_config and state['run_id'] not in done: epochs[file] = state['epoch']
     for file in sorted(epochs, key=epochs.get, reverse=True):

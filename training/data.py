@@ -110,8 +110,8 @@ def find_set(cfg):
         files, others = scan(path, cfg.valid_pct)
         if not cfg.data: return ImageSet(path, files, fingerprint(files), 0, {}, others)
         looks, skipped = check.sound(path, check.look_at_all(path, files, memory()), cfg.skip_damaged)
-        digest = check.fingerprint(looks) + (f'-{cfg.valid_pct:g}' if cfg.valid_pct else '')
-        return ImageSet(path, {f: files[f] for f in looks}, digest, skipped, looks, others)
+        data_fingerprint = check.fingerprint(looks) + (f'-{cfg.valid_pct:g}' if cfg.valid_pct else '')
+        return ImageSet(path, {f: files[f] for f in looks}, data_fingerprint, skipped, looks, others)
     except (OSError, UnicodeError) as e: raise UsageError(f'cannot read the data: {e}') from None
 
 
@@ -253,13 +253,13 @@ class DeviceLoader(ImageLoader):
 
 
 @lru_cache(maxsize=1)
-def _decoded(path, files, digest, device, batch_pixels):
-    "Returns the Pixels of `files`, which are kept for the next run of this process on the same data (`digest`)."
+def _decoded(path, files, data_fingerprint, device, batch_pixels):
+    "Returns the Pixels of `files`, which are kept for the next run of this process on the same data."
     return Pixels([path / f for f in files], device, limit=device_bytes(device, batch_pixels))
 
 
 @lru_cache(maxsize=1)
-def _decoded_valid(path, files, digest, device, size):
+def _decoded_valid(path, files, data_fingerprint, device, size):
     "Returns the validation images of `files`, kept in the same way: (n, size, size, 3)."
     return stack_valid_images([path / f for f in files], size).to(device)
 
@@ -290,7 +290,7 @@ def n_workers(cfg, shm=Path('/dev/shm')):
     return max(0, min(cfg.workers, fit))
 
 
-def loaders(cfg, path, train, valid, digest, device):
+def loaders(cfg, path, train, valid, data_fingerprint, device):
     """Returns (training loader, validation loader, the name of their kind) for lists of (file, label).
 
     `auto` is `device` on a GPU that holds the images. On a CPU it is `workers`, since Pillow is several times faster
@@ -302,13 +302,13 @@ def loaders(cfg, path, train, valid, digest, device):
     kind = cfg.loader
     if kind == 'auto': kind = 'device' if device.type == 'cuda' else 'workers'
     if kind == 'device':
-        try: pixels = _decoded(path, train, digest, device, cfg.bs * cfg.size**2)
+        try: pixels = _decoded(path, train, data_fingerprint, device, cfg.bs * cfg.size**2)
         except MemoryError as e:
             if cfg.loader == 'device':
                 raise UsageError(f'--loader device: no room for {e}; take --loader workers') from None
             kind = 'workers'
     if kind == 'device':
-        ready = _decoded_valid(path, valid, digest, device, cfg.size)
+        ready = _decoded_valid(path, valid, data_fingerprint, device, cfg.size)
         train_set = DeviceImages(pixels, train_labels, cfg.size, cfg.seed, share)
         valid_set = DeviceImages(ready, valid_labels, cfg.size, share=share)
         make, options = DeviceLoader, dict(bs=cfg.bs, num_workers=0)
@@ -335,7 +335,7 @@ def get_dls(cfg, device='cpu'):
     left out), `loader` (the kind) and `workers`. Raises UsageError if the images or their labels cannot be used.
     """
     device = torch.device(device)
-    path, sizes, digest, skipped, looks, others = find_set(cfg)
+    path, sizes, data_fingerprint, skipped, looks, others = find_set(cfg)
     train, valid = split_files(list(sizes), cfg.split, cfg.valid_pct)
     check_numbers(cfg, path, len(train), len(valid))
     label = {file: label_of(file) for file in sizes}
@@ -343,10 +343,10 @@ def get_dls(cfg, device='cpu'):
     if cfg.pct_noise: label |= mislabelled(cfg, path, train, vocab)
     index = {name: i for i, name in enumerate(vocab)}
     train_pairs, valid_pairs = ([(file, index[label[file]]) for file in files] for files in (train, valid))
-    train_loader, valid_loader, kind = loaders(cfg, path, train_pairs, valid_pairs, digest, device)
+    train_loader, valid_loader, kind = loaders(cfg, path, train_pairs, valid_pairs, data_fingerprint, device)
     for line in remarks(cfg, path, skipped, looks, others, train, valid): say_once(f'{path}: {line}')
     dls = DataLoaders(train_loader, valid_loader, path=path, device=device)
-    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader, dls.skipped = vocab, valid, digest, kind, skipped
+    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader, dls.skipped = vocab, valid, data_fingerprint, kind, skipped
     dls.workers = dls.train.fake_l.num_workers
     return dls
 

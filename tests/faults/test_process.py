@@ -54,7 +54,7 @@ def test_a_validation_loss_that_is_not_finite_is_diverged_too(tree, command, tmp
 # --- signals ---
 
 @pytest.mark.slow(12)
-@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_an_interrupted_row(number, code, tree, spawn, tmp_path):
     argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 1]
     process = spawn(REPO / 'train_imagenette.py', *argv)
