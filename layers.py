@@ -314,7 +314,7 @@ class _BlockedSoftmax(_Function):
     For CPUs: their fused kernel wants D = C, which doubles the products where D is C/8.
     """
     generate_vmap_rule = False
-    BLOCK = 2**18  # scores at once: they stay in the cache
+    BLOCK = 2**19  # scores at once: they stay in the cache
 
     @staticmethod
     def blocks(q):
@@ -329,7 +329,7 @@ class _BlockedSoftmax(_Function):
         blocks = _BlockedSoftmax.blocks(q)
         if len(blocks) == 1 or _is_plain(): return _product_like(v, torch.softmax(q @ k, 2), v)
         o = torch.empty_like(v)
-        for b, rows in blocks: o[b, rows] = _product_like(v, torch.softmax(q[b, rows] @ k[b], 2), v[b])
+        for b, rows in blocks: _add_into(o[b, rows], torch.softmax(q[b, rows] @ k[b], 2), v[b], 0)
         return o
 
     @staticmethod
@@ -337,24 +337,23 @@ class _BlockedSoftmax(_Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def _softmax_and_gradient(q, k, v, g):
+    def scores(q, k, v, g):
         "softmax(q k), and the gradient of q k where g is that of softmax(q k) v."
         p = torch.softmax(q @ k, 2)
-        g_p = g @ v.mT
-        return p, p * (g_p - (p * g_p).sum(2, keepdim=True))
+        return p, torch.ops.aten._softmax_backward_data(g @ v.mT, p, 2, p.dtype)
 
     @staticmethod
     def backward(ctx, g):
         q, k, v = ctx.saved_tensors
-        if torch.is_grad_enabled():  # for second derivatives: without blocks, nothing is written in place
-            p, g_s = _BlockedSoftmax._softmax_and_gradient(q, k, v, g)
+        if torch.is_grad_enabled():  # for second derivatives: without blocks, as nothing may be written in place
+            p, g_s = _BlockedSoftmax.scores(q, k, v, g)
             return g_s @ k.mT, q.mT @ g_s, p.mT @ g
-        g_q, g_k, g_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        g_q, g_k, g_v = (torch.empty_like(t) for t in (q, k, v))
         for b, rows in _BlockedSoftmax.blocks(q):
-            p, g_s = _BlockedSoftmax._softmax_and_gradient(q[b, rows], k[b], v[b], g[b, rows])
-            g_q[b, rows] = g_s @ k[b].mT
-            g_k[b].baddbmm_(q[b, rows].mT, g_s)
-            g_v[b].baddbmm_(p.mT, g[b, rows])
+            p, g_s = _BlockedSoftmax.scores(q[b, rows], k[b], v[b], g[b, rows])
+            _add_into(g_q[b, rows], g_s, k[b].mT, 0)
+            _add_into(g_k[b], q[b, rows].mT, g_s, min(rows.start, 1))  # over the blocks of an image
+            _add_into(g_v[b], p.mT, g[b, rows], min(rows.start, 1))
         return g_q, g_k, g_v
 
     @staticmethod
@@ -362,6 +361,12 @@ class _BlockedSoftmax(_Function):
         "The mapped dimension becomes part of the batch."
         inputs = [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(inputs, dims)]
         return _BlockedSoftmax.apply(*(t.flatten(0, 1) for t in inputs)).unflatten(0, (info.batch_size, -1)), 0
+
+
+def _add_into(out, a, b, beta):
+    "Writes beta * out + a b, (B, ., .) each, into `out`."
+    if _is_channels_last(out): out, a, b = out.mT, b.mT, a.mT
+    out.baddbmm_(a, b, beta=beta)
 
 
 class SelfAttention(_Attention):
