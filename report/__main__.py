@@ -9,8 +9,6 @@ Accuracies are fractions in files, percent in tables.
 import sys
 from pathlib import Path
 
-import numpy as np
-
 import runlog
 from command import Parser, UsageError, exit_code, nearest
 from experiments import EXPERIMENTS
@@ -22,16 +20,9 @@ MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of t
 
 
 def readme_table(runs, published):
-    "Returns what README.md shows: every experiment with runs of ours, then those of the main table without."
+    "Returns what README.md shows: every comparison that has runs, but for those of digits."
     rows = gaps(EXPERIMENTS, runs, published)
-    ran = [row for row in rows if has_runs(row) and row['experiment'] != 'digits']
-    return tables.markdown(ran + [row for row in rows if not has_runs(row) and _is_main(row)])
-
-
-def _is_main(row):
-    "Returns whether a row of `gaps` is one of the main table of 2019."
-    in_main = 'main' in EXPERIMENTS[row['experiment']].tables
-    return in_main and not np.isnan(row['published']['difference']['difference'])
+    return tables.brief_markdown([row for row in rows if has_runs(row) and row['experiment'] != 'digits'])
 
 
 def write_readme(table, file=runlog.RESULTS.parent / 'README.md'):
@@ -89,7 +80,7 @@ def work(argv):
     if args.readme: return write_readme(readme_table(runs, published))
     if runs.empty: raise UsageError(f'{file}: no runs yet; train_imagenette.py and scripts/reproduce.py make them')
     rows = gaps({name: EXPERIMENTS[name] for name in args.names or EXPERIMENTS}, runs, published, args.results)
-    if args.names: return print(tables.text(rows))
+    if args.names: return print(tables.text(rows, details=True))
     try: write(rows, runs, args.results, published)
     except OSError as e: raise UsageError(f'cannot write the tables and figures ({e})') from None
     shown = [row for row in rows if has_runs(row)]

@@ -4,6 +4,8 @@ A published mean of last epochs stands beside ours of last epochs, one of best e
 two are never mixed. Runs on other images, splits or archives, or of another precision, are a set of their own and are
 never pooled. How a verdict is reached: results/README.md.
 """
+from collections import Counter, namedtuple
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +13,9 @@ import pandas as pd
 
 import runlog
 from command import UsageError
-from experiments import EXPERIMENTS, N_IMAGES, SETTINGS, resolve, setting
+from experiments import EXPERIMENTS, N_IMAGES, SETTINGS, knobs, resolve, setting
 from report import stats
-from report.published import published_mean
+from report.published import published_mean, weakest_recipe
 
 NAN = float('nan')
 SET = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']  # runs that differ in one are not pooled
@@ -21,8 +23,15 @@ RECIPE = [key for key in SETTINGS if key not in SET]
 SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'n', 'mean', 'sd', 'low', 'high',
            'bca_low', 'bca_high', 'median', 'min', 'max', 'mean_max', 'sd_max', 'diverged', 'interrupted', 'failed',
            'seconds']  # of `summarise`, for readers
+STEPS = [name for name in knobs(role='speed') if name != 'workers']  # how a step is computed; the workers only feed it
+WAY = [*STEPS, 'torch', 'device']  # how a run was made: what can move its accuracy without being a setting
+LIKE_PAIRS = 5  # so many pairs of runs that were made alike decide the verdict where not all runs were
+CHANCE = dict.fromkeys(('imagenette', 'imagewoof', 'digits'), 0.1)  # the accuracy of guessing
+METRICS = dict(last='accuracy', max='max_accuracy')
 SIDES = 'base', 'arm'
 NO_RUNS, NO_VERDICT = 'no runs', 'no verdict'  # the verdicts that rest on no interval
+TEST = 'method', 'n_pairs', 'difference', 'low', 'high', 'p'  # of stats.compare_by_seed, what is kept of other analyses
+NO_TEST = dict.fromkeys(TEST, NAN) | dict(method='', n_pairs=0)
 
 
 # --- our runs ---
@@ -45,8 +54,13 @@ def summarise(runs):
 
 
 def by_recipe(runs):
-    "Returns {recipe: the runs with it}."
-    return runlog.by_setting(runs, RECIPE)
+    "Returns {recipe: [(the SET columns of one set (dict), its runs)]}."
+    numbered = runs.assign(set_number=runs.groupby(SET, dropna=False).ngroup())
+    found = {}
+    for key, alike in runlog.by_setting(numbered, RECIPE).items():
+        of_sets = [alike.iloc[at] for at in alike.groupby('set_number').indices.values()]
+        found[key] = [(of_set[SET].iloc[0].to_dict(), of_set) for of_set in of_sets]
+    return found
 
 
 def recipe(cfg):
@@ -62,19 +76,18 @@ def sets(exp, runs, own=None, recipes=None):
     by_recipe(runs), where that is known already.
     """
     recipes = by_recipe(runs) if recipes is None else recipes
-    arms = {name: recipes.get(recipe(cfg), runs[:0]) for name, cfg in exp.arms.items()}
-    df = pd.concat([found.assign(arm=name) for name, found in arms.items()])
     planned, asked = _images(own or exp), _images(exp)
-    if asked != planned: df = df[(df.split == asked['split']) & (df.source == asked['source'])]
-    found = []
-    for values, group in df.groupby(SET, dropna=False, sort=True):
-        key = dict(zip(SET, values))
-        dataset = next(iter(exp.arms.values())).dataset
-        key['planned'] = planned == {name: key[name] for name in planned} and is_whole(dataset, key)
-        of_arms = {name: group[group.arm == name] for name in exp.arms}
-        found.append((key['planned'], group.started.max(), key, of_arms))
-    found.sort(key=lambda found: found[:2], reverse=True)
-    return [(key, of_arms) for _, _, key, of_arms in found]
+    dataset = next(iter(exp.arms.values())).dataset
+    found = {}  # number of the set: (its columns, {arm: its runs})
+    for name, cfg in exp.arms.items():
+        for key, of_set in recipes.get(recipe(cfg), []):
+            if asked != planned and asked != {name: key[name] for name in asked}: continue
+            as_planned = planned == {name: key[name] for name in planned} and is_whole(dataset, key)
+            number = of_set.set_number.iloc[0]
+            _, arms = found.setdefault(number, (key | dict(planned=as_planned), dict.fromkeys(exp.arms, runs[:0])))
+            arms[name] = of_set
+    def age(found): return found[0]['planned'], max(of_arm.started.max() for of_arm in found[1].values() if len(of_arm))
+    return sorted(found.values(), key=age, reverse=True)
 
 
 def _images(exp):
@@ -89,25 +102,29 @@ def is_whole(dataset, key):
     return full is None or pd.isna(key['n_train']) or full == (key['n_train'], key['n_val'])
 
 
-def ended_ok(runs):
-    "Returns the runs that ended ok, by seed: the first of each seed, as several are no independent repetitions."
-    return runs[runs.status == 'ok'].sort_values(['seed', 'run_id']).drop_duplicates('seed')
+def ended_ok(runs, metric='last'):
+    """Returns the runs that ended ok and have an accuracy, by seed: the first of each seed.
+
+    Several runs of one seed are no independent repetitions.
+    """
+    ok = runs[(runs.status == 'ok') & runs[METRICS[metric]].notna()]
+    return ok.sort_values(['seed', 'run_id']).drop_duplicates('seed')
 
 
-def values(runs, metric):
-    "Returns (the accuracies of the runs that ended ok, their seeds)."
-    ok = ended_ok(runs)
-    return ok['max_accuracy' if metric == 'max' else 'accuracy'].to_numpy(float), ok.seed.tolist()
+def accuracies(runs, metric='last'):
+    "Returns {seed: accuracy} of the runs that `ended_ok`."
+    ok = ended_ok(runs, metric)
+    return dict(zip(ok.seed.tolist(), ok[METRICS[metric]].tolist()))
 
 
-def correct(runs, results):
-    "Returns (runs, images) of 0 and 1 from the predictions of the runs that ended ok; None if one is not at hand."
+def correct(run_ids, results):
+    "Returns (runs, images) of 0 and 1 from the predictions of these runs; None if one is not at hand."
+    files = [Path(results) / 'predictions' / f'{run_id}.npz' for run_id in run_ids]
+    if not files or not all(file.exists() for file in files): return None
     arrays = []
-    for run_id in ended_ok(runs).run_id:
-        file = Path(results) / 'predictions' / f'{run_id}.npz'
-        if not file.exists(): return None
+    for file in files:
         with np.load(file) as saved: arrays.append(saved['logits'].argmax(1) == saved['targets'])
-    return np.array(arrays) if arrays else None
+    return np.array(arrays)
 
 
 # --- the comparisons ---
@@ -116,114 +133,213 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
     """Returns one row per experiment, set and pair of arms (Experiment.pairs): `arm` minus `base`, in fractions.
 
     A row is a nested dict; an experiment without runs has one for each of its pairs.
-    experiment, the SET columns, planned (see `sets`), base, arm, metric ('last' or 'max')
-    published   base, arm: mean, sd, n; difference: difference, low, high, p
-    ours        base, arm: the keys of stats.summary, n_wanted, diverged, other (ends), images_share (of the variance,
-                by the validation images); seconds: the median of a run
-    difference  the keys of stats.compare, those of stats.compare_paired in their place where the arms have the same
-                seeds (paired), but for beats; better_seeds: beats of the latter; holm_p, over all rows
-    welch       difference, low, high, p of the unpaired test
-    images      low, high of a bootstrap over images and runs, where the predictions are at hand
-    verdict     verdict, reason, claim (nan: none), half_width; n_runs and n_wanted of the arm that lacks most
+    experiment, dataset, the SET columns, planned (see `sets`), base, arm, metric ('last' or 'max')
+    published    base, arm: mean, sd, n; difference: difference, low, high, p; recipe: documented, assumed, other script
+    ours         base, arm: the keys of stats.summary of the runs that `difference` is of; n_ok, diverged, other (ends),
+                 n_wanted, images_share (of the variance, by the validation images); seconds: the median of a run
+    difference   the keys of stats.compare_by_seed; holm_p; runs: 'all' or 'like pairs' (see `_analyses`)
+    sensitivity  alike, steps, all: the TEST keys, n_base and n_arm of the other analyses; nan where there is none;
+                 mixed: whether some runs have no partner that was made alike
+    chance       the TEST keys and holm_p with the diverged runs at chance; nan where none diverged
+    welch        difference, low, high, p of the unpaired test
+    images       low, high of a bootstrap over images and runs, where the predictions are at hand
+    verdict      verdict, reason, at_chance (the verdict with the diverged runs at chance), claim (nan: none),
+                 half_width; n_runs and n_wanted of the arm that lacks most
     """
-    rows, recipes = [], by_recipe(runs)
+    numbers = {name: runs.groupby(columns, dropna=False).ngroup() for name, columns in (('steps', STEPS), ('way', WAY))}
+    rows, runs = [], runs.assign(**numbers)
+    recipes = by_recipe(runs)
     for name, exp in experiments.items():
         own, dataset = EXPERIMENTS.get(name, exp), next(iter(exp.arms.values())).dataset
         said = {arm: _said(exp, own, arm, published) for arm in exp.arms}
-        metric = next((p['metric'] for p in said.values() if p['metric']), 'last')
+        metric = next((row.metric for row in said.values() if row is not None), 'last')
         none = dict.fromkeys(SET) | _images(exp) | dict(planned=True), {arm: runs[:0] for arm in exp.arms}
-        for key, arms in sets(exp, runs, own, recipes) or [none]:
+        found = sets(exp, runs, own, recipes) or [none]
+        apart = _apart(exp, found)
+        for key, arms in found:
             comparable = key['split'] == 'v1' and is_whole(dataset, key)
-            theirs = said if comparable else dict.fromkeys(said, UNSAID)
-            ours = {arm: _arm(found, metric, exp.wanted(arm), results) for arm, found in arms.items()}
-            for base, arm in exp.pairs():
-                names = dict(experiment=name, **key, base=base, arm=arm, metric=metric)
-                rows.append(names | _gap(key, ours[base], ours[arm], theirs[base], theirs[arm]))
-    holm_ps = stats.holm([row['difference']['p'] for row in rows])
-    for row, p in zip(rows, holm_ps): row['difference']['holm_p'] = float(p)
+            theirs = said if comparable else dict.fromkeys(said)
+            ours = {arm: _arm(of_arm, metric, exp.wanted(arm)) for arm, of_arm in arms.items()}
+            names = dict(experiment=name, dataset=dataset, **key, metric=metric)
+            family = [names | dict(base=base, arm=arm) | _gap(ours[base], ours[arm], theirs[base], theirs[arm], results)
+                      for base, arm in exp.pairs()]
+            _correct_for_many(family, len(exp.pairs()) if exp.contrasts else None)
+            for row in family: row['verdict'] = _verdict(row, apart.get((row['base'], row['arm']), ''))
+            rows += family
     return rows
 
 
-UNSAID = dict(mean=NAN, sd=NAN, n=NAN, metric=None)
-
-
 def _said(exp, own, arm, published):
-    "Returns mean, sd, n and metric of the published row of an arm; UNSAID where its recipe is no more that of `own`."
-    if recipe(exp.arms[arm]) != recipe(own.arms[arm]): return UNSAID
-    row = published_mean(own, arm, published)
-    return UNSAID if row is None else {key: row[key] for key in UNSAID}
+    "Returns the published row of an arm; None where there is none, or where its recipe is no more that of `own`."
+    if not own.tables or recipe(exp.arms[arm]) != recipe(own.arms[arm]): return None
+    return published_mean(own, arm, published)
 
 
-def _arm(runs, metric, n_wanted, results):
-    "Returns what `_gap` needs of an arm: accuracies, seeds, correct (predictions or None), seconds, and its row."
-    accuracies, seeds = values(runs, metric)
-    right = correct(runs, results) if metric == 'last' else None
-    share = stats.validation_noise(right)['share'] if right is not None else NAN
-    row = stats.summary(accuracies) | dict(n_wanted=n_wanted, diverged=int((runs.status == 'diverged').sum()),
-                                           other=int((~runs.status.isin(runlog.DONE)).sum()), images_share=share)
-    return dict(accuracies=accuracies, seeds=seeds, correct=right, seconds=runs.fit_seconds, row=row)
+def _apart(exp, found):
+    "Returns {(base, arm): why} of the pairs whose arms both have runs, but in no set (of `sets`) together."
+    reasons = {}
+    done = [(key, {arm for arm, runs in arms.items() if runs.status.isin(runlog.DONE).any()}) for key, arms in found]
+    for pair in exp.pairs():
+        if any(arms >= set(pair) for _, arms in done): continue
+        keys = [next((key for key, arms in done if arm in arms), None) for arm in pair]
+        if None in keys: continue
+        differ = [f'{name} {keys[0][name]} and {keys[1][name]}' for name in SET if keys[0][name] != keys[1][name]]
+        reasons[pair] = f'not comparable: {", ".join(differ)}'
+    return reasons
 
 
-def _gap(key, base, arm, said_base, said_arm):
-    "Returns the parts of a row of `gaps` from the `_arm`s and the published numbers of two arms of a set."
-    published = _published(said_base, said_arm)
-    difference, welch = _difference(base, arm)
-    seconds = pd.concat([base['seconds'], arm['seconds']]).median()
-    ours = dict(base=base['row'], arm=arm['row'], seconds=seconds)
-    return dict(published=published, ours=ours, difference=difference, welch=welch, images=_over_images(base, arm),
-                verdict=_verdict(key, ours, difference, published['difference']))
+Run = namedtuple('Run', 'seed run_id value way steps')
+
+
+def _arm(runs, metric, n_wanted):
+    "Returns what `_gap` needs of an arm: its Runs that ended ok, by seed; those that diverged, at chance; counts."
+    columns = runs.seed, runs.run_id, runs[METRICS[metric]].astype(float), runs.way, runs.steps
+    every = [Run(*values) for values in zip(*(column.tolist() for column in columns))]
+    ok = sorted(run for run, status in zip(every, runs.status) if status == 'ok' and not np.isnan(run.value))
+    diverged = {run.seed for run, status in zip(every, runs.status) if status == 'diverged'}
+    n_diverged = int((runs.status == 'diverged').sum())
+    seeds = {run.seed for run in ok}
+    chance = CHANCE.get(runs.dataset.iloc[0]) if len(runs) else None
+    counts = dict(n_ok=len(seeds), diverged=n_diverged, other=len(runs) - len(ok) - n_diverged, n_wanted=n_wanted)
+    return dict(ok=ok, at_chance={} if chance is None else dict.fromkeys(diverged - seeds, chance), counts=counts,
+                seconds=runs.fit_seconds, last_epoch=metric == 'last')
+
+
+def _gap(base, arm, said_base, said_arm, results):
+    "Returns the parts of a row of `gaps`, but for the verdict, from the `_arm`s and the published rows of two arms."
+    which, chosen, sensitivity = _analyses(base['ok'], arm['ok'])
+    values = [{run.seed: run.value for run in ok} for ok in chosen]
+    ours, right = {}, []
+    for side, ok, of_arm in zip(SIDES, chosen, (base, arm)):
+        right.append(correct([run.run_id for run in ok], results) if of_arm['last_epoch'] else None)
+        share = NAN if right[-1] is None else stats.validation_noise(right[-1])['share']
+        ours[side] = _summary(tuple(run.value for run in ok)) | of_arm['counts'] | dict(images_share=share)
+    ours['seconds'] = pd.concat([base['seconds'], arm['seconds']]).median()
+    return dict(published=_published(said_base, said_arm), ours=ours,
+                difference=stats.compare_by_seed(*values) | dict(runs=which), sensitivity=sensitivity,
+                chance=_at_chance(values, base['at_chance'], arm['at_chance']),
+                welch=_welch(ours['base'], ours['arm']), images=_over_images(*right))
+
+
+def _welch(base, arm):
+    "Returns difference, low, high and p of Welch's test of two arms from their summaries."
+    test = stats.compare_summaries(*(side[key] for side in (base, arm) for key in ('mean', 'sd', 'n')))
+    return {key: test[key] for key in ('difference', 'low', 'high', 'p')}
+
+
+@lru_cache(maxsize=1_000)
+def _summary(values): return stats.summary(values)
+
+
+def _analyses(base, arm):
+    """Returns (which runs the difference is of, these runs of both arms, the other analyses), of runs that ended ok.
+
+    A set can hold runs of several versions of torch, machines and kinds of step. Where it does, the difference is that
+    of the like pairs, runs of one seed that were made alike in all of this, if there are at least LIKE_PAIRS; else that
+    of all runs. Beside it stand `all` runs, those with the most common kind of `steps`, and the pairs that are `alike`,
+    each where it is not what stands there already.
+    """
+    everything = _first_of_seeds(base), _first_of_seeds(arm)
+    others = dict.fromkeys(('alike', 'steps', 'all'), NO_TEST | dict(n_base=0, n_arm=0)) | dict(mixed=False)
+    if len({run.way for run in base + arm}) <= 1: return 'all', everything, others
+    most = Counter(run.steps for run in base + arm).most_common(1)[0][0]
+    steps = tuple(_first_of_seeds([run for run in runs if run.steps == most]) for runs in (base, arm))
+    alike = _like_pairs(base, arm)
+    chosen = alike if len(alike[0]) >= LIKE_PAIRS else everything
+    others['mixed'] = alike != everything
+    if everything != chosen: others['all'] = _beside(*everything)
+    if steps not in (chosen, everything): others['steps'] = _beside(*steps)
+    if alike != chosen: others['alike'] = _beside(*alike)
+    return 'all' if chosen == everything else 'like pairs', chosen, others
+
+
+def _first_of_seeds(ok): return list({run.seed: run for run in reversed(ok)}.values())[::-1]
+
+
+def _like_pairs(base, arm):
+    "Returns, of both arms, the first runs of each seed that were made alike."
+    known, pairs = {(run.seed, run.way): run for run in reversed(arm)}, {}
+    for run in base:
+        partner = known.get((run.seed, run.way))
+        if partner: pairs.setdefault(run.seed, (run, partner))
+    return tuple([pair[side] for pair in pairs.values()] for side in (0, 1))
+
+
+def _beside(base, arm):
+    "Returns the TEST keys, n_base and n_arm of an analysis that stands beside the one of the verdict."
+    test = stats.compare_by_seed(*({run.seed: run.value for run in ok} for ok in (base, arm)))
+    return {key: test[key] for key in TEST} | dict(n_base=len(base), n_arm=len(arm))
+
+
+def _at_chance(values, base, arm):
+    "Returns the TEST keys of two arms {seed: accuracy} with the diverged runs {seed: chance} of base and arm added."
+    if not base and not arm: return NO_TEST
+    test = stats.compare_by_seed(values[0] | base, values[1] | arm)
+    return {key: test[key] for key in TEST}
 
 
 def _published(base, arm):
-    "Returns the published part of a row of `gaps`."
-    base, arm = ({key: side[key] for key in ('mean', 'sd', 'n')} for side in (base, arm))
-    difference = stats.compare_summaries(*base.values(), *arm.values())
-    return dict(base=base, arm=arm, difference={key: difference[key] for key in ('difference', 'low', 'high', 'p')})
-
-
-def _difference(base, arm):
-    "Returns (the difference of two `_arm`s, the same by the unpaired test)."
-    unpaired = stats.compare(base['accuracies'], arm['accuracies'])
-    welch = {key: unpaired[key] for key in ('difference', 'low', 'high', 'p')}
-    paired = base['seeds'] == arm['seeds'] and len(base['seeds']) > 1
-    if not paired: return unpaired | dict(paired=False, better_seeds=NAN), welch
-    by_seed = stats.compare_paired(base['accuracies'], arm['accuracies'])
-    in_place = {key: by_seed[key] for key in ('difference', 'low', 'high', 'p', 'permutation_p')}
-    return unpaired | in_place | dict(paired=True, better_seeds=by_seed['beats']), welch
+    "Returns the published part of a row of `gaps`, of the published rows of two arms (or None)."
+    keys, weakest = ('mean', 'sd', 'n'), weakest_recipe(base, arm)
+    base, arm = (dict.fromkeys(keys, NAN) if row is None else {key: row[key] for key in keys} for row in (base, arm))
+    test = stats.compare_summaries(*base.values(), *arm.values())
+    if weakest == 'other script': test = dict.fromkeys(test, NAN)  # a number that is not of this source is no baseline
+    difference = {key: test[key] for key in ('difference', 'low', 'high', 'p')}
+    return dict(base=base, arm=arm, difference=difference, recipe=weakest)
 
 
 def _over_images(base, arm):
     "Returns low and high of the difference for new runs and new images; nan where predictions are not at hand."
-    if base['correct'] is None or arm['correct'] is None: return dict(low=NAN, high=NAN)
-    interval = stats.image_bootstrap(base['correct'], arm['correct'])
+    if base is None or arm is None: return dict(low=NAN, high=NAN)
+    interval = stats.image_bootstrap(base, arm)
     return dict(low=interval['low'], high=interval['high'])
 
 
-def _verdict(key, ours, difference, published):
-    "Returns the verdict part of a row of `gaps`."
-    counts = [(n_done(ours[side]), ours[side]['n_wanted']) for side in SIDES]
-    n_runs, n_wanted = min(counts, key=lambda count: count[0] / count[1])
-    row = dict(verdict=NO_RUNS, reason='', claim=NAN, half_width=NAN, n_runs=n_runs, n_wanted=n_wanted)
-    if not ours['base']['n'] or not ours['arm']['n']: return row
-    low, high, claim = difference['low'], difference['high'], published['difference']
-    row['half_width'] = (high - low) / 2
-    if not key['planned'] and not np.isnan(claim):
-        return row | dict(verdict=NO_VERDICT, reason=f'{key["source"]} px archive')
-    if published['low'] <= 0 <= published['high']: claim = NAN
-    return row | dict(verdict=stats.verdict(low, high, claim), claim=claim)
+def _correct_for_many(family, n):
+    "Adds holm_p to the tests of the rows of one experiment and set, with `n` comparisons (None: those that have a P)."
+    for row, p in zip(family, stats.holm([row['difference']['p'] for row in family], n)):
+        row['difference']['holm_p'] = float(p)
+    ps = [row['difference']['p'] if np.isnan(row['chance']['p']) else row['chance']['p'] for row in family]
+    for row, p in zip(family, stats.holm(ps, n)): row['chance'] = row['chance'] | dict(holm_p=float(p))
+
+
+def _verdict(row, apart):
+    "Returns the verdict part of a row of `gaps`; `apart`: why its arms have no runs in common, if so."
+    sides, test, said = [row['ours'][side] for side in SIDES], row['difference'], row['published']['difference']
+    n_runs, n_wanted = min(((n_done(side), side['n_wanted']) for side in sides), key=lambda count: count[0] / count[1])
+    found = dict(verdict=NO_RUNS, reason=apart, at_chance='', claim=NAN, half_width=(test['high'] - test['low']) / 2,
+                 n_runs=n_runs, n_wanted=n_wanted)
+    if not n_runs: return found
+    if not row['planned'] and not np.isnan(said['difference']):
+        return found | dict(verdict=NO_VERDICT, reason=f'{row["source"]} px archive')
+    claim = NAN if said['low'] <= 0 <= said['high'] else said['difference']
+    found |= dict(claim=claim, verdict=stats.verdict(test['low'], test['high'], test['holm_p'], claim))
+    if stats.fails_holm(test['low'], test['high'], test['holm_p']): found['reason'] = "not after Holm's correction"
+    gone = [row[name] for name, side in zip(SIDES, sides) if not side['n_ok']]
+    if gone: found['reason'] = f'all runs of {" and ".join(gone)} diverged'
+    chance = row['chance']
+    if chance['method']: found['at_chance'] = stats.verdict(chance['low'], chance['high'], chance['holm_p'], claim)
+    return found
 
 
 def n_done(arm):
     "Returns how many runs of an arm (a row of `gaps`: ours, base or arm) need no repetition."
-    return arm['n'] + arm['diverged']
+    return arm['n_ok'] + arm['diverged']
 
 
 def narrow_enough(pairs, points):
-    """Returns whether the interval of the difference of each of `pairs` of arms (accuracies) has that half-width.
+    """Returns whether the difference of each of `pairs` of arms {seed: accuracy} is known to that half-width.
 
-    It allows for looking after every turn.
+    It allows for looking after every turn. Arms that share enough seeds are compared at these.
     """
-    return all(bool(stats.fixed_width_done(base, arm, points / 100)) for base, arm in pairs)
+    return all(_is_narrow(base, arm, points / 100) for base, arm in pairs)
+
+
+def _is_narrow(base, arm, half_width, n_min=10):
+    shared = sorted(base.keys() & arm.keys())
+    paired = len(shared) >= n_min
+    values = [[arm[seed] for seed in (shared if paired else arm)] for arm in (base, arm)]
+    return bool(stats.fixed_width_done(*values, half_width, n_min, paired))
 
 
 def known_to(points, pairs, runs, metric):
@@ -231,20 +347,19 @@ def known_to(points, pairs, runs, metric):
 
     Raises UsageError where more runs cannot tell it, as those of each arm all end alike.
     """
-    accuracies = {arm: values(found, metric)[0] for arm, found in runs.items()}
-    if narrow_enough([(accuracies[a], accuracies[b]) for a, b in pairs], points): return True
-    if all(len(a) >= 10 and np.ptp(a) == 0 for a in accuracies.values()):
+    arms = {arm: accuracies(found, metric) for arm, found in runs.items()}
+    if narrow_enough([(arms[base], arms[arm]) for base, arm in pairs], points): return True
+    if all(len(arm) >= 10 and len(set(arm.values())) == 1 for arm in arms.values()):
         raise UsageError('--until: all runs of an arm end alike; stopped')
     return False
 
 
-def done(exp, rows):
-    "Returns {arm: runs that need no repetition} of the latest planned set in the rows of `gaps` of one experiment."
-    latest = [row for row in rows if row['planned']][:len(exp.pairs())]
-    count = {row[side]: n_done(row['ours'][side]) for row in latest for side in SIDES}
-    return {arm: count.get(arm, 0) for arm in exp.arms}
+def done(exp, runs, recipes=None):
+    "Returns {arm: runs that need no repetition} of the latest set of an Experiment that is as planned."
+    planned = [arms for key, arms in sets(exp, runs, recipes=recipes) if key['planned']]
+    return {arm: int(planned[0][arm].status.isin(runlog.DONE).sum()) if planned else 0 for arm in exp.arms}
 
 
 def has_runs(row):
-    "Returns whether both arms of a row of `gaps` have runs."
-    return row['verdict']['verdict'] != NO_RUNS
+    "Returns whether both arms of a row of `gaps` have runs, or have them apart from each other."
+    return row['verdict']['verdict'] != NO_RUNS or bool(row['verdict']['reason'])

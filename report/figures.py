@@ -52,7 +52,7 @@ def points(ax, exp, arms, published, metric):
     "Every run as a point, its arm's mean with its 95% interval, the published mean as a star."
     for x, (arm, found) in enumerate(arms.items()):
         said = published_mean(exp, arm, published)
-        acc = 100 * compare.values(found, metric)[0]
+        acc = 100 * np.array(list(compare.accuracies(found, metric).values()))
         ax.plot([x - 0.1 + 0.05 * (i % 5 - 2) for i in range(len(acc))], acc, MARKS[x % 7], mfc='none', color=f'C{x}', ms=5)
         s = stats.summary(acc)
         half = 0 if np.isnan(s['low']) else s['mean'] - s['low']
@@ -81,7 +81,7 @@ def curves(ax, arms, results):
 def time(ax, arms, metric):
     "Accuracy against the minutes of a run, which are comparable where all runs were of one device and the same speed-ups."
     for x, (arm, found) in enumerate(arms.items()):
-        minutes, acc = compare.ended_ok(found).fit_seconds / 60, 100 * compare.values(found, metric)[0]
+        minutes, acc = compare.ended_ok(found).fit_seconds / 60, 100 * np.array(list(compare.accuracies(found, metric).values()))
         if len(acc): ax.plot(minutes, acc, MARKS[x % 7], mfc='none', color=f'C{x}', label=f'{arm} (n = {len(acc)})')
     ways = pd.concat([compare.ended_ok(found) for found in arms.values()])[['device', *knobs(role='speed')]].drop_duplicates()
     note = '\n(different devices or speed-ups: not comparable)' if len(ways) > 1 else ''
@@ -103,7 +103,7 @@ def forest(rows):
             ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2)
             for end, arrow in ((low, '<'), (high, '>'), (d, '<' if d < 0 else '>')):
                 if abs(end) > WIDEST: ax.plot(WIDEST * np.sign(end), y + dy, arrow, color='black', ms=6, clip_on=False)
-    ax.set_yticks(range(len(rows)), [_label(row) for row in rows], fontsize=7)
+    ax.set_yticks(range(len(rows)), [_label(row, title) for row, title in zip(rows, tables.titles(rows))], fontsize=7)
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.axvline(0, color='black', lw=0.8)
     ax.set_xlim(-WIDEST, WIDEST)
@@ -117,10 +117,10 @@ def _test(row, whose):
     return row['published']['difference'] if whose == 'published' else row['difference']
 
 
-def _label(row):
+def _label(row, title):
     "Returns what stands beside a row of the forest."
     split = f', split {row["split"]}' if row['planned'] else ''
-    return f'{tables.title(row)}{split}: {row["base"]} → {row["arm"]}  ({_n(row["published"])}; {_n(row["ours"])})'
+    return f'{title}{split}: {row["base"]} → {row["arm"]}  ({_n(row["published"])}; {_n(row["ours"])})'
 
 
 def _n(whose):

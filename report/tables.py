@@ -1,112 +1,235 @@
-"""Writes the comparisons as text: Markdown, lines for a terminal, a flat frame for a CSV, how many runs are needed."""
+"""Writes the comparisons as text: Markdown, tables for a terminal, a flat frame for a CSV, how many runs are needed."""
+from io import StringIO
+from textwrap import wrap
+
 import numpy as np
 import pandas as pd
+from rich.console import Console
+from rich.table import Table
 
 from experiments import EXPERIMENTS
 from report import stats
-from report.compare import NO_RUNS, NO_VERDICT, SIDES, is_whole
+from report.compare import NO_RUNS, NO_VERDICT, SET, SIDES, is_whole
 from report.published import load_published_runs, single_runs_sd
 
-HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]',
-        'P (Holm)', 'verdict']
+HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
+        'P (Holm)', 'permutation P', 'verdict']
+BRIEF = ['experiment', 'arms', 'published', 'ours', 'change [95 %]', 'P (Holm)', 'verdict']
 ONE_ARM = 'one arm: nothing to compare it with'
+WIDTH = 100  # columns of a table on a terminal
 
 
 # --- the words of a row of compare.gaps ---
 
-def title(row):
-    "Returns the experiment, its metric and set where they are not the usual ones, and the precision and data of its runs."
+def titles(rows):
+    "Returns a title for each row: the experiment, and of its set what tells it from the others of that experiment."
+    found = {}  # (experiment, column of SET): its values, in rows with runs
+    for row in rows:
+        for name in SET:
+            if row['precision'] is not None: found.setdefault((row['experiment'], name), set()).add(row[name])
+    return [_title(row, {name for name in SET if len(found.get((row['experiment'], name), ())) > 1}) for row in rows]
+
+
+def _title(row, differing):
     words = [row['experiment'] + (' (best epoch)' if row['metric'] == 'max' else '')]
-    if not row['planned']: words += [f'split {row["split"]}', f'archive {row["source"]}']
-    if row['precision'] is not None: words.append(f'{row["precision"]}, data {row["data_fingerprint"]}')
-    dataset = next(iter(EXPERIMENTS[row['experiment']].arms.values())).dataset
-    if not is_whole(dataset, row): words.append(f'{int(row["n_train"]):,} + {int(row["n_val"]):,} images')
+    if not row['planned']: words.append(f'split {row["split"]}')
+    if row['verdict']['verdict'] == NO_VERDICT or 'source' in differing: words.append(f'archive {row["source"]}')
+    if 'precision' in differing and row['precision']: words.append(row['precision'])
+    if 'data_fingerprint' in differing and row['data_fingerprint']: words.append(f'data {row["data_fingerprint"]}')
+    if not is_whole(row['dataset'], row): words.append(f'{int(row["n_train"]):,} + {int(row["n_val"]):,} images')
     return ', '.join(words)
 
 
+def arms(row): return f'{row["base"]} → {row["arm"]}'
+
+
 def percent(arm):
-    "Returns '62.31 ± 1.2 (12)' of mean, sd and n, fractions: in brackets the runs, with those that did not end ok."
-    counts = dict(diverged=arm.get('diverged'), unfinished=arm.get('other'))
-    bad = ''.join(f', {n} {word}' for word, n in counts.items() if n)
-    if pd.isna(arm['mean']): return f'– (0{bad})' if bad else '–'
-    mean = f'{100 * arm["mean"]:.2f}'.removesuffix('0')
+    """Returns '62.31 ± 1.2 (12)' of mean, sd and n, fractions.
+
+    In brackets are the runs, '10 of 14' where not all count, and how many did not end ok.
+    """
+    notes = _notes(arm)
+    if pd.isna(arm['mean']): return '–' if len(notes) == 1 else f'– ({", ".join(notes)})'
     spread = '' if pd.isna(arm['sd']) else f' ± {100 * arm["sd"]:.1f}'
-    n = '?' if pd.isna(arm['n']) else int(arm['n'])
-    return f'{mean}{spread} ({n}{bad})'
+    return f'{mean(arm)}{spread} ({", ".join(notes)})'
+
+
+def _notes(arm):
+    "Returns ['10 of 14', '1 diverged']: how many runs of an arm count, and how many did not end ok."
+    ends = dict(diverged=arm.get('diverged'), unfinished=arm.get('other'))
+    return [_count(arm)] + [f'{n} {word}' for word, n in ends.items() if n]
+
+
+def mean(arm):
+    "Returns '62.31' of the mean of an arm, a fraction."
+    return '–' if pd.isna(arm['mean']) else f'{100 * arm["mean"]:.2f}'.removesuffix('0')
+
+
+def _count(arm):
+    "Returns '12', the runs of an arm; '10 of 14' where not all count, '?' where their number is not published."
+    if pd.isna(arm['n']): return '?'
+    total = arm.get('n_ok', arm['n'])
+    return f'{arm["n"]:.0f}' if arm['n'] == total else f'{arm["n"]:.0f} of {total:.0f}'
+
+
+def both(whose):
+    "Returns '62.3 → 65.2 (12, 12)' of base and arm, published or ours; '–' where neither has runs."
+    sides = [whose[side] for side in SIDES]
+    notes = [_notes(side) for side in sides]
+    if all(pd.isna(side['mean']) for side in sides) and max(map(len, notes)) == 1: return '–'
+    between = ', ' if max(map(len, notes)) == 1 else '; '
+    return f'{" → ".join(map(mean, sides))} ({between.join(map(", ".join, notes))})'
 
 
 def change(test):
-    "Returns '+2.9 [1.1, 4.7]' in points, of difference, low and high; '' where there is no difference."
+    """Returns '+2.9 [1.1, 4.7]' in points, of difference, low and high; '' where there is no difference.
+
+    There are two decimals where an end of the interval is within 0.1 points of 0.
+    """
     if pd.isna(test['difference']): return ''
-    points = f'{100 * test["difference"]:+.1f}'
+    points = f'{100 * test["difference"]:+.{_decimals(test)}f}'
     return points if pd.isna(test['low']) else f'{points} {interval(test)}'
 
 
 def interval(test):
     "Returns '[1.1, 4.7]' in points, of low and high."
-    return f'[{100 * test["low"]:.1f}, {100 * test["high"]:.1f}]'
+    decimals = _decimals(test)
+    return f'[{100 * test["low"]:.{decimals}f}, {100 * test["high"]:.{decimals}f}]'
+
+
+def _decimals(test): return 2 if min(abs(test['low']), abs(test['high'])) < 0.001 else 1
+
+
+def published(row):
+    "Returns the published change, with a word where the recipe of its numbers is assumed."
+    recipe = ', assumed recipe' if row['published']['recipe'] == 'assumed' else ''
+    words = change(row['published']['difference'])
+    return words and words + recipe
+
+
+METHODS = {stats.PAIRED: 'paired t', stats.MODEL: 'seed + arm', stats.UNPAIRED: 'Welch'}
+
+
+def method(test):
+    "Returns the name of the test, with the seeds that the arms share where it uses them; '' without a test."
+    if pd.isna(test['p']): return ''
+    return METHODS[test['method']] + (f', {test["n_pairs"]} seeds' if test['n_pairs'] else '')
+
+
+def changes(row):
+    """Returns the change of a row, then what other analyses of the same runs say, in short texts.
+
+    There is more than one only where not all runs were made alike, see compare.gaps.
+    """
+    test, others = row['difference'], row['sensitivity']
+    words = [change(test)]
+    if test['runs'] != 'all': words[0] += f' ({test["n_pairs"]} like pairs)'
+    elif others['mixed'] and not others['alike']['n_base']: words.append('no like pairs')
+    names = dict(alike='like pairs', steps='one kind of step', all='all runs')
+    for key, name in names.items():
+        n_base, n_arm = others[key]['n_base'], others[key]['n_arm']
+        if not n_base or not n_arm: continue
+        runs = f'{n_base} {name}' if key == 'alike' else f'{name}, {n_base} and {n_arm}'
+        words.append(f'{runs}: {change(others[key])}')
+    return words
 
 
 def verdict(row):
-    "Returns the verdict in words, with its half-width where nothing is claimed, and how many runs there are so far."
+    """Returns the verdict in words.
+
+    In brackets are its reason where it is not the usual one, the half-width where nothing is claimed, and how many runs
+    there are so far. Where runs diverged, the verdict with these at chance follows.
+    """
     found = row['verdict']
-    if found['verdict'] == NO_RUNS: return NO_RUNS
-    if found['verdict'] == NO_VERDICT: return f'{NO_VERDICT}: {found["reason"]}'
-    notes = []
-    half_width = found['half_width'] if np.isnan(found['claim']) else np.nan
-    if not np.isnan(half_width): notes.append(f'± {100 * half_width:.1f} points')
-    if 0 < found['n_runs'] < found['n_wanted']: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
-    return f'{found["verdict"]} ({", ".join(notes)})' if notes else found['verdict']
+    if found['verdict'] in (NO_RUNS, NO_VERDICT):
+        return f'{found["verdict"]}: {found["reason"]}' if found['reason'] else found['verdict']
+    notes = [found['reason']] if found['reason'] else []
+    claimed, half_width = not np.isnan(found['claim']), found['half_width']
+    if claimed and row['published']['recipe'] == 'assumed': notes.append('assumed recipe')
+    if not claimed and not np.isnan(half_width): notes.append(f'± {100 * half_width:.1f} points')
+    if found['n_runs'] < found['n_wanted']: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
+    words = f'{found["verdict"]} ({", ".join(notes)})' if notes else found['verdict']
+    return f'{words}; with the diverged runs at chance: {found["at_chance"]}' if found['at_chance'] else words
 
 
-def cells(row):
-    "Returns a row of `gaps` as the texts under HEAD."
-    published, ours, test = row['published'], row['ours'], row['difference']
-    p = '' if np.isnan(test['p']) else f'{test["p"]:.2g} ({test["holm_p"]:.2g})'
-    return [title(row), f'{row["base"]} → {row["arm"]}', percent(published['base']), percent(published['arm']),
-            change(published['difference']), percent(ours['base']), percent(ours['arm']), change(test), p, verdict(row)]
+def holm(row):
+    "Returns '0.041 (0.12)', P and Holm's P; '' without a test."
+    test = row['difference']
+    return '' if np.isnan(test['p']) else f'{test["p"]:.2g} ({test["holm_p"]:.2g})'
 
 
 # --- tables ---
 
 def markdown(rows):
     "Returns `gaps` as a Markdown table, in percent: mean ± standard deviation (runs), change with its 95 % interval."
-    lines = [HEAD, ['---', '---'] + ['---:'] * 7 + ['---'], *(cells(row) for row in rows)]
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    return _markdown(HEAD, [_cells(row, title) for row, title in zip(rows, titles(rows))], numbers=range(2, 11))
+
+
+def _cells(row, title):
+    "Returns a row as the texts under HEAD."
+    said, ours, test = row['published'], row['ours'], row['difference']
+    permutation_p = '' if np.isnan(test['permutation_p']) else f'{test["permutation_p"]:.2g}'
+    return [title, arms(row), percent(said['base']), percent(said['arm']), published(row), percent(ours['base']),
+            percent(ours['arm']), '<br>'.join(changes(row)), method(test), holm(row), permutation_p, verdict(row)]
+
+
+def brief_markdown(rows):
+    "Returns `gaps` as a Markdown table of few columns, for a page that is read."
+    return _markdown(BRIEF, [_brief_cells(row, title) for row, title in zip(rows, titles(rows))], numbers=range(2, 6))
+
+
+def _brief_cells(row, title):
+    "Returns a row as the texts under BRIEF."
+    said = both(row['published'])
+    words = ', '.join([said, published(row)]) if published(row) else said
+    return [title, arms(row), words, both(row['ours']), '<br>'.join(changes(row)), holm(row), verdict(row)]
 
 
 def plain_markdown(frame):
     "Returns a frame of texts as a Markdown table."
-    lines = [frame.columns, ['---'] * frame.shape[1], *frame.to_numpy()]
-    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+    return _markdown(frame.columns, frame.to_numpy())
 
 
-def text(rows, indent=0):
-    "Returns `gaps` for a terminal: two lines a row, the second with the tests."
+def _markdown(head, lines, numbers=()):
+    rule = ['---:' if i in numbers else '---' for i in range(len(head))]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in [head, rule, *lines])
+
+
+def text(rows, details=False, indent=0):
+    "Returns `gaps` as tables for a terminal, at most WIDTH columns wide; `details` adds the tests of each row."
+    if not rows: return ' ' * indent + ONE_ARM
+    groups = {}  # title: its rows
+    for row, title in zip(rows, titles(rows)): groups.setdefault(title, []).append(row)
     lines = []
-    for row in rows:
-        name, arms, *said, theirs, base, arm, ours, _, words = cells(row)
-        published = '–' if set(said) == {'–'} else f'{theirs or "–"}: {" → ".join(said)}'
-        lines.append(f'{name}  {arms}: {words}; published {published}; ours {ours or "–"}: {base} → {arm}')
-        if not np.isnan(row['difference']['p']): lines.append('    ' + ', '.join(_tests(row)))
-    return '\n'.join(' ' * indent + line for line in lines or [ONE_ARM])
+    for title, group in groups.items():
+        lines += [title, *_table(group, WIDTH - indent)]
+        tests = [f'{arms(row)}: {", ".join(_tests(row))}' for row in group if not np.isnan(row['difference']['p'])]
+        if details: lines += [line for words in tests for line in wrap(words, WIDTH - indent, subsequent_indent='    ')]
+    return '\n'.join(' ' * indent + line for line in lines)
+
+
+def _table(rows, width):
+    "Returns the lines of a table of rows that have one title."
+    table = Table(*BRIEF[1:], box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style='')
+    for row in rows: table.add_row(*(cell.replace('<br>', '\n') for cell in _brief_cells(row, '')[1:]))
+    console = Console(width=width, file=StringIO(), markup=False, color_system=None)
+    console.print(table)
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
 def _tests(row):
     "Returns what the tests of a row say, in short texts."
     test, welch = row['difference'], row['welch']
-    where = f'in {test["beats"]:.0%} of the pairs of runs'
-    if test['paired']: where = f'at {test["better_seeds"]:.0%} of the seeds and {where}'
-    lines = [f'paired by seed, better {where}' if test['paired'] else f'better {where}',
-             f'P = {test["p"]:.2g} (Holm {test["holm_p"]:.2g})',
-             f'permutation P = {test["permutation_p"]:.2g}',
-             f'Hedges g = {test["g"]:.2f}']
-    if test['paired']: lines.append(f'Welch {interval(welch)}, P = {welch["p"]:.2g}')
-    if not np.isnan(row['images']['low']): lines.append(f'over runs and images {interval(row["images"])}')
+    better = f'in {test["beats"]:.0%} of all pairs of runs'
+    if test['n_pairs']: better = f'at {test["better_seeds"]:.0%} of {test["n_pairs"]} seeds and {better}'
+    words = [method(test), f'better {better}', f'P = {test["p"]:.2g} (Holm {test["holm_p"]:.2g})',
+             f'permutation P = {test["permutation_p"]:.2g}', f'Hedges g = {test["g"]:.2f}']
+    if test['method'] != stats.UNPAIRED: words.append(f'Welch {interval(welch)}, P = {welch["p"]:.2g}')
+    if not np.isnan(row['images']['low']): words.append(f'over runs and images {interval(row["images"])}')
     shares = [row['ours'][side]['images_share'] for side in SIDES]
     shares = [f'{share:.0%}' for share in shares if not np.isnan(share)]
-    if shares: lines.append(f"the validation images' share of the variance: {', '.join(shares)}")
-    return lines
+    if shares: words.append(f"the validation images' share of the variance: {', '.join(shares)}")
+    return words
 
 
 def frame(rows):
@@ -128,38 +251,52 @@ def _flat(nested, path=()):
 
 # --- how many runs it takes ---
 
+LEAST = 0.001  # of smaller differences, a tenth of a point, no plan is made
+
+
 def plan(rows):
     """Returns how many runs of each arm the published difference and the one seen so far need, a line a row.
 
-    They need them at the spread seen so far, else at the published one, else at that of single runs that were published
-    with the same settings. The rows are those of the planned sets, or all where none is planned: with --split v2, say.
+    They need them at the spread seen so far, else at the published one, else at that of single runs that were
+    published with the same settings. Where seeds are shared, it is the spread of the differences at a seed. The rows
+    are those of the planned sets, or all where none is planned: with --split v2, say.
     """
     if not rows: return ONE_ARM
     singles, planned = load_published_runs(), [row for row in rows if row['planned']]
-    return '\n'.join(_plan(row, singles) for row in planned or rows)
+    rows = planned or rows
+    return '\n'.join(f'{title}  {arms(row)}: {_plan(row, singles)}' for row, title in zip(rows, titles(rows)))
 
 
 def _plan(row, singles):
-    whose, sd = _spread(row, singles)
-    differences = dict(published=row['published']['difference']['difference'], seen=row['difference']['difference'])
-    needs = [f'{words} {100 * d:+.1f} needs {stats.runs_needed(d, sd):,.0f}' for words, d in differences.items()
-             if abs(d) > 0 and sd > 0]
-    words = f'{", ".join(needs)} runs an arm, unpaired, at sd {100 * sd:.1f} ({whose}), 80 % power'
-    name = row['experiment'] if row['planned'] else title(row)
-    have = f'have {row["ours"]["base"]["n"]} and {row["ours"]["arm"]["n"]}'
-    return f'{name}  {row["arm"]} - {row["base"]}: {words if needs else "no spread or no difference yet"}; {have}'
+    have = f'have {row["ours"]["base"]["n_ok"]} and {row["ours"]["arm"]["n_ok"]}'
+    whose, sd, paired = _spread(row, singles)
+    differences = dict(published=row['published']['difference'], seen=row['difference'])
+    needs = [need for need in (_need(name, test, sd, paired) for name, test in differences.items()) if need]
+    if not needs: return f'no spread or no difference yet; {have}'
+    how = f'{"paired" if paired else "unpaired"}, at sd {100 * sd:.1f} ({whose}), 80 % power'
+    return f'{", ".join(needs)}; {how}; {have}'
+
+
+def _need(name, test, sd, paired):
+    "Returns how many runs an arm a difference needs, in words; '' where it is not known or the spread is not."
+    d = test['difference']
+    if pd.isna(d) or not sd > 0: return ''
+    if name == 'published' and test['low'] <= 0 <= test['high']: return f'published {100 * d:+.1f} is no claim'
+    if abs(d) < LEAST: return f'{name} {100 * d:+.1f} is too small to plan for'
+    return f'{name} {100 * d:+.1f} needs {stats.runs_needed(d, sd, paired):,} runs an arm'
 
 
 def _spread(row, singles):
-    "Returns (whose it is, the sd that a plan is made with); (None, nan) where none is known."
+    "Returns (whose it is, the sd that a plan is made with, whether it is that of pairs); the sd is nan without any."
+    if row['difference']['pair_sd'] > 0: return 'of the differences at a seed', row['difference']['pair_sd'], True
     spreads = {whose: [row[whose][side]['sd'] for side in SIDES] for whose in ('ours', 'published')}
     if not np.isnan(row['published']['difference']['difference']):
-        arms = EXPERIMENTS[row['experiment']].arms
-        spreads['single runs published'] = [single_runs_sd(arms[row[side]], singles) for side in SIDES]
+        exp_arms = EXPERIMENTS[row['experiment']].arms
+        spreads['single runs published'] = [single_runs_sd(exp_arms[row[side]], singles) for side in SIDES]
     for whose, sds in spreads.items():
         sd = _pooled(sds)
-        if sd > 0: return whose, sd
-    return None, float('nan')
+        if sd > 0: return whose, sd, False
+    return None, float('nan'), False
 
 
 def _pooled(sds):

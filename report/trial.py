@@ -150,14 +150,14 @@ def arms_table(plan, runs):
 
 def of_arms(plan, runs):
     "Returns {arm: those of its runs that count}."
-    recipes = compare.by_recipe(runs_of(plan, runs))
+    recipes = runlog.by_setting(runs_of(plan, runs), compare.RECIPE)
     return {arm: recipes.get(compare.recipe(cfg), runs[:0]) for arm, cfg in experiment(plan).arms.items()}
 
 
 def accuracy(runs):
     "Returns the mean of the runs of an arm and their spread, in words."
     bad = dict(diverged=(runs.status == 'diverged').sum(), other=(~runs.status.isin(runlog.DONE)).sum())
-    return tables.percent(stats.summary(compare.values(runs, 'last')[0]) | bad)
+    return tables.percent(stats.summary(list(compare.accuracies(runs).values())) | bad)
 
 
 def known(plan, runs):
@@ -190,8 +190,8 @@ Parameters and multiply-adds (of products and convolutions, in a forward pass) a
 step is forward, loss, backward and optimizer on one batch of random numbers, the arms in turn, the median of several; \
 its memory is the peak of the tensors that it allocates.
 
-Intervals are of 95 %: of the paired differences where all seeds of both arms match, else Welch's. The verdict follows \
-the rule of [results/README.md](../README.md#how-a-verdict-is-reached). P values are of {n_pairs} comparisons, in \
+Intervals are of 95 %, with the pairs of runs of one seed, as [results/README.md](../README.md#how-a-verdict-is-reached) \
+says; so is the rule of the verdict. P values are of {n_pairs} comparisons, in \
 brackets after Holm's correction. The runs are {n_runs} rows of `runs.csv`, on {devices}."""
 
 

@@ -59,11 +59,12 @@ def parse(argv):
 
 
 def listing(results):
-    "Every experiment, and a line or two for each of its gaps."
-    gaps = compare.gaps(EXPERIMENTS, runlog.load(results / 'runs.csv'), load_published(), results)
+    "Prints every experiment and the table of its comparisons."
+    runs = runlog.load(results / 'runs.csv')
+    gaps, recipes = compare.gaps(EXPERIMENTS, runs, load_published(), results), compare.by_recipe(runs)
     for name, exp in EXPERIMENTS.items():
         rows = [row for row in gaps if row['experiment'] == name]
-        counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in compare.done(exp, rows).items())
+        counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in compare.done(exp, runs, recipes).items())
         print(f'{name:24}{exp.claim}; runs done / wanted: {counts}')
         print(tables.text(rows, indent=4))
 
@@ -86,7 +87,7 @@ def work(argv):
         if args.until:
             metric = so_far()[0]['metric']
             runs.until(lambda found: compare.known_to(args.until, exp.pairs(), found, metric), args.seed0)
-    finally: print(tables.text(so_far()), flush=True)
+    finally: print(tables.text(so_far(), details=True), flush=True)
     if runs.failed: print(f'reproduce.py: {runs.failed} runs failed', file=sys.stderr)
     return int(runs.failed > 0)
 

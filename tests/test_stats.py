@@ -4,10 +4,11 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.stats as st
+import statsmodels.formula.api as smf
 from conftest import REPO
 from statsmodels.stats.meta_analysis import effectsize_smd
 from statsmodels.stats.multitest import multipletests
-from statsmodels.stats.power import TTestIndPower
+from statsmodels.stats.power import TTestIndPower, TTestPower
 from statsmodels.stats.weightstats import CompareMeans, DescrStatsW
 
 from report import stats
@@ -45,6 +46,20 @@ def test_summary(values):
     bca = st.bootstrap((values,), np.mean, n_resamples=20_000, rng=1, method='BCa').confidence_interval  # other draws, unsorted
     assert (s['bca_low'], s['bca_high']) == pytest.approx(bca, abs=0.05 * (bca.high - bca.low))
     assert stats.summary(values[::-1]) == s
+
+
+def test_four_values_have_a_bootstrap_interval_within_them_and_three_have_none():
+    "The smallest alone makes a resample of 3 in 1 of 27 cases, more than 2.5 %, of 4 in 1 of 256."
+    three, four = stats.summary([0.5, 0.6, 0.7]), stats.summary([0.5, 0.6, 0.7, 0.75])
+    assert isnan(three['bca_low']) and isnan(three['bca_high']) and three['low'] < 0.5
+    assert four['min'] < four['bca_low'] < four['mean'] < four['bca_high'] < four['max']
+
+
+@pytest.mark.filterwarnings('error')
+def test_what_is_not_a_number_is_not_without_spread():
+    s = stats.summary([0.6, NAN, 0.7])
+    assert s['n'] == 3 and isnan(s['mean']) and isnan(s['sd']) and isnan(s['low'])
+    assert isnan(stats.compare([0.6, NAN], [0.7, 0.8])['p']) and isnan(stats.compare_paired([0.6, NAN], [0.7, 0.8])['p'])
 
 
 @pytest.mark.parametrize('values, known', [
@@ -137,8 +152,21 @@ def test_compare_paired(n):
     ([0.1] * 3, [0.3] * 3, dict(difference=0.2, permutation_p=0.1, beats=1)), ([0.1] * 3, [NAN] * 3, {}),
 ])
 @pytest.mark.filterwarnings('error')
-def test_arms_too_few_or_without_spread_have_no_interval(a, b, known):
+def test_arms_too_few_have_no_interval(a, b, known):
     assert {k: v for k, v in stats.compare(a, b).items() if not isnan(v)} == pytest.approx(known)
+
+
+@pytest.mark.filterwarnings('error')
+def test_arms_without_spread_are_told_apart_by_the_permutation_test():
+    "Four runs against four that are wholly apart: 2 of the 70 splits are as far."
+    c = stats.compare([0.1] * 4, [0.3] * 4)
+    p = st.permutation_test(([0.1] * 4, [0.3] * 4), farthest, vectorized=True, alternative='greater', n_resamples=np.inf).pvalue
+    assert (c['low'], c['high'], c['p']) == pytest.approx((0.2, 0.2, 2 / 70)) and p == pytest.approx(2 / 70)
+    equal = stats.compare([0.1] * 4, [0.1] * 4)
+    assert (equal['low'], equal['high'], equal['p']) == (0, 0, 1)
+    assert isnan(stats.compare([0.1] * 3, [0.3] * 3)['p'])  # 2 of 20 splits: no outcome could be below 5 %
+    assert stats.compare_paired([0.50] * 3 + [0.60] * 3, [0.52] * 3 + [0.62] * 3)['p'] == pytest.approx(2 / 64)
+    assert isnan(stats.compare_paired([0.50] * 3 + [0.60] * 2, [0.52] * 3 + [0.62] * 2)['p'])  # 2 of 32
 
 
 @pytest.mark.filterwarnings('error')
@@ -151,11 +179,153 @@ def test_what_was_not_published_is_nan():
     assert isnan(stats.compare_paired([0.60, 0.62], [0.62, 0.64])['low'])  # equal differences, but for rounding
 
 
+# --- arms that share some seeds ---
+
+def arms_of(n_shared, only_a, only_b, correlation, rng, sds=(1, 1), shift=0.):
+    "Returns two arms {seed: value} of normal data that share seeds."
+    seed_effects = rng.normal(size=n_shared + only_a + only_b)
+    def values(seeds, sd, mean):
+        rest = rng.normal(size=len(seeds))
+        found = mean + sd * (correlation**0.5 * seed_effects[seeds] + (1 - correlation)**0.5 * rest)
+        return dict(zip(map(int, seeds), found))
+    everything = np.arange(len(seed_effects))
+    return (values(everything[:n_shared + only_a], sds[0], 0.),
+            values(np.delete(everything, slice(n_shared, n_shared + only_a)), sds[1], shift))
+
+
+def long_frame(a, b):
+    "Returns columns seed, arm and y."
+    return pd.DataFrame([(seed, k, y) for k, arm in enumerate((a, b)) for seed, y in arm.items()], columns=['seed', 'arm', 'y'])
+
+
+def parts(a, b):
+    "Returns what compare_blocks takes."
+    shared = sorted(a.keys() & b.keys())
+    return ([a[s] for s in shared], [b[s] for s in shared], [a[s] for s in a if s not in b], [b[s] for s in b if s not in a])
+
+
+@pytest.mark.parametrize('design', [(6, 8, 0), (10, 4, 4), (6, 2, 5)])
+def test_blocks_are_the_mixed_model_of_statsmodels(design):
+    "The estimate is that of MixedLM; the standard error is a little above that of its variance components taken as known."
+    met = 0
+    for number in range(4):
+        a, b = arms_of(*design, 0.8, np.random.default_rng(number), shift=0.7)
+        found = stats.compare_blocks(*parts(a, b))
+        frame = long_frame(a, b)
+        fit = smf.mixedlm('y ~ arm', frame, groups='seed').fit(reml=True)
+        if not fit.converged or fit.cov_re.iloc[0, 0] < 1e-2: continue  # statsmodels has no negative correlation
+        met += 1
+        assert found['difference'] == pytest.approx(fit.params['arm'], abs=2e-3)
+        of_seed = fit.cov_re.iloc[0, 0] * np.equal.outer(frame.seed.to_numpy(), frame.seed.to_numpy())
+        x = np.column_stack([np.ones(len(frame)), frame.arm])
+        known = np.linalg.inv(x.T @ np.linalg.solve(of_seed + fit.scale * np.eye(len(frame)), x))[1, 1]**0.5
+        error = (found['high'] - found['low']) / 2 / st.t.ppf(0.975, dense_kenward_roger(a, b)[2])
+        assert 0.999 < error / known < 1.2
+    assert met >= 2
+
+
+def dense_kenward_roger(a, b):
+    "Returns (difference, adjusted standard error, df) of Kenward and Roger's formulas with whole matrices, seeds as blocks."
+    frame = long_frame(a, b)
+    y, x = frame.y.to_numpy(), np.column_stack([frame.arm == 0, frame.arm == 1]).astype(float)
+    kernels = [np.eye(len(y)), np.equal.outer(frame.seed.to_numpy(), frame.seed.to_numpy()).astype(float)]
+
+    def misfit(share):
+        v = kernels[0] + share * kernels[1]
+        inverse = np.linalg.inv(v)
+        phi = np.linalg.inv(x.T @ inverse @ x)
+        p = inverse - inverse @ x @ phi @ x.T @ inverse
+        return ((len(y) - 2) * np.log(y @ p @ y) + np.linalg.slogdet(v)[1] - np.linalg.slogdet(phi)[1]), p, phi, inverse
+    grid = np.concatenate([np.linspace(-0.499, 1, 200), np.geomspace(1.01, 1e4, 200)])
+    for _ in range(3):  # finer and finer
+        best = min(range(len(grid)), key=lambda i: misfit(grid[i])[0])
+        share, grid = grid[best], np.linspace(grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)], 50)
+    _, p, phi, inverse = misfit(share)
+    scale = y @ p @ y / (len(y) - 2)
+    p, phi, inverse = p / scale, phi * scale, inverse / scale
+    slopes = [-x.T @ inverse @ k @ inverse @ x for k in kernels]
+    seconds = [[x.T @ inverse @ k @ inverse @ other @ inverse @ x for other in kernels] for k in kernels]
+    w = np.linalg.inv([[np.trace(p @ k @ p @ other) / 2 for other in kernels] for k in kernels])
+    surplus = sum(w[i, j] * (seconds[i][j] - slopes[i] @ phi @ slopes[j]) for i in (0, 1) for j in (0, 1))
+    contrast = np.array([-1, 1])
+    gradient = np.array([contrast @ phi @ slope @ phi @ contrast for slope in slopes])
+    variance = contrast @ phi @ contrast
+    adjusted = contrast @ (phi + 2 * phi @ surplus @ phi) @ contrast
+    return contrast @ phi @ x.T @ inverse @ y, adjusted**0.5, 2 * variance**2 / (gradient @ w @ gradient)
+
+
+@pytest.mark.parametrize('design, correlation', [((6, 8, 0), 0.5), ((6, 2, 5), 0), ((3, 3, 1), 0.8)])
+def test_blocks_have_the_interval_of_kenward_and_roger(design, correlation):
+    a, b = arms_of(*design, correlation, np.random.default_rng(5))
+    found, (difference, error, df) = stats.compare_blocks(*parts(a, b)), dense_kenward_roger(a, b)
+    half = st.t.ppf(0.975, df) * error
+    assert (found['difference'], found['low'], found['high']) == pytest.approx((difference, difference - half, difference + half), abs=3e-3)
+    assert found['p'] == pytest.approx(2 * st.t.sf(abs(difference) / error, df), abs=1e-3)
+
+
+@pytest.mark.parametrize('n, correlation', [(4, 0.8), (10, 0.), (12, 0.5)])
+def test_blocks_of_pairs_alone_are_the_paired_t_test(n, correlation):
+    "So is the model with seeds and arms as fixed effects, by least squares."
+    a, b = arms_of(n, 0, 0, correlation, np.random.default_rng(3), shift=1)
+    ref = st.ttest_rel(list(b.values()), list(a.values()))
+    found = stats.compare_blocks(*parts(a, b))
+    assert (found['difference'], found['p']) == pytest.approx((np.mean(list(b.values())) - np.mean(list(a.values())), ref.pvalue))
+    assert (found['low'], found['high']) == pytest.approx(ref.confidence_interval())
+    ols = smf.ols('y ~ arm + C(seed)', long_frame(a, b)).fit()
+    assert (ols.params['arm'], ols.pvalues['arm']) == pytest.approx((found['difference'], found['p']))
+    row = stats.compare_by_seed(a, b)
+    assert row['method'] == stats.PAIRED and (row['low'], row['p']) == pytest.approx((found['low'], found['p']))
+
+
+def test_seeds_that_are_shared_choose_the_method():
+    rng = np.random.default_rng(2)
+    a, b = arms_of(6, 8, 0, 0.5, rng)
+    row = stats.compare_by_seed(a, b)
+    assert (row['method'], row['n_pairs']) == (stats.MODEL, 6)
+    assert row.items() >= stats.compare_blocks(*parts(a, b)).items()
+    pairs = [list(side) for side in zip(*((a[s], b[s]) for s in b))]
+    paired = stats.compare_paired(*pairs)
+    assert (row['permutation_p'], row['better_seeds'], row['pair_sd']) == (paired['permutation_p'], paired['beats'], paired['sd'])
+    few, apart = {s: b[s] for s in list(b)[:2]} | {99: 0.3}, {s + 100: y for s, y in b.items()}
+    for other in (few, apart):
+        row = stats.compare_by_seed(a, other)
+        ref = st.ttest_ind(list(other.values()), list(a.values()), equal_var=False)
+        assert (row['method'], row['n_pairs']) == (stats.UNPAIRED, 0) and row['p'] == pytest.approx(ref.pvalue)
+    shuffled = dict(sorted(a.items(), key=lambda item: item[1]))
+    assert stats.compare_by_seed(shuffled, b) == stats.compare_by_seed(a, b)
+
+
+def test_equal_differences_leave_the_pairs_alone():
+    "The model could not tell how much of the spread is that of the seeds."
+    a = dict(enumerate([0.5, 0.6, 0.7, 0.65]))
+    row = stats.compare_by_seed(a, {seed: a[seed] + 0.1 for seed in (0, 1, 2)})
+    assert (row['method'], row['n_pairs'], row['difference']) == (stats.PAIRED, 3, pytest.approx(0.1)) and isnan(row['p'])
+
+
+@pytest.mark.slow(4)
+@pytest.mark.parametrize('design, correlation, least', [((6, 8, 0), 0., 0.93), ((6, 8, 0), 0.7, 0.93), ((10, 4, 4), 0.5, 0.935),
+                                                        ((3, 6, 6), 0.5, 0.91)])
+def test_blocks_cover_the_difference(design, correlation, least):
+    "Where the seeds matter, in less width than Welch's interval."
+    rng, holds, width, welch = np.random.default_rng(0), [], [], []
+    for _ in range(600):
+        a, b = arms_of(*design, correlation, rng)
+        found = stats.compare_blocks(*parts(a, b))
+        interval = st.ttest_ind(list(b.values()), list(a.values()), equal_var=False).confidence_interval()
+        holds.append(found['low'] <= 0 <= found['high'])
+        width.append(found['high'] - found['low'])
+        welch.append(interval.high - interval.low)
+    assert np.mean(holds) >= least
+    assert np.mean(width) < (0.8 if correlation == 0.7 else 1.1) * np.mean(welch)
+
+
 def test_holm():
     ps = [0.01, NAN, 0.04, 0.03, 0.005, 0.6]
     ref = multipletests([p for p in ps if not isnan(p)], method='holm')[1]
     assert stats.holm(ps).tolist() == pytest.approx([ref[0], NAN, *ref[1:]], nan_ok=True)
     assert stats.holm([]).size == 0 and np.isnan(stats.holm([NAN])).all()
+    of_eight = multipletests([0.01, 0.04, 0.03, 0.005, 0.6, 1, 1, 1], method='holm')[1]  # three that have no P yet
+    assert stats.holm([0.01, NAN, 0.04, 0.03, 0.005, 0.6], 8).tolist() == pytest.approx([of_eight[0], NAN, *of_eight[1:5]], nan_ok=True)
 
 
 # --- words ---
@@ -167,7 +337,7 @@ def test_holm():
     (NAN, NAN, 'too few runs to say'),
 ])
 def test_verdict_beside_a_claim_of_2(low, high, words):
-    assert stats.verdict(low, high, 2) == words and stats.verdict(-high, -low, -2) == words
+    assert stats.verdict(low, high, 0.01, 2) == words and stats.verdict(-high, -low, 0.01, -2) == words
 
 
 @pytest.mark.parametrize('low, high, words', [
@@ -175,14 +345,27 @@ def test_verdict_beside_a_claim_of_2(low, high, words):
     (-0.002, 0.012, 'too few runs to say'), (0, 0.03, 'too few runs to say'), (NAN, NAN, 'too few runs to say'),
 ])
 def test_verdict_without_a_claim(low, high, words):
-    assert stats.verdict(low, high) == words and stats.verdict(low, high, 0.) == words
+    assert stats.verdict(low, high, 0.01) == words and stats.verdict(low, high, 0.01, 0.) == words
+
+
+@pytest.mark.parametrize('low, high, claim', [(1, 3, 2), (0.5, 1, 2), (-2, -1, 2), (0.01, 0.02, NAN), (-0.004, -0.002, NAN)])
+def test_no_verdict_is_said_that_holm_does_not_allow(low, high, claim):
+    "An interval that excludes 0 by itself: neither that there is a difference, nor that there is none."
+    assert stats.verdict(low, high, 0.049, claim) != stats.TOO_FEW
+    for p in (0.05, 0.3, NAN): assert stats.verdict(low, high, p, claim) == stats.TOO_FEW
+    assert stats.fails_holm(low, high, 0.05) and not stats.fails_holm(low, high, 0.049)
+
+
+def test_an_interval_that_holds_0_needs_no_p_below_5_percent():
+    assert stats.verdict(-0.5, 1, 0.9, 2) == 'not seen' and stats.verdict(-0.005, 0.005, 0.9) == 'no difference seen'
+    assert not stats.fails_holm(-0.5, 1, 0.9)
 
 
 def test_readme_has_every_verdict_and_no_other():
     text = (REPO / 'results' / 'README.md').read_text().split('## How a verdict is reached')[1].split('\n## ')[0]
     said = {line.split('|')[3].strip() for line in text.splitlines() if line.startswith('|')} - {'the verdict', '---'}
     ends = [NAN, -3, -2, -1, -0.005, 0, 0.005, 1, 2, 3]
-    built = {stats.verdict(low, high, claim) for low in ends for high in ends for claim in (NAN, -2, 0, 2)
+    built = {stats.verdict(low, high, 0.01, claim) for low in ends for high in ends for claim in (NAN, -2, 0, 2)
              if not low > high}
     assert said == built
 
@@ -195,12 +378,21 @@ def test_readme_has_every_verdict_and_no_other():
 ])
 def test_runs_needed(difference, sd, power, alpha):
     n = TTestIndPower().solve_power(abs(difference) / sd, power=power, alpha=alpha)
-    assert stats.runs_needed(difference, sd, power, alpha) == ceil(n)
+    assert stats.runs_needed(difference, sd, power=power, alpha=alpha) == ceil(n)
+    pairs = TTestPower().solve_power(abs(difference) / sd, power=power, alpha=alpha)
+    assert stats.runs_needed(difference, sd, paired=True, power=power, alpha=alpha) == max(ceil(pairs), 2)
+
+
+@pytest.mark.parametrize('paired', [False, True])
+def test_runs_needed_falls_as_the_difference_grows(paired):
+    "The far tail of the noncentral t, which is not a number where it is next to nothing, once made it 82 runs at 4.5 sd."
+    needed = [stats.runs_needed(effect, 1, paired) for effect in (0.3, 0.5, 1, 2, 3, 4, 4.5, 5, 7, 10, 30, 1e3, 1e9)]
+    assert needed == sorted(needed, reverse=True) and needed[-1] == 2
 
 
 @pytest.mark.filterwarnings('error')
 def test_runs_needed_of_nothing_is_nan():
-    assert all(isnan(stats.runs_needed(*args)) for args in ((0, 0.02), (NAN, 0.02), (0.02, NAN), (0.02, 0)))
+    assert all(isnan(stats.runs_needed(*args)) for args in ((0, 0.02), (NAN, 0.02), (0.02, NAN), (0.02, 0), (0, 0), (2e-17, 0.02)))
     assert stats.runs_needed(1, 0.01) == 2
 
 
@@ -225,6 +417,22 @@ def test_stopping_at_a_width_keeps_the_coverage(n, sds):
     assert wide >= 0.947 and welch >= 0.93
 
 
+@pytest.mark.parametrize('n, correlation', [(8, 0.5), (13, 0.5), (20, 0.8), (40, 0.)])
+def test_stopping_at_a_width_of_pairs_keeps_the_coverage(n, correlation):
+    half_width, rng, most = 1.96 * (2 * (1 - correlation) / n)**0.5, np.random.default_rng(0), 150
+    effects = rng.normal(size=(4_000, most))
+    a, b = (correlation**0.5 * effects + (1 - correlation)**0.5 * rng.normal(size=effects.shape) for _ in range(2))
+    holds, paired, going = 0, 0, np.arange(len(a))
+    for n_pairs in range(10, most + 1):
+        done = stats.fixed_width_done(a[going, :n_pairs], b[going, :n_pairs], half_width, paired=True)
+        d = (b - a)[going[done], :n_pairs]
+        holds += (abs(d.mean(1)) <= half_width).sum()
+        paired += (st.ttest_1samp(d, 0, axis=1).pvalue > 0.05).sum() if done.any() else 0
+        going = going[~done]
+        if not going.size: break
+    assert not going.size and holds / len(a) >= 0.947 and paired / len(a) >= 0.93
+
+
 def test_stopping_without_a_least_n_covers_less():
     half_width = 1.96 * (2 / 8)**0.5
     assert stopped(half_width, n_min=2)[1] < stopped(half_width)[1] - 0.01
@@ -235,6 +443,9 @@ def test_fixed_width_done_needs_the_least_n_the_width_and_spread():
     half = np.diff(CompareMeans(DescrStatsW(a), DescrStatsW(a)).tconfint_diff(usevar='unequal'))[0] / 2 * (1 + 2 / 20)**0.5
     assert stats.fixed_width_done(a, a, half + 1e-9) and not stats.fixed_width_done(a, a, half - 1e-9)
     assert not stats.fixed_width_done(a, a[:9], 1) and stats.fixed_width_done(a, a[:9], 1, n_min=9)
+    b = a + np.resize([0.01, 0.02, 0.03], 20)
+    half = np.diff(st.ttest_rel(b, a).confidence_interval())[0] / 2 * (1 + 2 / 20)**0.5
+    assert stats.fixed_width_done(a, b, half + 1e-9, paired=True) and not stats.fixed_width_done(a, b, half - 1e-9, paired=True)
     assert not stats.fixed_width_done(a * 0, a * 0, 1) and not stats.fixed_width_done([], [], 1, n_min=0)
 
 
