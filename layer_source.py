@@ -153,7 +153,7 @@ def packed(attention, file):
 
 
 def unpacked(cfg, files, folder):
-    "Returns `cfg` with its layer from `files` (of `packed`), written to `folder`, unless its own file is here as it was."
+    "Returns `cfg` with its layer from `files` (of `packed`), written to `folder`; where its own file is here, as it is."
     if not files: return cfg
     try:
         if digest(cfg.attention, cfg.attention_file) == cfg.attention_source: return cfg

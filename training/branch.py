@@ -6,12 +6,12 @@ N_IMAGES = 8  # of a batch: enough for a ratio, and little to copy
 
 
 class Branch:
-    """Compares the output of each attention layer with its input on one batch of validation images.
+    """Compares the output of each attention layer with its input, on one batch of images (the first `n_images`).
 
-    `ratio()` is the root mean square of the change over that of the input, all layers together: of y = x + gamma b it is
-    the size of gamma b beside x. It is None where there is no layer, and after a batch of zeros.
+    A ratio is the root mean square of the change over that of the input: of y = x + gamma b it is the size of gamma b
+    beside x. It is None after a batch of zeros, and where there is no layer.
     """
-    def __init__(self): self.hooks, self.squares = [], []
+    def __init__(self, n_images=N_IMAGES): self.n_images, self.hooks, self.squares = n_images, [], []
 
     def watch(self, model):
         "Starts with the next batch."
@@ -21,11 +21,13 @@ class Branch:
             if not name.endswith('attention') or isinstance(module, nn.Identity): continue
             self.hooks += [module.register_forward_pre_hook(self.before), module.register_forward_hook(self.after)]
 
-    def before(self, module, inputs): self.x = inputs[0][:N_IMAGES].detach().clone()  # the layer may change it in place
+    def before(self, module, inputs):
+        self.x = inputs[0][:self.n_images].detach().clone()  # the layer may change it in place
 
     def after(self, module, inputs, y):
         x = self.x.float()
-        self.squares.append(torch.stack([(y[:N_IMAGES].detach().float() - x).square().sum(), x.square().sum()]))
+        change = y[:self.n_images].detach().float() - x
+        self.squares.append(torch.stack([change.square().sum(), x.square().sum()]))
 
     def stop(self):
         "Ends with this batch."
@@ -33,6 +35,14 @@ class Branch:
         self.hooks = []
 
     def ratio(self):
-        if not self.squares: return None
-        change, size = torch.stack(self.squares).sum(0).tolist()
-        return round((change / size)**0.5, 6) if size else None
+        "Returns the ratio of all layers together."
+        return _ratio(torch.stack(self.squares).sum(0)) if self.squares else None
+
+    def ratios(self):
+        "Returns the ratio of each layer, in the order of the network."
+        return [_ratio(squares) for squares in self.squares]
+
+
+def _ratio(squares):
+    change, size = squares.tolist()
+    return round((change / size)**0.5, 6) if size else None
