@@ -43,7 +43,7 @@ PROVENANCE = {
     'git_commit': str, 'git_dirty': int, 'data_fingerprint': str,
 }
 COLUMNS = {'run_id': str, 'status': str, 'started': str} | CONFIG | MEASURED | PROVENANCE
-CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds')
+CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds', 'branch_ratio')
 
 
 def new_run(results=RESULTS):
