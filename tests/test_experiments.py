@@ -1,8 +1,11 @@
 """EXPERIMENTS: what is compared, in which order it runs, and whether what an entry says is so."""
+import re
 import shlex
+import subprocess
 from dataclasses import replace
 
 import pytest
+from conftest import REPO
 
 import train_imagenette
 from experiments import EXPERIMENTS, Config, Experiment, attentions, planned_runs, resolve
@@ -95,3 +98,23 @@ def test_arms_take_turns_with_the_same_seeds():
     fewer = planned_runs(Experiment('', arms, {'none': 2, 'simple': 3, 'sagan': 1}))
     turns = [('none', 0), ('simple', 0), ('sagan', 0), ('none', 1), ('simple', 1), ('simple', 2)]
     assert [(arm, cfg.seed) for arm, cfg in fewer] == turns
+
+
+# --- the log ---
+
+LOG = (REPO / 'results' / 'LOG.md').read_text(encoding='utf-8')
+
+
+def test_the_log_has_the_newest_entry_first():
+    dates = re.findall(r'^## (\d{4}-\d{2}-\d{2})', LOG, re.MULTILINE)
+    assert dates and dates == sorted(dates, reverse=True)
+    assert len(dates) == len(re.findall(r'^## ', LOG, re.MULTILINE))
+
+
+def test_the_commits_that_the_log_names_are_there():
+    "In a clone with its whole history."
+    def git(*argv): return subprocess.run(['git', '-C', REPO, *argv], capture_output=True, text=True)
+    if git('rev-parse', '--is-shallow-repository').stdout.strip() != 'false': pytest.skip('not a whole clone')
+    named = set(re.findall(r'\b[0-9a-f]{7}\b', LOG))
+    assert len(named) > 10
+    for commit in named: assert git('merge-base', '--is-ancestor', commit, 'HEAD').returncode == 0, commit
