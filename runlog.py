@@ -38,12 +38,13 @@ MEASURED = {  # what a run finds out; results/README.md says what each column me
     'median_epoch_seconds': float, 'images_per_second': float, 'peak_memory_mb': float, 'n_parameters': int,
     'attention_parameters': int, 'attention_multiply_adds': int, 'resumed': int,
 }
+FRACTIONS = 'accuracy', 'top5_accuracy', 'max_accuracy'
 PROVENANCE = {
     'device': str, 'python': str, 'torch': str, 'torchvision': str, 'fastai': str,
     'git_commit': str, 'git_dirty': int, 'data_fingerprint': str,
 }
 COLUMNS = {'run_id': str, 'status': str, 'started': str} | CONFIG | MEASURED | PROVENANCE
-CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds', 'branch_ratio')
+CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds')
 
 
 def new_run(results=RESULTS):
@@ -214,6 +215,7 @@ def _wrong_number(row):
         is_number = math.isfinite(value) and '_' not in text  # Only Python reads 1_0 as a number.
         if not is_number: return f'{name} {text!r} is not a number'
         if kind is int and not (value.is_integer() and abs(value) < 2**53): return f'{name} {text!r} is not an integer'
+        if name in FRACTIONS and not 0 <= value <= 1: return f'{name} {text!r} is not a fraction from 0 to 1'
     return None
 
 
@@ -353,7 +355,7 @@ def write_files(files, results=RESULTS):
 def load(path=RESULTS / 'runs.csv'):
     "Returns runs.csv as a DataFrame with typed columns and the last row of each run; an empty one if there is no file."
     import pandas as pd
-    rows = _read_ours(path) if os.path.exists(path) else []
+    rows = _read_ours(path) if Path(path).exists() else []
     df = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
     dtypes = {str: str, int: 'Int64', float: float}  # Int64 has blanks.
     for name, kind in COLUMNS.items():

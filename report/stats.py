@@ -170,7 +170,7 @@ def _splits(n_a, n_b):
 # --- two arms that share seeds ---
 
 PAIRED, MODEL, UNPAIRED = 'paired', 'seed + arm', 'unpaired'  # the methods of `compare_by_seed`
-SHARED = 3  # seeds that arms have to share, for their pairing to be used
+SHARED = 2  # seeds that arms have to share, for their pairing to be used
 
 
 def compare_by_seed(a, b):
@@ -181,7 +181,7 @@ def compare_by_seed(a, b):
     share of these at which b is better).
 
     paired      all seeds match: the paired t test
-    seed + arm  at least three match: the model of `compare_blocks`, in which runs without a partner count too; its
+    seed + arm  at least two match: the model of `compare_blocks`, in which runs without a partner count too; its
                 permutation test flips the signs of the pairs
     unpaired    fewer match: Welch's test
     """

@@ -159,6 +159,18 @@ def test_an_id_is_given_once(tmp_path, monkeypatch):
     assert ids == ['a', 'b'] and len(list((tmp_path / 'curves').iterdir())) == 2
 
 
+@pytest.mark.parametrize('name', ['accuracy', 'top5_accuracy', 'max_accuracy'])
+def test_an_accuracy_in_percent_is_refused(name, tmp_path):
+    runlog.append(row(**{name: 1.}), tmp_path)
+    assert runlog.load(tmp_path / 'runs.csv')[name].tolist() == [1.]
+    for wrong in ('53.1', '-0.1', '1.0001'):
+        (tmp_path / 'other.csv').write_text(f'run_id,status,{name}\nb,ok,{wrong}\n')
+        with pytest.raises(UsageError, match=f"line 2: {name} '{wrong}' is not a fraction from 0 to 1"):
+            runlog.load(tmp_path / 'other.csv')
+        with pytest.raises(UsageError, match='not a fraction'): runlog.merge(tmp_path / 'other.csv', tmp_path)
+    assert len(runlog.load(tmp_path / 'runs.csv')) == 1
+
+
 def test_the_committed_record_loads():
     df = runlog.load()
     assert df.run_id.is_unique and set(df.status) <= set(runlog.STATUSES)
