@@ -24,11 +24,11 @@ class Linear(_Attention):
 
 '''
 EXPERIMENT = '''
-EXPERIMENTS['leaky'] = Experiment(
-    claim='a leaky ReLU helps',
-    arms={act: Config(dataset='digits', size=32, epochs=1, arch='xresnet18', act=act)
-          for act in ('relu', 'leaky_relu')},
-    runs=1)
+    'leaky': Experiment(
+        claim='A leaky ReLU helps',
+        arms={act: Config(dataset='digits', size=32, epochs=1, arch='xresnet18', act=act)
+              for act in ('relu', 'leaky_relu')},
+        runs=1),
 '''
 
 
@@ -92,8 +92,8 @@ def test_a_flag_is_a_field_with_its_role(role, again, change, tree, tmp_path):
 
 @pytest.mark.slow(10)
 def test_an_experiment_is_an_entry(change, tree, tmp_path):
-    end = '\n\ndef planned_runs('
-    copy = change(('experiments.py', end, EXPERIMENT + end))
+    start = '\nEXPERIMENTS = {'
+    copy = change(('experiments.py', start, start + EXPERIMENT))
     argv = ['scripts/reproduce.py', 'leaky', '--data', tree, '--bs', 6, '--workers', 0]
     assert 'relu → leaky_relu: too few runs to say' in run(copy, *argv, '--results', tmp_path / 'results')
     assert [row['act'] for row in rows(tmp_path / 'results')] == ['relu', 'leaky_relu']
