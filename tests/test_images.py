@@ -110,7 +110,8 @@ SIZES = [(60, 48), (48, 60), (200, 50), (33, 33), (7, 9), (1, 1), (120, 130), (6
 @pytest.fixture
 def files(tmp_path):
     rng = np.random.default_rng(0)
-    for i, (w, h) in enumerate(SIZES): Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(tmp_path / f'{i}.png')
+    for i, (w, h) in enumerate(SIZES):
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(tmp_path / f'{i}.png')
     return [tmp_path / f'{i}.png' for i in range(len(SIZES))]
 
 

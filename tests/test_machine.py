@@ -36,13 +36,15 @@ def test_the_first_gpu_or_the_cpu(gpus):
 
 
 def test_a_gpu_that_the_driver_cannot_serve_is_one_line(gpus, monkeypatch, command):
-    def too_old(): raise RuntimeError('The NVIDIA driver on your system is too old (found version 12040). Please update\nyour GPU driver')
+    def too_old():
+        raise RuntimeError('The NVIDIA driver on your system is too old (found version 12040). Please update\nyour GPU driver')
     gpus(1)
     monkeypatch.setattr(torch.cuda, 'init', too_old)
     monkeypatch.setattr(torch.version, 'cuda', '13.0')
     code, out, err = command('--dataset', 'digits', '--size', 32)
     assert (code, out, err.count('\n')) == (2, '', 1)
-    for word in ('found version 12040', f'torch {torch.__version__} is built for CUDA 13.0', 'CUDA_VISIBLE_DEVICES='): assert word in err
+    for word in ('found version 12040', f'torch {torch.__version__} is built for CUDA 13.0', 'CUDA_VISIBLE_DEVICES='):
+        assert word in err
 
 
 @pytest.mark.parametrize('rank', [0, 1, 2])
