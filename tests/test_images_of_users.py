@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, REPO, config, make_image
+from fastai.data.external import fastai_cfg
 from filelock import Timeout
 from PIL import Image
 
@@ -26,7 +27,7 @@ from experiments import ARCHS, Config, resolve
 from training import check, data, images
 from training.data import find_set, get_dls
 from training.files import find_images, fingerprint, is_hidden, label_of, scan, split_files
-from training.images import Pixels, inspect, read_image, stack, upright_size
+from training.images import Pixels, inspect, read_image, stack_valid_images, upright_size_of
 from training.machine import settle
 
 TINY = '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--epochs', 1, '--workers', 0
@@ -135,9 +136,10 @@ def test_a_photo_is_turned_as_its_exif_orientation_says(tmp_path, kind, orientat
     lying.save(tmp_path / f'x.{kind}', exif=exif, **dict(jpg=dict(quality=100, subsampling=0), webp=dict(lossless=True)).get(kind, {}))
     array, = both_loaders([tmp_path / f'x.{kind}'])
     assert array.shape == (48, 60, 3) and np.abs(array.astype(int) - np.asarray(upright)).mean() < 2
-    with Image.open(tmp_path / f'x.{kind}') as im: assert upright_size(im) == (60, 48)
+    assert upright_size_of(tmp_path / f'x.{kind}') == (60, 48)
     assert inspect(io.BytesIO((tmp_path / f'x.{kind}').read_bytes())) == ('turned' if orientation > 1 else '')
-    assert np.array_equal(stack([tmp_path / f'x.{kind}'], 32)[0], np.asarray(images.valid_image(read_image(tmp_path / f'x.{kind}'), 32)))
+    ready = images.valid_image(read_image(tmp_path / f'x.{kind}'), 32)
+    assert np.array_equal(stack_valid_images([tmp_path / f'x.{kind}'], 32)[0], np.asarray(ready))
 
 
 @pytest.mark.parametrize('exif', [
@@ -516,14 +518,14 @@ def test_save_of_a_run_that_diverges_is_said(tree, memory, command, tmp_path):
 def test_the_precision_of_accelerate_launch_is_said_not_to_count(asked, said, monkeypatch, capsys):
     monkeypatch.setenv('ACCELERATE_MIXED_PRECISION', asked)
     assert settle(Config(), torch.device('cpu')).precision == 'fp32'
-    assert ('accelerate asks for bf16, which is not heeded: --precision bf16' in capsys.readouterr().out) == said
+    assert ('accelerate asks for bf16, which has no effect here: this run is in fp32; --precision bf16' in capsys.readouterr().out) == said
 
 
 def test_a_place_of_attention_survives_a_spreadsheet():
     for arch in ('xresnet101', 'xresnet152'):
         cfg = Config(arch=arch, sa_at='3.10,3.1,3.20')
         assert cfg.places == [(3, 1), (3, 10), (3, 20)] and cfg.sa_at == '3.1,3b10,3b20' and Config(arch=arch, sa_at=cfg.sa_at) == cfg
-        for block in range(ARCHS[arch][1][2] - 1):
+        for block in range(1, ARCHS[arch][1][2] - 1):
             text = Config(arch=arch, sa_at=f'3.{block}').sa_at
             read_back = f'{float(text):g}' if text.replace('.', '').isdigit() else text
             assert Config(arch=arch, sa_at=read_back).places == [(3, block)]
@@ -532,27 +534,34 @@ def test_a_place_of_attention_survives_a_spreadsheet():
 # --- homes and file systems ---
 
 @pytest.mark.parametrize('content', [b'', b'garbage', b'[DEFAULT]\n', b'\xff\xfe[DEFAULT]', b'[DEFAULT]\nda'])
-def test_a_damaged_config_of_fastai_is_one_line(tmp_path, content):
+def test_a_damaged_config_of_fastai_is_one_line(tmp_path, content, monkeypatch, command, tree):
     (tmp_path / 'config.ini').write_bytes(content)
-    code = ('import sys, train_imagenette\n'
-            f'sys.exit(train_imagenette.main(["--woof", "--bs", "6", "--workers", "0", "--results", {str(tmp_path / "results")!r}]))')
-    out = run_python(code, env={'FASTAI_HOME': str(tmp_path)})
-    assert out.returncode == 2 and f'{tmp_path / "config.ini"}: damaged' in out.stderr.decode() and out.stderr.count(b'\n') == 1, out.stderr
+    monkeypatch.setenv('FASTAI_HOME', str(tmp_path))
+    fastai_cfg.cache_clear()
+    try:
+        code, _, err = command('--woof', *TINY)
+        assert code == 2 and f'{tmp_path / "config.ini"}: damaged (' in err and err.count('\n') == 1, err
+        assert data.memory() is None and find_set(config(tree)).skipped == 0  # images of one's own need no home
+    finally: fastai_cfg.cache_clear()
 
 
 @pytest.mark.skipif(not hasattr(os, 'getuid') or os.getuid() != 0, reason='only root can take another user id')
-def test_without_a_home_the_way_on_is_named(tmp_path):
+@pytest.mark.parametrize('start, words', [
+    ('', '/no-such-home: cannot be written (Permission denied)'),
+    ('del os.environ["HOME"], os.environ["FASTAI_HOME"]', '~/.fastai: cannot be written (there is no home folder)'),
+])
+def test_without_a_home_the_way_on_is_named(tmp_path, start, words, monkeypatch):
     tmp_path.chmod(0o777)
-    code = ('import os\n'
+    monkeypatch.delenv('USER', raising=False)
+    monkeypatch.delenv('LOGNAME', raising=False)
+    code = (f'import os\n{start}\n'
             'from training import data\n'
             'import matplotlib, getpass\n'
             'assert getpass.getuser() == "54321" and os.access(matplotlib.get_cachedir(), os.W_OK) and data.memory() is None\n'
             'try: data.home("data")\n'
             'except data.UsageError as e: print(e)')
-    nowhere = {'HOME': '/', 'TMPDIR': str(tmp_path), 'FASTAI_HOME': '/no-such-home'}
-    os.environ.pop('USER', None)
-    out = run_python(code, user=54321, env=nowhere)
-    assert out.returncode == 0 and b'/no-such-home: cannot be written (Permission denied); name another folder by FASTAI_HOME' in out.stdout
+    out = run_python(code, user=54321, env={'HOME': '/', 'TMPDIR': str(tmp_path), 'FASTAI_HOME': '/no-such-home'})
+    assert out.returncode == 0 and f'{words}; name another folder by FASTAI_HOME' in out.stdout.decode(), out.stderr
     assert not out.stderr, out.stderr
 
 

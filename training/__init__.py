@@ -10,7 +10,7 @@ def go_without_home():
 
     So it is in a container whose user id has no home: matplotlib prints three lines at each start, torch.compile fails.
     """
-    if os.access(Path('~').expanduser(), os.W_OK): return
+    if os.access(os.path.expanduser('~'), os.W_OK): return
     uid = str(os.getuid()) if hasattr(os, 'getuid') else 'user'
     folder = Path(tempfile.gettempdir()) / f'simple-self-attention-{uid}'
     os.environ.setdefault('USER', uid)  # torch asks for the name of the user

@@ -117,9 +117,14 @@ def find_set(cfg):
 
 def home(folder):
     "Returns a folder of fastai's home, which its config.ini names; raises UsageError that says what to do if there is none."
-    where = Path(os.environ.get('FASTAI_HOME', '~/.fastai')).expanduser()
-    try: return fastai_path(folder)
-    except OSError as e: raise UsageError(f'{where}: cannot be written ({e.strerror}); name another folder by FASTAI_HOME') from None
+    where = Path(os.path.expanduser(os.environ.get('FASTAI_HOME', '~/.fastai')))
+    try:
+        path = fastai_path(folder)
+        if path is None: raise KeyError(f'no line {folder}')
+        return path
+    except (OSError, RuntimeError) as e:  # RuntimeError: the user has no home folder
+        why = getattr(e, 'strerror', None) or 'there is no home folder'
+        raise UsageError(f'{where}: cannot be written ({why}); name another folder by FASTAI_HOME') from None
     except (configparser.Error, KeyError, UnicodeError) as e:
         why = ' '.join(str(e).split())
         raise UsageError(f'{where / "config.ini"}: damaged ({why}); remove it, and it is written anew') from None
