@@ -153,7 +153,10 @@ def packed(attention, file):
 
 
 def unpacked(cfg, files, folder):
-    "Returns `cfg` with its layer from `files` (of `packed`), written to `folder`; where its own file is here, as it is."
+    """Returns `cfg` with its layer from `files` (of `packed`), written to `folder`.
+
+    Where its own file is here, it returns `cfg` as it is.
+    """
     if not files: return cfg
     try:
         if digest(cfg.attention, cfg.attention_file) == cfg.attention_source: return cfg

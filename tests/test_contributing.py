@@ -1,4 +1,7 @@
-"""A new layer, a new flag and a new experiment are one change each: they are made in a copy of the repository, and run there."""
+"""A new layer, a new flag and a new experiment are one change each.
+
+They are made in a copy of the repository, and run there.
+"""
 import csv
 import os
 import shutil
@@ -26,7 +29,8 @@ class Linear(_Attention):
 EXPERIMENT = '''
 EXPERIMENTS['leaky'] = Experiment(
     claim='a leaky ReLU helps',
-    arms={act: Config(dataset='digits', size=32, epochs=1, arch='xresnet18', act=act) for act in ('relu', 'leaky_relu')},
+    arms={act: Config(dataset='digits', size=32, epochs=1, arch='xresnet18', act=act)
+          for act in ('relu', 'leaky_relu')},
     runs=1)
 '''
 
@@ -35,7 +39,8 @@ EXPERIMENTS['leaky'] = Experiment(
 def change(tmp_path):
     "Makes changes [(file, text to find once, text in its place)] in a copy of the repository; returns the copy."
     copy = tmp_path / 'copy'
-    shutil.copytree(REPO, copy, ignore=shutil.ignore_patterns('.*', '__pycache__', 'checkpoints', 'predictions', 'curves'))
+    ignore = shutil.ignore_patterns('.*', '__pycache__', 'checkpoints', 'predictions', 'curves')
+    shutil.copytree(REPO, copy, ignore=ignore)
 
     def call(*changes):
         for file, old, new in changes:
@@ -72,7 +77,8 @@ def test_a_layer_is_a_class_and_a_line(change, tree, tmp_path):
     linear, none = rows(tmp_path / 'results')
     assert (linear['attention'], linear['status']) == ('linear', 'ok')
     assert int(linear['n_parameters']) == int(none['n_parameters']) + 64 * 64 + 1  # W at 64 channels, and gamma
-    assert 'passed' in run(copy, '-m', 'pytest', '-m', '', '-n', '0', '--color=no', '-rA', '-k', 'linear', 'tests/test_layers.py')
+    argv = ['-m', 'pytest', '-m', '', '-n', '0', '--color=no', '-rA', '-k', 'linear', 'tests/test_layers.py']
+    assert 'passed' in run(copy, *argv)
 
 
 @pytest.mark.slow(10)
@@ -80,7 +86,8 @@ def test_a_layer_is_a_class_and_a_line(change, tree, tmp_path):
 def test_a_flag_is_a_field_with_its_role(role, again, change, tree, tmp_path):
     "Runs that differ in a knob of the role speed are repetitions, so that --resume skips the second one."
     start = '    # training\n'
-    copy = change(('experiments.py', start, f"{start}    tilt: float = knob(0., 'a new knob', least=0, most=1, role={role!r})\n"))
+    knob = f"    tilt: float = knob(0., 'a new knob', least=0, most=1, role={role!r})\n"
+    copy = change(('experiments.py', start, start + knob))
     out = train(copy, tree, tmp_path / 'results', '', '--tilt 0.5 --resume')
     assert ('(recorded already)' in out) != again
     assert [row['tilt'] for row in rows(tmp_path / 'results')] == ['0.0', '0.5'][:1 + again]
@@ -90,6 +97,7 @@ def test_a_flag_is_a_field_with_its_role(role, again, change, tree, tmp_path):
 def test_an_experiment_is_an_entry(change, tree, tmp_path):
     end = '\n\ndef planned_runs('
     copy = change(('experiments.py', end, EXPERIMENT + end))
-    argv = ['scripts/reproduce.py', 'leaky', '--data', tree, '--bs', 6, '--workers', 0, '--results', tmp_path / 'results']
+    argv = ['scripts/reproduce.py', 'leaky', '--data', tree, '--bs', 6, '--workers', 0,
+            '--results', tmp_path / 'results']
     assert 'relu → leaky_relu: too few runs to say' in run(copy, *argv)
     assert [row['act'] for row in rows(tmp_path / 'results')] == ['relu', 'leaky_relu']

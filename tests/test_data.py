@@ -77,7 +77,8 @@ def test_noisy_labels_that_fit_nothing_are_refused(tree, lines, words):
 # --- mistakes ---
 
 def test_too_few_images_for_a_batch(tree):
-    with pytest.raises(UsageError, match='30 training images make no batch of 64; lower --bs'): get_dls(config(tree, bs=64))
+    with pytest.raises(UsageError, match='30 training images make no batch of 64; lower --bs'):
+        get_dls(config(tree, bs=64))
 
 
 # --- batches ---
@@ -116,7 +117,8 @@ def test_both_loaders_give_the_same_images_in_the_same_order(tree):
         for (x, y), (x_, y_) in zip(workers.train, device.train, strict=True):
             assert torch.equal(y, y_) and (x - x_).abs().max() < 1.01 / 255 / 0.224  # a level
             assert (x != x_).float().mean() < 0.3
-    for (x, y), (x_, y_) in zip(workers.valid, device.valid, strict=True): assert torch.equal(x, x_) and torch.equal(y, y_)
+    for (x, y), (x_, y_) in zip(workers.valid, device.valid, strict=True):
+        assert torch.equal(x, x_) and torch.equal(y, y_)
 
 
 def test_images_are_decoded_once_for_many_runs_and_anew_when_they_change(tree):
@@ -128,7 +130,8 @@ def test_images_are_decoded_once_for_many_runs_and_anew_when_they_change(tree):
 
 def test_images_that_do_not_fit_on_the_device(tree, monkeypatch):
     monkeypatch.setattr(data, 'device_bytes', lambda *_: 1000)
-    with pytest.raises(UsageError, match='MiB of decoded images; take --loader workers'): get_dls(config(tree, loader='device'))
+    with pytest.raises(UsageError, match='MiB of decoded images; take --loader workers'):
+        get_dls(config(tree, loader='device'))
 
 
 def test_validation_is_the_same_every_time(tree):

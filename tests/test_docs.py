@@ -7,8 +7,8 @@ from conftest import REPO, script
 
 import train_imagenette
 
-DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'scripts/README.md', 'tests/faults/README.md', 'results/README.md', 'results/LOG.md',
-             'results/published/README.md', 'results/benchmarks/README.md']
+DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'scripts/README.md', 'tests/faults/README.md', 'results/README.md',
+             'results/LOG.md', 'results/published/README.md', 'results/benchmarks/README.md']
 TEXTS = {name: (REPO / name).read_text(encoding='utf-8') for name in DOCUMENTS}
 
 
@@ -53,7 +53,8 @@ def test_commands_that_repeat_are_understood(argv):
     if 'EXPERIMENT' not in argv: assert script('reproduce').parse(argv)
 
 
-def test_the_commands_are_found(): assert len(commands('train_imagenette.py')) > 8 and len(commands('scripts/reproduce.py')) > 4
+def test_the_commands_are_found():
+    assert len(commands('train_imagenette.py')) > 8 and len(commands('scripts/reproduce.py')) > 4
 
 
 def test_the_readme_is_short():

@@ -14,7 +14,10 @@ MODULES = {'.'.join(f.relative_to(REPO).with_suffix('').parts): f
 
 
 def imported(file):
-    "Returns the names of all modules that a file imports, those of ours down to the module, wherever in the file it does so."
+    """Returns the names of all modules that a file imports, wherever in the file it does so.
+
+    Those of ours are named down to the module.
+    """
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding='utf-8'))):
         if isinstance(node, ast.Import): found |= {alias.name for alias in node.names}
@@ -63,15 +66,18 @@ def test_reports_and_the_record_load_no_torch():
 
 
 def test_tests_of_reports_record_and_statistics_start_without_torch():
-    code = 'import sys, conftest, test_house, test_report, test_runlog, test_stats; assert not {"torch", "fastai"} & set(sys.modules)'
+    code = ('import sys, conftest, test_house, test_report, test_runlog, test_stats; '
+            'assert not {"torch", "fastai"} & set(sys.modules)')
     path = os.pathsep.join([str(REPO), str(REPO / 'tests')])
     subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONPATH': path}, check=True)
 
 
 @pytest.mark.slow(3)
 @pytest.mark.parametrize('file, code', [
-    ('layers.py', 'import torch, layers; x = torch.randn(2, 8, 5, 5); assert layers.SimpleSelfAttention(8)(x).shape == x.shape'),
-    ('xresnet.py', 'import torch, xresnet; assert xresnet.xresnet("xresnet18", 3).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3)'),
+    ('layers.py', 'import torch, layers; x = torch.randn(2, 8, 5, 5); '
+                  'assert layers.SimpleSelfAttention(8)(x).shape == x.shape'),
+    ('xresnet.py', 'import torch, xresnet; '
+                   'assert xresnet.xresnet("xresnet18", 3).eval()(torch.randn(1, 3, 32, 32)).shape == (1, 3)'),
 ])
 def test_a_file_can_be_copied_alone(file, code, tmp_path):
     shutil.copy(REPO / file, tmp_path)

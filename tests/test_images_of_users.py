@@ -1,4 +1,7 @@
-"""Images and folders as people have them: of each case what is trained on, and what the user reads. tests/IMAGES.md has the table."""
+"""Images and folders are here as people have them: of each case what is trained on, and what the user reads.
+
+tests/IMAGES.md has the table.
+"""
 import errno
 import fcntl
 import io
@@ -56,10 +59,12 @@ def both_loaders(files):
 def png(path, array, colour):
     "Write an array of 16-bit values (h, w) or (h, w, c) as a PNG of that colour type; Pillow cannot."
     h, w = array.shape[:2]
-    def chunk(name, body): return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+    def chunk(name, body):
+        return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
     rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in array)
     head = struct.pack('>IIBBBBB', w, h, 16, colour, 0, 0, 0)
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    chunks = chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunks)
 
 
 RAMP = np.linspace(0, 65535, 60 * 48).astype(np.uint16).reshape(48, 60)
@@ -68,7 +73,8 @@ RAMP = np.linspace(0, 65535, 60 * 48).astype(np.uint16).reshape(48, 60)
 # --- values ---
 
 @pytest.mark.parametrize('save', [
-    lambda f: Image.fromarray(RAMP).save(f.with_suffix('.png')), lambda f: Image.fromarray(RAMP).save(f.with_suffix('.tif')),
+    lambda f: Image.fromarray(RAMP).save(f.with_suffix('.png')),
+    lambda f: Image.fromarray(RAMP).save(f.with_suffix('.tif')),
     lambda f: f.with_suffix('.pgm').write_bytes(b'P5 60 48 65535\n' + RAMP.astype('>u2').tobytes()),
     lambda f: png(f.with_suffix('.png'), RAMP, 0), lambda f: png(f.with_suffix('.png'), np.stack([RAMP] * 3, -1), 2),
     lambda f: png(f.with_suffix('.png'), np.stack([RAMP, RAMP], -1), 4),
@@ -86,7 +92,8 @@ def test_floats_from_0_to_1_are_taken_and_others_refused(tmp_path):
     assert np.array_equal(array[..., 0], np.rint((RAMP / 65535).astype(np.float32) * 255))
     for wrong in (RAMP / 255, RAMP / 65535 - 0.5, RAMP * np.nan):
         Image.fromarray(wrong.astype(np.float32)).save(tmp_path / 'x.tif')
-        with pytest.raises(UsageError, match='not from 0 to 1; save it with 8 or 16 bits'): read_image(tmp_path / 'x.tif')
+        with pytest.raises(UsageError, match='not from 0 to 1; save it with 8 or 16 bits'):
+            read_image(tmp_path / 'x.tif')
 
 
 def test_32_bit_integers_are_refused(tmp_path):
@@ -103,12 +110,14 @@ def test_black_and_white_is_black_and_white(tmp_path):
 
 def test_cmyk_is_read_as_browsers_do_also_without_adobes_marker(tmp_path):
     im = make_image(0)
-    im.convert('CMYK').save(tmp_path / 'x.jpg', quality=95)  # Pillow writes it inverted, with Adobe's marker, as Photoshop does
+    # Pillow writes it inverted, with Adobe's marker, as Photoshop does.
+    im.convert('CMYK').save(tmp_path / 'x.jpg', quality=95)
     body = (tmp_path / 'x.jpg').read_bytes()
     at = body.index(b'\xff\xee')
     assert body[at + 4:at + 9] == b'Adobe'
     (tmp_path / 'y.jpg').write_bytes(body[:at] + body[at + 2 + int.from_bytes(body[at + 2:at + 4], 'big'):])
-    for array in both_loaders([tmp_path / 'x.jpg', tmp_path / 'y.jpg']): assert np.abs(array.astype(int) - np.asarray(im)).mean() < 12
+    for array in both_loaders([tmp_path / 'x.jpg', tmp_path / 'y.jpg']):
+        assert np.abs(array.astype(int) - np.asarray(im)).mean() < 12
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
@@ -130,14 +139,17 @@ def test_transparency_is_dropped_and_said(tmp_path, tree, mode, memory, capsys):
 def test_a_photo_is_turned_as_its_exif_orientation_says(tmp_path, kind, orientation):
     upright, exif = make_image(0), Image.Exif()
     exif[0x0112] = orientation
-    back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # what turns an upright image to lie as the camera had it
+    # What turns an upright image to lie as the camera had it.
+    back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
     lying = upright if back is None else upright.transpose(back)
-    lying.save(tmp_path / f'x.{kind}', exif=exif, **dict(jpg=dict(quality=100, subsampling=0), webp=dict(lossless=True)).get(kind, {}))
+    options = dict(jpg=dict(quality=100, subsampling=0), webp=dict(lossless=True)).get(kind, {})
+    lying.save(tmp_path / f'x.{kind}', exif=exif, **options)
     array, = both_loaders([tmp_path / f'x.{kind}'])
     assert array.shape == (48, 60, 3) and np.abs(array.astype(int) - np.asarray(upright)).mean() < 2
     with Image.open(tmp_path / f'x.{kind}') as im: assert upright_size(im) == (60, 48)
     assert inspect(io.BytesIO((tmp_path / f'x.{kind}').read_bytes())) == ('turned' if orientation > 1 else '')
-    assert np.array_equal(stack([tmp_path / f'x.{kind}'], 32)[0], np.asarray(images.valid_image(read_image(tmp_path / f'x.{kind}'), 32)))
+    expected = images.valid_image(read_image(tmp_path / f'x.{kind}'), 32)
+    assert np.array_equal(stack([tmp_path / f'x.{kind}'], 32)[0], np.asarray(expected))
 
 
 @pytest.mark.parametrize('exif', [
@@ -163,7 +175,8 @@ def test_orientations_are_counted_on_a_line(tree, memory, capsys):
 @pytest.mark.parametrize('kind', ['gif', 'webp', 'png', 'tif'])
 def test_the_first_frame_of_an_animation_counts(tmp_path, kind):
     frames = [Image.new('RGB', (40, 30), colour) for colour in ('red', 'blue', 'green')]
-    frames[0].save(tmp_path / f'x.{kind}', save_all=True, append_images=frames[1:], **dict(lossless=True) if kind == 'webp' else {})
+    options = dict(lossless=True) if kind == 'webp' else {}
+    frames[0].save(tmp_path / f'x.{kind}', save_all=True, append_images=frames[1:], **options)
     array, = both_loaders([tmp_path / f'x.{kind}'])
     assert (array == [255, 0, 0]).all()
     assert 'frames' in inspect(io.BytesIO((tmp_path / f'x.{kind}').read_bytes()))
@@ -203,7 +216,8 @@ def test_a_jpeg_of_14000_pixels_a_side_is_read(tmp_path):
 
 def test_images_of_all_suffixes_are_found_and_the_rest_is_counted(tree, memory, capsys):
     folder = tree / 'train' / CLASSES[0]
-    for name in ('a.tif', 'b.gif', 'c.jpe', 'd.JPG', 'e.jfif'): make_image(0).save(folder / name, format='GIF' if 'gif' in name else 'PNG')
+    for name in ('a.tif', 'b.gif', 'c.jpe', 'd.JPG', 'e.jfif'):
+        make_image(0).save(folder / name, format='GIF' if 'gif' in name else 'PNG')
     make_image(0).save(folder / 'no_suffix', format='JPEG')
     make_image(0).save(folder / 'picture.img', format='PNG')
     (folder / 'labels.txt').write_text('a,b')
@@ -211,7 +225,8 @@ def test_images_of_all_suffixes_are_found_and_the_rest_is_counted(tree, memory, 
     os.mkfifo(folder / 'pipe.png')
     make_image(0).save(tree / 'train' / 'stray.png')
     files, others = scan(tree)
-    assert len(files) == 36 + 7 and {f'train/{CLASSES[0]}/{name}' for name in ('no_suffix', 'picture.img', 'a.tif')} < files.keys()
+    found = {f'train/{CLASSES[0]}/{name}' for name in ('no_suffix', 'picture.img', 'a.tif')}
+    assert len(files) == 36 + 7 and found < files.keys()
     assert [Path(f).name for f in others] == ['labels.txt', 'notes', 'pipe.png', 'stray.png']
     get_dls(config(tree))
     assert f'{tree}: 4 files are left out' in capsys.readouterr().out
@@ -219,7 +234,8 @@ def test_images_of_all_suffixes_are_found_and_the_rest_is_counted(tree, memory, 
     assert 'left out' not in capsys.readouterr().out  # said once
 
 
-@pytest.mark.parametrize('name', ['.ipynb_checkpoints', '__MACOSX', '._a.jpg', 'Thumbs.db', '.DS_Store', 'desktop.ini', '@eaDir'])
+@pytest.mark.parametrize('name', ['.ipynb_checkpoints', '__MACOSX', '._a.jpg', 'Thumbs.db', '.DS_Store', 'desktop.ini',
+                                  '@eaDir'])
 def test_what_systems_leave_is_no_data(tree, name):
     before = scan(tree)
     assert is_hidden(name)
@@ -300,13 +316,15 @@ def test_a_thousand_classes(tmp_path, memory):
 def test_validation_folders_of_other_names(tree, name, memory):
     (tree / 'val').rename(tree / name)
     dls = get_dls(config(tree, split='v2'))
-    assert (len(dls.train.dataset.files), len(dls.valid_files)) == (24, 12) and all(f.startswith(f'{name}/') for f in dls.valid_files)
+    assert (len(dls.train.dataset.files), len(dls.valid_files)) == (24, 12)
+    assert all(f.startswith(f'{name}/') for f in dls.valid_files)
 
 
 def test_of_valid_and_test_valid_validates_and_it_is_said(tree, memory, capsys):
     shutil.copytree(tree / 'val', tree / 'test')
     dls = get_dls(config(tree, split='v2'))
-    assert all(f.startswith('val/') for f in dls.valid_files) and 'the folder test is not used' in capsys.readouterr().out
+    assert all(f.startswith('val/') for f in dls.valid_files)
+    assert 'the folder test is not used' in capsys.readouterr().out
 
 
 def test_a_flat_folder_of_classes_is_split_by_valid_pct(tree, memory):
@@ -321,7 +339,8 @@ def test_a_flat_folder_of_classes_is_split_by_valid_pct(tree, memory):
 
 
 def test_a_folder_train_without_another_is_split_by_valid_pct(tree, memory):
-    with pytest.raises(UsageError, match='has a folder val to validate on; leave --valid-pct out'): find_images(tree, 0.2)
+    with pytest.raises(UsageError, match='has a folder val to validate on; leave --valid-pct out'):
+        find_images(tree, 0.2)
     shutil.rmtree(tree / 'val')
     dls = get_dls(config(tree, split='v2', valid_pct=0.01))
     assert (len(dls.train.dataset.files), len(dls.valid_files)) == (21, 3)  # one a class at least
@@ -338,7 +357,8 @@ def test_valid_pct_that_cannot_be(tree):
 def test_an_archive_is_answered_by_how_to_extract_it(tree, tmp_path, kind):
     file = shutil.make_archive(str(tmp_path / 'x'), kind, tree)
     how = 'unzip x.zip' if kind == 'zip' else r'tar -xf x.tar.gz'
-    with pytest.raises(UsageError, match=rf'an archive; extract it \({how}\) and name the folder'): find_images(Path(file))
+    with pytest.raises(UsageError, match=rf'an archive; extract it \({how}\) and name the folder'):
+        find_images(Path(file))
 
 
 def test_the_folder_above_the_right_one_is_answered_by_it(tree):
@@ -367,8 +387,9 @@ def test_all_damaged_images_are_listed_before_the_first_step(tree, memory, comma
     spoil(tree)
     code, out, err = command('--data', tree, *TINY, '--loader', loader)
     assert code == 2 and err.count('\n') == 1 and '4 of 40 images cannot be read: ' in err and 'accuracy' not in out
-    for words in ('cut.jpg (image file is truncated', 'text.png (cannot identify image file)', 'gone.png (a broken link)',
-                  r'\udcff.png (its name is not UTF-8)', 'let --skip-damaged train without them'): assert words in err
+    for words in ('cut.jpg (image file is truncated', 'text.png (cannot identify image file)',
+                  'gone.png (a broken link)', r'\udcff.png (its name is not UTF-8)',
+                  'let --skip-damaged train without them'): assert words in err
     assert runlog.load(tmp_path / 'results' / 'runs.csv').empty
 
 
@@ -379,13 +400,15 @@ def test_skip_damaged_trains_without_them_and_counts_them(tree, memory, command,
     code, out, err = command('--data', tree, *TINY, '--loader', loader, '--skip-damaged')
     assert code == 0 and '4 damaged images are left out' in out, err
     row = runlog.load(tmp_path / 'results' / 'runs.csv').iloc[0]
-    assert (row.status, row.n_train, row.n_val, row.n_skipped, row.skip_damaged) == ('ok', 24, 12, 4, 1) and row.data_fingerprint == clean
+    assert (row.status, row.n_train, row.n_val, row.n_skipped, row.skip_damaged) == ('ok', 24, 12, 4, 1)
+    assert row.data_fingerprint == clean
 
 
 def test_a_class_without_a_sound_image_is_not_skipped(tree, memory):
     for f in (tree / 'train' / CLASSES[0]).iterdir(): f.write_bytes(b'')
     for f in (tree / 'val' / CLASSES[0]).iterdir(): f.write_bytes(b'')
-    with pytest.raises(UsageError, match=f'no image of the class {CLASSES[0]} can be read'): find_set(config(tree, skip_damaged=1))
+    with pytest.raises(UsageError, match=f'no image of the class {CLASSES[0]} can be read'):
+        find_set(config(tree, skip_damaged=1))
 
 
 def test_archives_of_ours_are_not_opened_beforehand(tree, monkeypatch):
@@ -442,7 +465,8 @@ REAL = Path(os.environ.get('IMAGEWOOF_160', '~/.fastai/data/imagewoof2-160')).ex
 def test_the_archive_named_by_data_has_the_fingerprint_of_the_record(memory):
     found = find_set(resolve(Config(dataset='imagewoof', data=str(REAL))))
     assert found.fingerprint == fingerprint(found.files)
-    assert not any(seen.kinds or seen.damage for seen in found.looks.values())  # nothing of it is read in another way than before
+    # Nothing of it is read in another way than before.
+    assert not any(seen.kinds or seen.damage for seen in found.looks.values())
 
 
 # --- machines ---
@@ -467,7 +491,8 @@ def test_the_row_has_the_loader_processes_that_there_were(tree, memory, monkeypa
 def run_python(code, **options):
     "The outcome of a Python process that runs `code` in the repository."
     environment = os.environ | {'PYTHONPATH': str(REPO)} | options.pop('env', {})
-    return subprocess.run([sys.executable, '-c', code], cwd=REPO, env=environment, capture_output=True, timeout=120, **options)
+    return subprocess.run([sys.executable, '-c', code], cwd=REPO, env=environment, capture_output=True, timeout=120,
+                          **options)
 
 
 @pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252'])
@@ -509,7 +534,8 @@ def test_save_of_a_run_that_diverges_is_said(tree, memory, command, tmp_path):
     (tmp_path / 'model.pt').write_text('of an earlier run')
     code, out, err = command('--data', tree, *TINY, '--lr', '1e30', '--save', tmp_path / 'model.pt')
     assert code == 0 and 'diverged' in out
-    assert err == f'--save {tmp_path / "model.pt"}: not written, as the run is diverged; the file there is of an earlier run\n'
+    file = tmp_path / 'model.pt'
+    assert err == f'--save {file}: not written, as the run is diverged; the file there is of an earlier run\n'
 
 
 @pytest.mark.parametrize('asked, said', [('bf16', True), ('no', False), ('fp32', False)])
@@ -522,7 +548,8 @@ def test_the_precision_of_accelerate_launch_is_said_not_to_count(asked, said, mo
 def test_a_place_of_attention_survives_a_spreadsheet():
     for arch in ('xresnet101', 'xresnet152'):
         cfg = Config(arch=arch, sa_at='3.10,3.1,3.20')
-        assert cfg.places == [(3, 1), (3, 10), (3, 20)] and cfg.sa_at == '3.1,3b10,3b20' and Config(arch=arch, sa_at=cfg.sa_at) == cfg
+        assert cfg.places == [(3, 1), (3, 10), (3, 20)] and cfg.sa_at == '3.1,3b10,3b20'
+        assert Config(arch=arch, sa_at=cfg.sa_at) == cfg
         for block in range(ARCHS[arch][1][2] - 1):
             text = Config(arch=arch, sa_at=f'3.{block}').sa_at
             read_back = f'{float(text):g}' if text.replace('.', '').isdigit() else text
@@ -534,10 +561,11 @@ def test_a_place_of_attention_survives_a_spreadsheet():
 @pytest.mark.parametrize('content', [b'', b'garbage', b'[DEFAULT]\n', b'\xff\xfe[DEFAULT]', b'[DEFAULT]\nda'])
 def test_a_damaged_config_of_fastai_is_one_line(tmp_path, content):
     (tmp_path / 'config.ini').write_bytes(content)
-    code = ('import sys, train_imagenette\n'
-            f'sys.exit(train_imagenette.main(["--woof", "--bs", "6", "--workers", "0", "--results", {str(tmp_path / "results")!r}]))')
+    argv = ['--woof', '--bs', '6', '--workers', '0', '--results', str(tmp_path / 'results')]
+    code = f'import sys, train_imagenette\nsys.exit(train_imagenette.main({argv!r}))'
     out = run_python(code, env={'FASTAI_HOME': str(tmp_path)})
-    assert out.returncode == 2 and f'{tmp_path / "config.ini"}: damaged' in out.stderr.decode() and out.stderr.count(b'\n') == 1, out.stderr
+    assert out.returncode == 2 and out.stderr.count(b'\n') == 1, out.stderr
+    assert f'{tmp_path / "config.ini"}: damaged' in out.stderr.decode(), out.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, 'getuid') or os.getuid() != 0, reason='only root can take another user id')
@@ -546,13 +574,15 @@ def test_without_a_home_the_way_on_is_named(tmp_path):
     code = ('import os\n'
             'from training import data\n'
             'import matplotlib, getpass\n'
-            'assert getpass.getuser() == "54321" and os.access(matplotlib.get_cachedir(), os.W_OK) and data.memory() is None\n'
+            'assert getpass.getuser() == "54321"\n'
+            'assert os.access(matplotlib.get_cachedir(), os.W_OK) and data.memory() is None\n'
             'try: data.home("data")\n'
             'except data.UsageError as e: print(e)')
     nowhere = {'HOME': '/', 'TMPDIR': str(tmp_path), 'FASTAI_HOME': '/no-such-home'}
     os.environ.pop('USER', None)
     out = run_python(code, user=54321, env=nowhere)
-    assert out.returncode == 0 and b'/no-such-home: cannot be written (Permission denied); name another folder by FASTAI_HOME' in out.stdout
+    words = b'/no-such-home: cannot be written (Permission denied); name another folder by FASTAI_HOME'
+    assert out.returncode == 0 and words in out.stdout
     assert not out.stderr, out.stderr
 
 

@@ -1,4 +1,7 @@
-"""What depends on the machine: GPUs that are there but cannot be used, too few of them, what their hardware and torch offer."""
+"""What depends on the machine is tested.
+
+GPUs are there but cannot be used, or are too few; the hardware and torch offer this or that.
+"""
 import stat
 
 import pytest
@@ -36,13 +39,16 @@ def test_the_first_gpu_or_the_cpu(gpus):
 
 
 def test_a_gpu_that_the_driver_cannot_serve_is_one_line(gpus, monkeypatch, command):
-    def too_old(): raise RuntimeError('The NVIDIA driver on your system is too old (found version 12040). Please update\nyour GPU driver')
+    def too_old():
+        raise RuntimeError('The NVIDIA driver on your system is too old (found version 12040). '
+                           'Please update\nyour GPU driver')
     gpus(1)
     monkeypatch.setattr(torch.cuda, 'init', too_old)
     monkeypatch.setattr(torch.version, 'cuda', '13.0')
     code, out, err = command('--dataset', 'digits', '--size', 32)
     assert (code, out, err.count('\n')) == (2, '', 1)
-    for word in ('found version 12040', f'torch {torch.__version__} is built for CUDA 13.0', 'CUDA_VISIBLE_DEVICES='): assert word in err
+    for word in ('found version 12040', f'torch {torch.__version__} is built for CUDA 13.0', 'CUDA_VISIBLE_DEVICES='):
+        assert word in err
 
 
 @pytest.mark.parametrize('rank', [0, 1, 2])
@@ -95,7 +101,8 @@ def test_compile_without_a_compiler_is_one_line(kind, tree, command, tmp_path, m
     torch._dynamo.reset()
     machine.check_compiler.cache_clear()
     with torch._inductor.config.patch({'cpp.cxx': (str(compiler),)}):
-        code, _, err = command('--data', tree, '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--compile')
+        code, _, err = command('--data', tree, '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0,
+                               '--compile')
     lines = [line for line in err.splitlines() if line.startswith('train_imagenette.py')]
     assert code == 2 and len(lines) == 1 and 'Traceback' not in err, err
     assert '--compile: does not work here' in lines[0] and 'python3-dev' in lines[0]

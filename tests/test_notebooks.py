@@ -10,13 +10,17 @@ from report import compare, layer_cost, tables
 from report import published as record
 
 SHOWN = {  # notebook: (the record it shows, a text that has to be in it)
-    'results.ipynb': ('results/runs.csv', lambda: tables.markdown(compare.gaps(EXPERIMENTS, runlog.load(), record.load_published()))),
+    'results.ipynb': ('results/runs.csv',
+                      lambda: tables.markdown(compare.gaps(EXPERIMENTS, runlog.load(), record.load_published()))),
     'layer_cost.ipynb': ('results/benchmarks/cost.csv', lambda: layer_cost.softmax_verdict(layer_cost.load_cost())),
 }
 
 
 def texts(notebook):
-    "What the cells of a notebook show as Markdown or plain text; of cells tagged 'varies' the last digits are the machine's."
+    """Returns what the cells of a notebook show as Markdown or plain text.
+
+    The cells tagged 'varies' are left out: the last digits there are the machine's.
+    """
     cells = [cell for cell in notebook.cells if 'varies' not in cell.metadata.get('tags', [])]
     outputs = [o.get('data', {}) for cell in cells for o in cell.get('outputs', [])]
     return [data.get('text/markdown', data.get('text/plain')) for data in outputs]
@@ -27,7 +31,8 @@ def texts(notebook):
 def test_runs_top_to_bottom_and_its_outputs_are_not_stale(path):
     notebook = nbformat.read(path, as_version=4)
     stored = texts(notebook)
-    NotebookClient(notebook, timeout=300, kernel_name='python3', resources={'metadata': {'path': str(path.parent)}}).execute()
+    NotebookClient(notebook, timeout=300, kernel_name='python3',
+                   resources={'metadata': {'path': str(path.parent)}}).execute()
     if path.name in SHOWN:
         record, text = SHOWN[path.name]
         assert text() in texts(notebook)

@@ -23,7 +23,8 @@ TINY = ['--epochs', '1', '--bs', '6', '--workers', '0']
 def loop(tree, tmp_path, capfd):
     "Runs reproduce.py digits on the tree: (exit code, stdout, stderr)."
     def call(*argv):
-        code = reproduce.main(['digits', '--data', str(tree), *TINY, '--results', str(tmp_path / 'results'), *map(str, argv)])
+        argv = ['digits', '--data', str(tree), *TINY, '--results', str(tmp_path / 'results'), *map(str, argv)]
+        code = reproduce.main(argv)
         return (code or 0, *capfd.readouterr())
     return call
 
@@ -36,11 +37,12 @@ def test_arms_take_turns_and_what_is_recorded_is_skipped(loop, tmp_path):
     code, out, err = loop('--runs', 2)
     assert code == 0, err
     df = rows(tmp_path)
-    assert list(zip(df.attention, df.seed)) == [('none', 0), ('simple', 0), ('none', 1), ('simple', 1)] and set(df.status) == {'ok'}
+    pairs = [('none', 0), ('simple', 0), ('none', 1), ('simple', 1)]
+    assert list(zip(df.attention, df.seed)) == pairs and set(df.status) == {'ok'}
     assert '4/4  simple seed 1  0 min left' in out and out.rindex('none → simple:') > out.rindex('4/4')
     assert '0 runs to do, 4 recorded' in loop('--runs', 2, '--dry-run')[1] and len(rows(tmp_path)) == 4
     assert loop('--runs', 3)[0] == 0 and rows(tmp_path).seed.tolist() == [0, 0, 1, 1, 2, 2]
-    code, out, _ = loop('--runs', 2, '--arms', 'simple', '--seed0', 1, '--wd', 0.1)  # another configuration: not recorded yet
+    code, out, _ = loop('--runs', 2, '--arms', 'simple', '--seed0', 1, '--wd', 0.1)  # not recorded yet
     assert code == 0 and 'nothing to compare' in out
     assert rows(tmp_path).wd.tolist()[-2:] == [0.1, 0.1] and rows(tmp_path).seed.tolist()[-2:] == [1, 2]
 
@@ -53,7 +55,8 @@ def test_a_run_of_the_loop_is_the_run_of_a_fresh_process(loop, tree, tmp_path):
     subprocess.run(list(map(str, command)), check=True, capture_output=True)
     here, fresh = rows(tmp_path), runlog.load(tmp_path / 'fresh' / 'runs.csv').iloc[0]
     same = here[(here.attention == 'simple') & (here.seed == 1)].iloc[0]
-    assert (same.valid_loss, same.accuracy, same.data_fingerprint) == (fresh.valid_loss, fresh.accuracy, fresh.data_fingerprint)
+    columns = ['valid_loss', 'accuracy', 'data_fingerprint']
+    assert same[columns].tolist() == fresh[columns].tolist()
 
 
 @pytest.mark.slow(8)
@@ -69,16 +72,20 @@ def test_a_failed_run_is_recorded_and_the_loop_goes_on(loop, tmp_path, monkeypat
     assert code == 1 and "simple seed 0 failed: RuntimeError('broken'); going on" in err and '1 runs failed' in err
     assert rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok'] and '1 unfinished' in out
     monkeypatch.setattr(training.run, 'fit', fit)
-    assert loop('--runs', 2)[0] == 0 and rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok', 'ok']  # done again, and it alone
+    assert loop('--runs', 2)[0] == 0
+    assert rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok', 'ok']  # done again, and it alone
 
 
 @pytest.mark.slow(20)
 def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
-    monkeypatch.setattr(compare, 'narrow_enough', lambda pairs, points: points == 5 and list(map(len, pairs[0])) == [3, 3])
+    def three_at_5(pairs, points): return points == 5 and list(map(len, pairs[0])) == [3, 3]
+    monkeypatch.setattr(compare, 'narrow_enough', three_at_5)
     assert loop('--runs', 1, '--until', 5)[0] == 0
-    assert list(zip(rows(tmp_path).attention, rows(tmp_path).seed)) == [(a, s) for s in range(3) for a in ('none', 'simple')]
+    df = rows(tmp_path)
+    assert list(zip(df.attention, df.seed)) == [(a, s) for s in range(3) for a in ('none', 'simple')]
     monkeypatch.setattr(compare, 'narrow_enough', lambda pairs, points: list(map(len, pairs[0])) == [4, 4])
-    assert loop('--runs', 1, '--until', 5)[0] == 0 and rows(tmp_path).seed.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # goes on where it was
+    assert loop('--runs', 1, '--until', 5)[0] == 0
+    assert rows(tmp_path).seed.tolist() == [0, 0, 1, 1, 2, 2, 3, 3]  # goes on where it was
     code, _, err = loop('--runs', 1, '--until', 5, '--opt', 'sgd', '--lr', 1e30)  # every run diverges
     assert code == 2 and 'did not end ok; stopped' in err and rows(tmp_path).status.tolist()[8:] == ['diverged'] * 4
 
@@ -117,7 +124,8 @@ def test_until_takes_other_seeds_than_another_loop(loop, claimed, tmp_path, monk
 @pytest.mark.slow(5)
 def test_a_run_that_another_process_is_at_is_left_to_it(loop, claimed, tmp_path):
     with claimed('simple'): code, _, err = loop('--runs', 1)
-    assert code == 0 and 'another process is already training this run: skipped' in err and rows(tmp_path).attention.tolist() == ['none']
+    assert code == 0 and 'another process is already training this run: skipped' in err
+    assert rows(tmp_path).attention.tolist() == ['none']
     assert loop('--runs', 1)[0] == 0 and rows(tmp_path).attention.tolist() == ['none', 'simple']
     assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
 
@@ -129,7 +137,8 @@ def test_of_two_loops_each_run_is_trained_by_one(tree, spawn, tmp_path):
     errors = [process.communicate(timeout=300)[1] for process in loops]
     assert [process.returncode for process in loops] == [0, 0], errors
     df = rows(tmp_path)
-    assert sorted(zip(df.seed, df.attention)) == [(s, a) for s in range(4) for a in ('none', 'simple')] and set(df.status) == {'ok'}
+    assert sorted(zip(df.seed, df.attention)) == [(s, a) for s in range(4) for a in ('none', 'simple')]
+    assert set(df.status) == {'ok'}
 
 
 @pytest.mark.slow(12)
@@ -153,17 +162,20 @@ def test_list_and_plan(tmp_path, capsys):
     assert not reproduce.main(['woof-128-100-r18', '--plan', '--results', str(tmp_path)])
     sd = ((0.00817**2 + 0.0074**2) / 2)**0.5
     n = math.ceil(TTestIndPower().solve_power((0.8634 - 0.8576) / sd, power=0.8, alpha=0.05))
-    assert f'published +0.6 needs {n} runs an arm, unpaired, at sd 0.8 (published), 80 % power; have 0 and 0' in capsys.readouterr().out
+    needs = f'published +0.6 needs {n} runs an arm, unpaired, at sd 0.8 (published), 80 % power; have 0 and 0'
+    assert needs in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('argv, words', [
     ('woof-128', 'did you mean woof-128-5?'), ('', 'name one, see --list'),
-    ('digits --arms none,x', 'no such arm; there are none, simple'), ('digits --runs 0', 'at least 1'), ('digits --until 0', 'above 0'),
+    ('digits --arms none,x', 'no such arm; there are none, simple'),
+    ('digits --runs 0', 'at least 1'), ('digits --until 0', 'above 0'),
     ('digits --until nan', 'above 0'), ('digits --sa sagan', 'one that the experiment sets'),
     ('woof-128-50-r18-lr --lr 0.003', 'two arms the same'), ('digits --arms none --until 1', 'needs two arms'),
     ('digits --seed 3', 'one that the experiment sets'), ('digits --epcohs 3', 'unknown argument --epcohs'),
     ('--source 320 woof-128', 'did you mean woof-128-5?'), ('--list --epcohs 3', 'unknown argument --epcohs'),
-    ('digits --cpus-per-run 2', 'with --ray only'), ('digits --ray --cpus-per-run 0.5', 'whole cores'), ('digits --ray --gpu 0', '--gpu: '),
+    ('digits --cpus-per-run 2', 'with --ray only'), ('digits --ray --cpus-per-run 0.5', 'whole cores'),
+    ('digits --ray --gpu 0', '--gpu: '),
     ('digits --ray --gpus-per-run 2', 'from 0 to 1'), ('digits --seed0 2147483646 --runs 9', 'at most'),
     ('digits --runs 9999999999', '--seed 9999999998'), ('digits --size 31', 'at least 32'),
     ('digits --jobs 0', 'from 1 to 1024'), ('digits --jobs 2 --ray', 'one of them'),
@@ -177,7 +189,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, words, tmp_path, capfd):
 
 def test_one_process_starts_the_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    assert reproduce.main(['digits', '--results', str(tmp_path)]) == 2 and 'one process starts the runs' in capsys.readouterr().err
+    assert reproduce.main(['digits', '--results', str(tmp_path)]) == 2
+    assert 'one process starts the runs' in capsys.readouterr().err
 
 
 @pytest.mark.slow(5)

@@ -46,27 +46,31 @@ def test_the_registries_are_read_as_they_are():
 
 def test_no_flags_give_the_recipe():
     assert config() == Config()
-    recipe = dict(size=128, epochs=5, bs=64, lr=3e-3, arch='xresnet50', attention='none', sa_at='1', stem='32-64-64', act='relu',
-                  pool='avg', opt='adam', mom=0.9, sqrmom=0.99, eps=1e-6, wd=1e-2, schedule='one_cycle', label_smoothing=0.1,
-                  mixup=0, split='auto', source='auto')
+    recipe = dict(size=128, epochs=5, bs=64, lr=3e-3, arch='xresnet50', attention='none', sa_at='1', stem='32-64-64',
+                  act='relu', pool='avg', opt='adam', mom=0.9, sqrmom=0.99, eps=1e-6, wd=1e-2, schedule='one_cycle',
+                  label_smoothing=0.1, mixup=0, split='auto', source='auto')
     assert {k: getattr(Config(), k) for k in recipe} == recipe
     assert resolve(Config()).split == 'v1' and resolve(Config(dataset='digits')).split == 'v2'
 
 
 def test_the_sources_own_command_line():
-    cfg = config(*'--woof 1 --size 128 --bs 64 --mixup 0 --sa 0 --epoch 50 --lr 8e-3 --arch xresnet18 --log name'.split())
+    argv = '--woof 1 --size 128 --bs 64 --mixup 0 --sa 0 --epoch 50 --lr 8e-3 --arch xresnet18 --log name'
+    cfg = config(*argv.split())
     assert cfg == Config(dataset='imagewoof', epochs=50, lr=8e-3, arch='xresnet18', meta='name')
 
 
 @pytest.mark.parametrize('argv, expected', [
-    ('--woof', dict(dataset='imagewoof')), ('--woof 1', dict(dataset='imagewoof')), ('--woof=1', dict(dataset='imagewoof')),
-    ('--woof 0', {}),
-    ('--sa', dict(attention='simple')), ('--sa 1', dict(attention='simple')), ('--sa 0', {}), ('--sa sagan', dict(attention='sagan')),
-    ('--sa --size 64', dict(attention='simple', size=64)), ('--sa 1 --sym 1', dict(attention='simple_sym')), ('--sym 1', {}),
-    ('--sa --sym 0', dict(attention='simple')), ('--alpha 0.9', dict(sqrmom=0.9)), ('--label_smoothing 0', dict(label_smoothing=0.)),
-    ('--compile', dict(compile=1)), ('--compile 0 --fused 0', dict(fused=0)), ('--loader device', dict(loader='device')),
+    ('--woof', dict(dataset='imagewoof')), ('--woof 1', dict(dataset='imagewoof')),
+    ('--woof=1', dict(dataset='imagewoof')), ('--woof 0', {}),
+    ('--sa', dict(attention='simple')), ('--sa 1', dict(attention='simple')), ('--sa 0', {}),
+    ('--sa sagan', dict(attention='sagan')),
+    ('--sa --size 64', dict(attention='simple', size=64)), ('--sa 1 --sym 1', dict(attention='simple_sym')),
+    ('--sym 1', {}), ('--sa --sym 0', dict(attention='simple')), ('--alpha 0.9', dict(sqrmom=0.9)),
+    ('--label_smoothing 0', dict(label_smoothing=0.)), ('--compile', dict(compile=1)),
+    ('--compile 0 --fused 0', dict(fused=0)), ('--loader device', dict(loader='device')),
     ('--pct-noise 5', dict(pct_noise=5)), ('--pct_noise 5', dict(pct_noise=5)), ('--act_fn mish', dict(act='mish')),
-    ('--sa-at 1,2.0 --pool max --opt ranger --schedule flat_cos', dict(sa_at='1,2.0', pool='max', opt='ranger', schedule='flat_cos')),
+    ('--sa-at 1,2.0 --pool max --opt ranger --schedule flat_cos',
+     dict(sa_at='1,2.0', pool='max', opt='ranger', schedule='flat_cos')),
 ])
 def test_flags(argv, expected): assert config(*argv.split()) == Config(**expected)
 
@@ -85,16 +89,21 @@ def test_every_field_is_a_flag_with_help(capsys):
 
 
 @pytest.mark.parametrize('argv, words', [
-    ('--arch xresnet51', 'did you mean xresnet50?'), ('--sa sagn', 'did you mean sagan?'), ('--sa-at 9 --dump', '1 (or 1.0 to 1.2)'),
-    ('--size 31', '--size 31: must be at least 32'), ('--size big', "invalid int value: 'big'"), ('--pct-noise 7', '--pct-noise 7'),
+    ('--arch xresnet51', 'did you mean xresnet50?'), ('--sa sagn', 'did you mean sagan?'),
+    ('--sa-at 9 --dump', '1 (or 1.0 to 1.2)'), ('--size 31', '--size 31: must be at least 32'),
+    ('--size big', "invalid int value: 'big'"), ('--pct-noise 7', '--pct-noise 7'),
     ('--lr 0', '--lr 0.0: must be above 0'), ('--lr nan', 'not a finite number'), ('--bs', 'expected one argument'),
-    ('--epcohs 3', 'did you mean --epochs?'), ('stray', 'unknown argument stray'), ('--woof 2', '0 or 1'), ('--runs 0', 'at least 1'),
+    ('--epcohs 3', 'did you mean --epochs?'), ('stray', 'unknown argument stray'), ('--woof 2', '0 or 1'),
+    ('--runs 0', 'at least 1'),
     ('--sa sagan --sym', 'for --sa simple only'), ('--dataset digits --split v1', 'one split only'),
-    ('--dataset digits --woof', 'give one of them'), ('--data /no/such/folder', 'no such folder'), ('--gpu 99', '--gpu 99'),
-    ('--save /no/such/folder/m.pt', 'cannot be written (No such file'), ('--seed 2147483647 --runs 2', '--seed 2147483648'),
+    ('--dataset digits --woof', 'give one of them'), ('--data /no/such/folder', 'no such folder'),
+    ('--gpu 99', '--gpu 99'),
+    ('--save /no/such/folder/m.pt', 'cannot be written (No such file'),
+    ('--seed 2147483647 --runs 2', '--seed 2147483648'),
     ('--precision fp16 --dataset digits --size 32', 'needs a CUDA device'), ('--mixup 1e-300', '--mixup 1e-300'),
     ('--dataset custom', 'name its folder'), ('--data /', 'no folder train'), ('--mom 1', '--mom 1.0: must be below 1'),
-    ('--save /tmp', 'cannot be written (Is a directory)'), ('--save /dev/null', 'not a regular file'), ('--runs=--', 'expected an'),
+    ('--save /tmp', 'cannot be written (Is a directory)'), ('--save /dev/null', 'not a regular file'),
+    ('--runs=--', 'expected an'),
     ('--lr 1e308', 'at most 1e+30'), ('--\x1b', r'unknown argument --\x1b'), ('--meta \udcff', 'cannot be printed'),
 ])
 def test_a_mistake_is_one_line_and_exit_code_2(argv, words, command):
@@ -104,13 +113,15 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv, words, command):
 
 
 @pytest.mark.parametrize('argv, code', [
-    ('--help', 0), ('--epcohs 3', 2), ('--arch resnet', 2), ('--sa-at 9', 2), ('--data /no/such/folder', 2), ('--data /', 2),
+    ('--help', 0), ('--epcohs 3', 2), ('--arch resnet', 2), ('--sa-at 9', 2), ('--data /no/such/folder', 2),
+    ('--data /', 2),
 ])
 def test_answers_in_under_3_seconds(argv, code):
     seconds = []
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run([sys.executable, REPO / 'train_imagenette.py', *argv.split()], capture_output=True, text=True)
+        done = subprocess.run([sys.executable, REPO / 'train_imagenette.py', *argv.split()],
+                              capture_output=True, text=True)
         seconds.append(time.perf_counter() - start)
         assert done.returncode == code and 'Traceback' not in done.stderr
     assert min(seconds) < 3
@@ -123,13 +134,16 @@ def test_a_run_leaves_a_row_a_curve_and_predictions(tree, command, tmp_path):
     assert code == 0, err
     row = record(tmp_path).iloc[0]
     last = out.strip().splitlines()[-1]
-    assert last.startswith(f'accuracy {row.accuracy:.3f}  (max {row.max_accuracy:.3f} at epoch {row.max_accuracy_epoch})  ')
+    best = f'(max {row.max_accuracy:.3f} at epoch {row.max_accuracy_epoch})'
+    assert last.startswith(f'accuracy {row.accuracy:.3f}  {best}  ')
     assert 'custom v1 32px xresnet18+simple seed 5' in last and last.endswith('runs.csv')
     assert (row.status, row.split, row.source, row.attention, row.meta) == ('ok', 'v1', 'auto', 'simple', 'a, "note"')
     assert (row.n_train, row.n_val, row.epochs_done, row.seed) == (30, 6, 2, 5)
-    assert row.n_parameters == sum(p.numel() for p in training.run.get_model(Config(arch='xresnet18', attention='simple'), 3).parameters())
+    model = training.run.get_model(Config(arch='xresnet18', attention='simple'), 3)
+    assert row.n_parameters == sum(p.numel() for p in model.parameters())
     assert math.isnan(row.top5_accuracy)  # of 3 classes
-    assert row.fit_seconds > 0 and row.images_per_second > 0 and row.peak_memory_mb > 100 and row.torch == torch.__version__.split('+')[0]
+    assert row.fit_seconds > 0 and row.images_per_second > 0 and row.peak_memory_mb > 100
+    assert row.torch == torch.__version__.split('+')[0]
     assert len(row.git_commit) in (0, 40) and row.started.endswith('Z') and len(row.data_fingerprint) == 16
 
     import pandas as pd
@@ -138,7 +152,8 @@ def test_a_run_leaves_a_row_a_curve_and_predictions(tree, command, tmp_path):
     assert curve.accuracy.iloc[-1] == row.accuracy and curve.accuracy.max() == row.max_accuracy
     saved = np.load(tmp_path / 'results' / 'predictions' / f'{row.run_id}.npz')
     assert (saved['logits'].argmax(1) == saved['targets']).mean() == pytest.approx(row.accuracy, abs=1e-6)
-    assert saved['logits'].shape == (6, 3) and [f.split('/')[1] for f in saved['files']] == [CLASSES[t] for t in saved['targets']]
+    assert saved['logits'].shape == (6, 3)
+    assert [f.split('/')[1] for f in saved['files']] == [CLASSES[t] for t in saved['targets']]
     log_probs = torch.log_softmax(torch.tensor(saved['logits']), 1)
     loss = -(0.9 * log_probs[range(6), saved['targets']] + 0.1 * log_probs.mean(1)).mean()
     assert loss.item() == pytest.approx(row.valid_loss, abs=1e-5)
@@ -157,7 +172,8 @@ def test_runs_are_those_of_single_commands(tree, command, tmp_path):
     assert command('--data', tree, *TINY, '--runs', 2, '--seed', 3)[0] == 0
     assert command('--data', tree, *TINY, '--seed', 4)[0] == 0
     df = record(tmp_path)
-    assert df.seed.tolist() == [3, 4, 4] and df.valid_loss[1] == df.valid_loss[2] != df.valid_loss[0] and df.run_id.is_unique
+    assert df.seed.tolist() == [3, 4, 4] and df.run_id.is_unique
+    assert df.valid_loss[1] == df.valid_loss[2] != df.valid_loss[0]
 
 
 @pytest.mark.slow(25)
@@ -170,7 +186,8 @@ def test_the_whole_way_on_digits(command, tmp_path):
 
 @pytest.mark.slow(3)
 @pytest.mark.parametrize('options', [
-    '--opt rms', '--opt sgd', '--opt ranger --schedule flat_cos', '--sh 0.3 --act mish --pool max', '--sa sagan --sa-at 1,2.0',
+    '--opt rms', '--opt sgd', '--opt ranger --schedule flat_cos', '--sh 0.3 --act mish --pool max',
+    '--sa sagan --sa-at 1,2.0',
     '--stem 32-32-64 --sa simple_sym', '--split v2 --sa simple_out', '--loader device --fused 0 --channels-last 0',
 ])
 def test_every_kind_of_run_ends_ok(options, tree, command, tmp_path):
@@ -205,7 +222,8 @@ def test_dump_prints_shapes_and_parameters_and_trains_nothing(command, tmp_path)
     assert code == 0 and not (tmp_path / 'results').exists()
     line = next(x for x in out.splitlines() if x.startswith('stage1.2.attention '))
     assert '(1, 256, 32, 32)' in line and '65,537' in line  # 256 * 256 and gamma
-    assert f'{sum(p.numel() for p in training.run.get_model(Config(attention="simple"), 10).parameters()):,} parameters' in out
+    model = training.run.get_model(Config(attention='simple'), 10)
+    assert f'{sum(p.numel() for p in model.parameters()):,} parameters' in out
 
 
 def test_dump_has_a_head_for_the_classes_of_the_folder_and_needs_no_device(tree, command):
@@ -215,7 +233,8 @@ def test_dump_has_a_head_for_the_classes_of_the_folder_and_needs_no_device(tree,
 
 @pytest.mark.slow(8)
 def test_a_reader_that_closes_the_pipe_is_no_fault():
-    argv = [sys.executable, REPO / 'train_imagenette.py', '--dump', '--arch', 'xresnet152', '--size', '32']  # more than a pipe holds
+    # It prints more than a pipe holds.
+    argv = [sys.executable, REPO / 'train_imagenette.py', '--dump', '--arch', 'xresnet152', '--size', '32']
     process = subprocess.Popen(argv, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline().startswith('module')
     process.stdout.close()
@@ -227,7 +246,8 @@ def test_lrfinder_suggests_and_plots_each_setting_in_its_own_file(tree, command,
     code, out, err = command('--data', tree, *TINY, '--lrfinder', '--opt', 'sgd', '--sa-at', '1,2', '--wd', 0.01)
     assert code == 0, err
     file = tmp_path / 'results' / 'lr_find' / 'custom-32-xresnet18-bs6-sa_at1,2-optsgd.png'
-    assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG' and not (tmp_path / 'results' / 'runs.csv').exists()
+    assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG'
+    assert not (tmp_path / 'results' / 'runs.csv').exists()
 
 
 def test_a_file_to_save_to_is_tried_and_left_as_it_was(tmp_path):
@@ -264,7 +284,8 @@ def test_repeat_interleaves_the_arms_and_goes_on_after_a_run_that_fails(python, 
     argv = ['bash', str(script), '2', '--woof', '--', '--woof', '--sa']
     done = subprocess.run(argv, env=env, capture_output=True, text=True)
     assert done.returncode == code and ('1 runs failed' in done.stderr) == (code == 1)
-    assert log.read_text().splitlines() == [f'{arm} --seed {s}' for s in (0, 1) for arm in ('--woof', '--woof --sa')][:calls]
+    expected = [f'{arm} --seed {s}' for s in (0, 1) for arm in ('--woof', '--woof --sa')]
+    assert log.read_text().splitlines() == expected[:calls]
 
 
 # --- recipe ---
@@ -294,7 +315,8 @@ def test_bf16_is_for_cpus_that_have_it(tree, command, tmp_path, monkeypatch):
 def test_one_cycle_is_the_sources(tree):
     hps, learn = hyperparameters(tree, '--epochs', 4)
     lr, mom = hps['lr'], hps['mom']
-    assert len(lr) == 20 and lr[0] == pytest.approx(3e-4) and lr.argmax() == 6 and lr.max() == pytest.approx(3e-3)  # lr/10 up to lr in 30 %
+    assert len(lr) == 20
+    assert lr[0] == pytest.approx(3e-4) and lr.argmax() == 6 and lr.max() == pytest.approx(3e-3)  # lr/10 to lr in 30 %
     assert lr[-1] < 1e-4 and mom[0] == pytest.approx(0.95) and mom[6] == pytest.approx(0.85) and mom[-1] > 0.94
     hyper = learn.opt.hypers[0]
     assert (hyper['sqr_mom'], hyper['eps'], hyper['wd']) == (0.99, 1e-6, 1e-2) and learn.loss_func.eps == 0.1
@@ -308,7 +330,8 @@ def test_flat_cos_keeps_the_learning_rate_for_three_quarters(tree):
 def test_ann_start_is_where_flat_cos_begins_to_fall(tree):
     lr = hyperparameters(tree, '--epochs', 4, '--schedule', 'flat_cos', '--ann-start', 0.5)[0]['lr']
     assert (lr[:11] == 3e-3).all() and lr[11] < 3e-3 and lr[-1] < 2e-4
-    assert 3e-3 * (1 + math.cos(math.pi * 5 / 10)) / 2 == pytest.approx(lr[15], rel=1e-3)  # 20 steps, half of the way down
+    half_way = (1 + math.cos(math.pi * 5 / 10)) / 2  # 20 steps, half of the way down
+    assert 3e-3 * half_way == pytest.approx(lr[15], rel=1e-3)
 
 
 @pytest.mark.parametrize('fused', [0, 1])
@@ -316,8 +339,10 @@ def test_weight_decay_spares_norms_and_biases(tree, fused):
     _, learn = learner(tree, '--sa', '--fused', fused)
     learn.fit(0)
     names = {p: n for n, p in learn.model.named_parameters()}
-    decay = {names[p]: hyper['wd'] for p, _, state, hyper in learn.opt.all_params() if state.get('do_wd', True) and hyper['wd']}
-    norms = {f'{n}.{k}' for n, m in learn.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d) for k in ('weight', 'bias')}
+    decay = {names[p]: hyper['wd'] for p, _, state, hyper in learn.opt.all_params()
+             if state.get('do_wd', True) and hyper['wd']}
+    norms = {f'{n}.{k}' for n, m in learn.model.named_modules() if isinstance(m, torch.nn.BatchNorm2d)
+             for k in ('weight', 'bias')}
     assert names.values() - decay.keys() == norms | {'head.bias'} and set(decay.values()) == {1e-2}
 
 
@@ -333,7 +358,8 @@ def test_one_step_is_decoupled_adam(tree, fused):
     for p in model.parameters(): groups[p.ndim > 1 or p.shape == (1,)].append(p)
     torch.optim.AdamW([dict(params=groups[True], weight_decay=cfg.wd), dict(params=groups[False], weight_decay=0)],
                       lr=cfg.lr, betas=(cfg.mom, cfg.sqrmom), eps=cfg.eps).step()
-    for (name, p), q in zip(learn.model.named_parameters(), model.parameters()): assert torch.allclose(p, q, atol=1e-5), name
+    for (name, p), q in zip(learn.model.named_parameters(), model.parameters()):
+        assert torch.allclose(p, q, atol=1e-5), name
 
 
 @pytest.mark.slow(4)
@@ -379,14 +405,16 @@ def test_freed_memory_is_kept(tree):
             'before = faults()\n'
             'for _ in range(20): torch.ones(2**24)\n'
             'print(faults() - before)')
-    faults = [int(subprocess.run([sys.executable, '-c', code, keep], cwd=REPO, capture_output=True, text=True).stdout) for keep in '01']
+    faults = [int(subprocess.run([sys.executable, '-c', code, keep], cwd=REPO, capture_output=True, text=True).stdout)
+              for keep in '01']
     if faults[0] < 10_000: pytest.skip('huge pages, or another allocator: there are no page faults to save')
     assert faults[1] < faults[0] / 2
 
 
 @pytest.mark.slow(9)
 def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))  # the same graphs, without a C++ compiler
+    # The same graphs, without a C++ compiler.
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
     argv = ['--data', tree, '--sa', *TINY]
     training.machine.check_compiler('cpu')  # compiles a function of its own, once
     torch._dynamo.reset()
@@ -418,7 +446,10 @@ def test_compiled_passes_meet_no_gradient_of_the_step_before(options, tree, monk
 @pytest.mark.slow(4)
 @pytest.mark.parametrize('fused', [0, 1])
 def test_recorded_passes_train_as_plain_ones(fused, tree, monkeypatch):
-    "With a stand-in that does to the network what recording does: rounds to warm up, then another `forward`, in training alone."
+    """A stand-in does to the network what recording does.
+
+    It makes rounds to warm up, and then another `forward`, in training alone.
+    """
     def record_passes(graphed, sample):
         for _ in range(3): graphed(*sample).sum().backward()
         forward = graphed.forward
@@ -443,7 +474,8 @@ def test_a_network_that_cannot_be_recorded_is_one_line(tree, monkeypatch):
     def fails(graphed, sample): raise RuntimeError('operation not permitted when stream is capturing')
     monkeypatch.setattr(torch.cuda, 'make_graphed_callables', fails)
     _, learn = learner(tree)
-    with pytest.raises(UsageError, match=r'cannot be recorded .*capturing.*--cuda-graphs 0'): learn.fit(1, cbs=Graphs(32))
+    with pytest.raises(UsageError, match=r'cannot be recorded .*capturing.*--cuda-graphs 0'):
+        learn.fit(1, cbs=Graphs(32))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='needs a machine without CUDA')
@@ -470,7 +502,8 @@ def test_unknown_values_are_refused_by_config_itself():
 
 
 @pytest.mark.slow(3)
-@pytest.mark.parametrize('middle, high, low', [(0, 0.05, 0), (0.5, 0.55, 0.45), (0.95, 0.975, 0.9), (0.99, 0.995, 0.94)])
+@pytest.mark.parametrize('middle, high, low', [(0, 0.05, 0), (0.5, 0.55, 0.45), (0.95, 0.975, 0.9),
+                                               (0.99, 0.995, 0.94)])
 def test_the_cycle_of_the_momentum_stays_within_0_and_1(middle, high, low, tree):
     mom = hyperparameters(tree, '--epochs', 4, '--mom', middle)[0]['mom']
     assert mom[0] == pytest.approx(high) and mom.max() < 1 and mom.min() == pytest.approx(low)

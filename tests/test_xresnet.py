@@ -69,8 +69,10 @@ def test_attention_keeps_its_own_initialisation_and_moves_no_other():
     for attention in (ATTENTION['none'], Zero):
         torch.manual_seed(0)
         states.append(xresnet('xresnet18', 10, attention).state_dict())
-    assert (states[1].pop('stage1.1.attention.conv.weight') == 0).all() and states[1].pop('stage1.1.attention.conv.bias').shape
-    assert states[0].keys() == states[1].keys() and all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
+    assert (states[1].pop('stage1.1.attention.conv.weight') == 0).all()
+    assert states[1].pop('stage1.1.attention.conv.bias').shape
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(a, b) for a, b in zip(states[0].values(), states[1].values()))
 
 
 @pytest.mark.parametrize('sa_at, expected', [
@@ -85,7 +87,8 @@ def test_places(sa_at, expected):
 
 @pytest.mark.parametrize('sa_at', ['5', '1.3', '', 'first', '1,,2', '0', '-1'])
 def test_a_place_that_does_not_exist_lists_those_that_do(sa_at):
-    with pytest.raises(ValueError, match=r'1 \(or 1.0 to 1.2\), 2 \(or 2.0 to 2.3\), 3 .* 4 '): parse_places(sa_at, ARCHS['xresnet50'][1])
+    with pytest.raises(ValueError, match=r'1 \(or 1.0 to 1.2\), 2 \(or 2.0 to 2.3\), 3 .* 4 '):
+        parse_places(sa_at, ARCHS['xresnet50'][1])
 
 
 @pytest.mark.parametrize('sa_at, one', [('1,1', '1'), ('1.2', '1'), ('2,1', '1,2'), ('2.0, 1.2', '1,2.0')])
