@@ -71,11 +71,15 @@ def say_once(line):
 
 # --- signals ---
 
-ENDING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1') if hasattr(signal, name)]  # Windows has two
+ENDING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
+          if hasattr(signal, name)]  # Windows has two
 
 
 def heeded():
-    "Returns those of ENDING that are not ignored, as SIGINT is in a script's background and SIGHUP under nohup: they stay so."
+    """Returns those of ENDING that are not ignored.
+
+    SIGINT is ignored in a script's background, and SIGHUP under nohup: they stay so.
+    """
     return [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
 
 

@@ -1,4 +1,6 @@
-"""Self-attention layers for convolutional networks, on images of features (B, C, H, W), or (B, C, N) or (B, C, D, H, W).
+"""Gives convolutional networks layers of self-attention.
+
+They work on images of features (B, C, H, W), or (B, C, N) or (B, C, D, H, W).
 
 `SimpleSelfAttention` is the layer of github.com/sdoria/SimpleSelfAttention (2019), `SelfAttention` that of
 SAGAN (Zhang et al. 2018, arXiv:1805.08318) as fastai has it. The others take one thing away from the first, to
@@ -22,7 +24,8 @@ if [int(n) for n in torch.__version__.split('.')[:2]] < [2, 4]:
     raise ImportError(f'layers.py needs torch 2.4 or later, this is torch {torch.__version__}')
 
 __all__ = ['ATTENTION', 'ChannelAttention', 'CovarianceAttention', 'LowRankAttention', 'MeanAttention', 'ResidualConv',
-           'SelfAttention', 'SimpleSelfAttention', 'SpectralWeight', 'SqueezeExcitation', 'SwappedAttention', 'multiply_adds']
+           'SelfAttention', 'SimpleSelfAttention', 'SpectralWeight', 'SqueezeExcitation', 'SwappedAttention',
+           'multiply_adds']
 
 
 class SpectralWeight(nn.Module):
@@ -35,7 +38,8 @@ class SpectralWeight(nn.Module):
     """
     def __init__(self, n_out, n_in, ks=1, sym=False, n_init=30):
         super().__init__()
-        if sym and (n_out, ks) != (n_in, 1): raise ValueError(f'sym needs ks=1 and a square weight, got ks={ks}, {n_in} -> {n_out}')
+        if sym and (n_out, ks) != (n_in, 1):
+            raise ValueError(f'sym needs ks=1 and a square weight, got ks={ks}, {n_in} -> {n_out}')
         self.sym = sym
         self.weight = nn.Parameter(nn.init.kaiming_normal_(torch.empty(n_out, n_in, ks)))
         self.register_buffer('u', F.normalize(torch.randn(n_out), dim=0))
@@ -82,7 +86,10 @@ class _Layer(nn.Module):
         raise NotImplementedError
 
     def multiply_adds(self, n_positions):
-        "Multiply-adds of the matrix products of one image in a forward pass; those that normalise a weight are left out."
+        """Returns the multiply-adds of the matrix products of one image in a forward pass.
+
+        Those that normalise a weight are left out.
+        """
         raise NotImplementedError
 
     def extra_repr(self): return f'{self.n_channels}'
@@ -387,10 +394,12 @@ class SelfAttention(_Attention):
 
     def attend(self, x, dtype):  # SAGAN's "query" f is what is attended to
         weights = [self.query(), self.key(), self.value()]
-        blocked = x.device.type == 'cpu' and dtype in (torch.float32, torch.float64) and not torch.compiler.is_compiling()
+        in_blocks = x.device.type == 'cpu' and dtype in (torch.float32, torch.float64)
+        blocked = in_blocks and not torch.compiler.is_compiling()
         if not blocked and not _is_plain():
             fgh = F.linear(x.mT.to(dtype), torch.cat(weights).to(dtype))  # (B, C, N) -> (B, N, C/8 + C/8 + C)
-            return x + self.gamma * self._fused(*fgh.split([len(w) for w in weights], dim=2)).mT  # (B, N, C) -> (B, C, N)
+            attended = self._fused(*fgh.split([len(w) for w in weights], dim=2))
+            return x + self.gamma * attended.mT  # (B, N, C) -> (B, C, N)
         z, fg = _Linear.call(x.to(dtype), torch.cat(weights[:2]).to(dtype))
         z, h = _Linear.call(z, (self.gamma * weights[2]).to(dtype))
         f, g = fg.split(self.n_inner, dim=1)
@@ -401,18 +410,12 @@ class SelfAttention(_Attention):
         while self.n_channels % n_heads: n_heads += 1
         h = h.unflatten(2, (n_heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
         f, g = (F.pad(t, (0, h.shape[3] - t.shape[2])).unsqueeze(1).expand_as(h) for t in (f, g))
-        return F.scaled_dot_product_attention(g, f, h, scale=1.).transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
+        attended = F.scaled_dot_product_attention(g, f, h, scale=1.)
+        return attended.transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
 
     def multiply_adds(self, n_positions):
         C, N = self.n_channels, n_positions
         return (2 * self.n_inner + C) * C * N + (self.n_inner + C) * N**2
-
-    def _fused(self, f, g, h):
-        n_heads = -(-self.n_channels // 256)
-        while self.n_channels % n_heads: n_heads += 1
-        h = h.unflatten(2, (n_heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
-        f, g = (F.pad(t, (0, h.shape[3] - t.shape[2])).unsqueeze(1).expand_as(h) for t in (f, g))
-        return F.scaled_dot_product_attention(g, f, h, scale=1.).transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
 
 
 class ResidualConv(_Attention):
@@ -506,11 +509,11 @@ class LowRankAttention(_Attention):
 
 
 class ChannelAttention(_Attention):
-    """y = x + gamma * A x, A_ij = softmax_j(max_j S_ij - S_ij), S = x x^T: DANet's channel attention (arXiv:1809.02983).
+    """y = x + gamma * A x, A_ij = softmax_j(max_j S_ij - S_ij), S = x x^T: DANet's channel attention.
 
-    Its paper writes softmax(S); its code, which this follows, subtracts S from the row's largest value, so that a
-    channel attends most to those least like it. S and A are float32 under autocast: an exponent needs the digits.
-    1 parameter, 2 C^2 N multiply-adds.
+    Its paper (arXiv:1809.02983) writes softmax(S); its code, which this follows, subtracts S from the row's largest
+    value, so that a channel attends most to those least like it. S and A are float32 under autocast: an exponent
+    needs the digits. 1 parameter, 2 C^2 N multiply-adds.
     """
     def attend(self, x, dtype):
         _, gram = _Gram.call(x.to(torch.promote_types(x.dtype, torch.float32)))
@@ -530,7 +533,8 @@ class SqueezeExcitation(_Layer):
     def __init__(self, n_channels, reduction=8):
         super().__init__(n_channels)
         n_inner = max(1, n_channels // reduction)
-        self.gate = nn.Sequential(nn.Linear(n_channels, n_inner), nn.ReLU(), nn.Linear(n_inner, n_channels), nn.Sigmoid())
+        self.gate = nn.Sequential(nn.Linear(n_channels, n_inner), nn.ReLU(),
+                                  nn.Linear(n_inner, n_channels), nn.Sigmoid())
 
     def attend(self, x, dtype):
         mean = x.mean(2, dtype=torch.promote_types(x.dtype, torch.float32))

@@ -33,8 +33,8 @@ STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
 DONE = 'ok', 'diverged'  # A run that ended so needs no repetition.
 CONFIG = {f.name: f.type for f in fields(Config)}
 MEASURED = {  # what a run finds out; results/README.md says what each column means
-    'n_train': int, 'n_val': int, 'n_skipped': int, 'accuracy': float, 'top5_accuracy': float, 'valid_loss': float, 'train_loss': float,
-    'max_accuracy': float, 'max_accuracy_epoch': int, 'epochs_done': int, 'fit_seconds': float,
+    'n_train': int, 'n_val': int, 'n_skipped': int, 'accuracy': float, 'top5_accuracy': float, 'valid_loss': float,
+    'train_loss': float, 'max_accuracy': float, 'max_accuracy_epoch': int, 'epochs_done': int, 'fit_seconds': float,
     'median_epoch_seconds': float, 'images_per_second': float, 'peak_memory_mb': float, 'n_parameters': int,
     'attention_parameters': int, 'attention_multiply_adds': int, 'resumed': int,
 }
@@ -127,7 +127,8 @@ def take_lock(file, timeout):
 @lru_cache
 def say_no_locks(folder):
     "Says once what is not safe in a folder without locks."
-    what = 'its file system has no locks; files *.held stand for them, and after a kill -9 those that are left must be removed'
+    what = ('its file system has no locks; files *.held stand for them, '
+            'and after a kill -9 those that are left must be removed')
     print(f'{folder}: {what}', file=sys.stderr)
 
 

@@ -1,18 +1,23 @@
 #!/usr/bin/env python
-"""Ours against fastai's own, measured side by side: alternating calls, medians, ratios above 1 in our favour.
+"""Measures ours against fastai's own, side by side: alternating calls, medians, ratios above 1 in our favour.
 
-    python scripts/benchmark.py layer [--quick]              forward + backward of the attention layers, time and peak memory
-    python scripts/benchmark.py step [--quick] [--data DIR]  a training step of xresnet50 + simple at 128 px, loading included
-    python scripts/benchmark.py loader [--quick] [--data DIR]  each loader: alone, in the step, and the step on one batch over and over
-    python scripts/benchmark.py run [--quick] [FLAGS]        whole runs of train_imagenette.py FLAGS, with and without attention
-    python scripts/benchmark.py cost [--quick]               every layer in every order, against N and against C; about 5 minutes
+    python scripts/benchmark.py layer [--quick]                forward + backward of the attention layers, time and
+                                                               peak memory
+    python scripts/benchmark.py step [--quick] [--data DIR]    a training step of xresnet50 + simple at 128 px,
+                                                               loading included
+    python scripts/benchmark.py loader [--quick] [--data DIR]  each loader: alone, in the step, and the step on one
+                                                               batch over and over
+    python scripts/benchmark.py run [--quick] [FLAGS]          whole runs of train_imagenette.py FLAGS, with and
+                                                               without attention
+    python scripts/benchmark.py cost [--quick]                 every layer in every order, against N and against C;
+                                                               about 5 minutes
 
 Prints a table and writes it with the hardware and the versions to results/benchmarks/<what>.csv. Without --data step
 and loader use random JPEGs of Imagewoof's usual size, 213x160, so that nothing is downloaded.
 
-Limits: `matrix_share` is the share of the device's own rate of matrix products that the multiply-adds of convolutions and
-products amount to; `floor_seconds` is what a step takes if these run at that rate and every tensor that an operation reads
-or writes moves once at the rate of a copy, one after the other.
+Limits: `matrix_share` is the share of the device's own rate of matrix products that the multiply-adds of convolutions
+and products amount to; `floor_seconds` is what a step takes if these run at that rate and every tensor that an
+operation reads or writes moves once at the rate of a copy, one after the other.
 """
 import argparse
 import copy
@@ -25,7 +30,8 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # read at torch's import: its profiler writes lines for each use
+# Read at torch's import: its profiler writes lines for each use.
+os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}
 
 import numpy as np
 import pandas as pd
@@ -65,7 +71,8 @@ LAYERS = [  # name, shape, shape of --quick
     ('sagan', (4, 256, 64, 64), (1, 256, 64, 64)),
     ('sagan', (4, 64, 64, 64), (1, 64, 64, 64)),
 ]
-COST = [(256, side) for side in (8, 12, 16, 24, 32, 48, 64)] + [(C, 32) for C in (64, 128, 512)]  # (C, side), N = side^2
+# (C, side), N = side^2
+COST = [(256, side) for side in (8, 12, 16, 24, 32, 48, 64)] + [(C, 32) for C in (64, 128, 512)]
 QUICK_COST = [(256, 8), (256, 16), (256, 32), (64, 32), (128, 32)]
 SQUARES_MB = 1024  # a layer that holds N x N matrices of more than that is skipped
 
@@ -94,14 +101,16 @@ class CountBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not func.is_view: self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
+        if not func.is_view:
+            self.bytes += sum(t.nbytes for t in tree_leaves((args, kwargs, out)) if isinstance(t, torch.Tensor))
         return out
 
 
 def floor(cfg, model, device):
     "(multiply-adds of a step of `model` on `device`, the seconds it takes at least: see Limits above)."
     x = torch.randn(cfg.bs, 3, cfg.size, cfg.size, device=device).contiguous(memory_format=torch.channels_last)
-    autocast = torch.autocast(device.type, {'fp16': torch.float16}.get(cfg.precision, torch.bfloat16), cfg.precision != 'fp32')
+    dtype = {'fp16': torch.float16}.get(cfg.precision, torch.bfloat16)
+    autocast = torch.autocast(device.type, dtype, cfg.precision != 'fp32')
     with FlopCounterMode(display=False) as flops, CountBytes() as moved, autocast: model(x).sum().backward()
     multiply_adds = flops.get_total_flops() / 2
     return multiply_adds, multiply_adds / matrix_rate(device) + moved.bytes / copy_rate(device)
@@ -117,8 +126,8 @@ def layer(args, device):
         steps = [partial(forward_backward, make(shape[1]).to(device), x, g) for make in (PEERS[name], ATTENTION[name])]
         theirs, ours = alternate(steps, device, 3 if args.quick else 9)
         their_mb, our_mb = (peak_mb(f, device) for f in steps)
-        yield dict(layer=name, shape='x'.join(map(str, shape)), fastai_ms=1e3 * theirs, ours_ms=1e3 * ours, faster=theirs / ours,
-                   fastai_mb=their_mb, ours_mb=our_mb, memory=our_mb / their_mb)
+        yield dict(layer=name, shape='x'.join(map(str, shape)), fastai_ms=1e3 * theirs, ours_ms=1e3 * ours,
+                   faster=theirs / ours, fastai_mb=their_mb, ours_mb=our_mb, memory=our_mb / their_mb)
 
 
 def forward_backward(module, x, g):
@@ -129,7 +138,10 @@ def forward_backward(module, x, g):
 
 
 def contenders(C, N):
-    "(layer, order, multiply-adds an image, module) of our layers in every order and of fastai's; no order where there is but one."
+    """Yields (layer, order, multiply-adds an image, module) of our layers in every order and of fastai's.
+
+    The order is None where there is but one.
+    """
     for name, make in ATTENTION.items():
         module = make(C)
         if isinstance(module, SimpleSelfAttention):
@@ -150,12 +162,14 @@ def cost(args, device):
     for C, side in QUICK_COST if args.quick else COST:
         N = side**2  # B, C, N as in layers.py
         B = max(1, scale * (1024 if args.quick else 4096) // N)
-        x, g = torch.randn(B, C, side, side, device=device, requires_grad=True), torch.randn(B, C, side, side, device=device)
+        x = torch.randn(B, C, side, side, device=device, requires_grad=True)
+        g = torch.randn(B, C, side, side, device=device)
         print(f'C = {C}, N = {N}, {B} images a call', file=sys.stderr)
         measured = []
         for name, order, count, module in contenders(C, N):
             row = dict(layer=name, order=order, B=B, C=C, N=N, multiply_adds=count)
-            squares_mb = 4 * B * N**2 * x.element_size() / 2**20 if order == 'positions' or name == 'fastai sagan' else 0
+            squares = order == 'positions' or name == 'fastai sagan'
+            squares_mb = 4 * B * N**2 * x.element_size() / 2**20 if squares else 0
             if squares_mb > scale * SQUARES_MB: yield row
             else: measured.append((row, partial(forward_backward, module.to(device), x, g)))
         times = alternate([f for _, f in measured], device, 3 if args.quick else 5)
@@ -184,9 +198,10 @@ def equality(C=256, side=32):
 
 
 class Clock(Callback):
-    """Ends the fit after `n` training steps; `seconds`: of the steps, the first two of a fit left out (the loader starts).
+    """Ends the fit after `n` training steps, and keeps `seconds` of them.
 
-    On a CPU those of each step; on CUDA their mean, so that no step waits for the one before.
+    The first two steps of a fit are left out (the loader starts).
+    On a CPU `seconds` are those of each step; on CUDA their mean, so that no step waits for the one before.
     """
     def __init__(self, n): self.n, self.seconds = n, []
 
@@ -214,7 +229,8 @@ def clocked(learners, args, device, lr, keep=(True, True)):
         for learn, clock, kept in zip(learners, clocks, keep):
             keep_memory(kept and device.type == 'cpu')
             with learn.no_bar(), learn.no_logging(): learn.fit(1, lr, cbs=clock)
-    if not all(clock.seconds for clock in clocks): raise UsageError(f'--data: has fewer than {n} batches, which a measurement takes')
+    if not all(clock.seconds for clock in clocks):
+        raise UsageError(f'--data: has fewer than {n} batches, which a measurement takes')
     return [float(np.median(clock.seconds)) for clock in clocks]
 
 
@@ -236,7 +252,8 @@ def random_images(folder, n, size=(213, 160)):
     for i in range(n + 10):
         file = Path(folder) / ('train' if i < n else 'val') / str(i % 10) / f'{i}.JPEG'
         file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize(size, Image.BICUBIC).save(file, quality=90)
+        im = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8))
+        im.resize(size, Image.BICUBIC).save(file, quality=90)
     return str(folder)
 
 
@@ -279,8 +296,9 @@ def loader(args, device):
             alone = n / (time.perf_counter() - start)
             learners = [get_learner(cfg, d, m) for d, m in ((dls, model), (get_one_batch(dls), copy.deepcopy(model)))]
             seconds = clocked(learners, args, device, cfg.lr)
-            yield dict(loader=kind, model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, workers=cfg.workers,
-                       loader_images_per_second=alone, step_images_per_second=cfg.bs / seconds[0],
+            yield dict(loader=kind, model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision,
+                       workers=cfg.workers, loader_images_per_second=alone,
+                       step_images_per_second=cfg.bs / seconds[0],
                        one_batch_images_per_second=cfg.bs / seconds[1], share=seconds[1] / seconds[0])
 
 
@@ -297,7 +315,8 @@ def run(args, device):
     Their rows go to runs.csv under the results directory of the benchmarks, not to the record.
     """
     flags = args.flags + (['--data', args.data] if args.data else [])
-    cfg = train_imagenette.parse(flags or ['--dataset', 'digits', '--size', '32', '--arch', 'xresnet18', '--epochs', '1'])[0]
+    small = ['--dataset', 'digits', '--size', '32', '--arch', 'xresnet18', '--epochs', '1']
+    cfg = train_imagenette.parse(flags or small)[0]
     arms = [replace(cfg, attention=a) for a in ('none', cfg.attention if cfg.attention != 'none' else 'simple')]
     results = args.results / 'benchmarks' / 'runs'
     for arm in arms[:1 if args.quick else 2]: training_run.run(replace(arm, epochs=1), results, device)
@@ -308,9 +327,10 @@ def run(args, device):
             seconds = time.perf_counter() - start
             model = get_model(arm, 10).to(device, memory_format=torch.channels_last)
             step_seconds = floor(replace(arm, precision=row['precision']), model, device)[1]
-            steps = arm.epochs * (row['n_train'] // arm.bs + row['n_val'] / arm.bs / 3)  # validation is a third: forward alone
-            columns = ('dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'loader', 'compile', 'seed', 'accuracy',
-                       'images_per_second', 'fit_seconds')
+            valid_steps = row['n_val'] / arm.bs / 3  # a third of a training step: forward alone
+            steps = arm.epochs * (row['n_train'] // arm.bs + valid_steps)
+            columns = ('dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'loader', 'compile',
+                       'seed', 'accuracy', 'images_per_second', 'fit_seconds')
             yield {k: row[k] for k in columns} | dict(seconds=seconds, floor_seconds=steps * step_seconds)
 
 
@@ -318,7 +338,8 @@ BENCHMARKS = {'layer': layer, 'step': step, 'loader': loader, 'run': run, 'cost'
 
 
 def main(argv=None):
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                 allow_abbrev=False)
     ap.add_argument('what', choices=BENCHMARKS)
     ap.add_argument('--quick', action='store_true', help='smaller shapes and fewer repetitions, under a minute')
     ap.add_argument('--data', help='folder train|val/<class>/<image> for the step (default: random images)')
@@ -335,7 +356,8 @@ def main(argv=None):
     print(table.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
     file = args.results / 'benchmarks' / f'{args.what}{"-quick" * args.quick}.csv'
     file.parent.mkdir(parents=True, exist_ok=True)
-    table.round(4).assign(device=device_name(device), started=runlog.timestamp(), **runlog.provenance()).to_csv(file, index=False)
+    table = table.round(4).assign(device=device_name(device), started=runlog.timestamp(), **runlog.provenance())
+    table.to_csv(file, index=False)
     print(f'-> {file}')
 
 

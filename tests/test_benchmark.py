@@ -33,11 +33,13 @@ def test_alternate_takes_turns_and_leaves_the_warm_up_out():
 
 
 def test_layer(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, 'LAYERS', [(name, (2, 16, 8, 8), (1, 16, 8, 8)) for name, *_ in benchmark.LAYERS[1:3]])
+    small = [(name, (2, 16, 8, 8), (1, 16, 8, 8)) for name, *_ in benchmark.LAYERS[1:3]]
+    monkeypatch.setattr(benchmark, 'LAYERS', small)
     assert not benchmark.main(['layer', '--quick', '--results', str(tmp_path)])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'layer-quick.csv')
     assert table.layer.tolist() == ['simple', 'sagan'] and table['shape'].tolist() == ['1x16x8x8'] * 2
-    assert (table.faster - table.fastai_ms / table.ours_ms).abs().max() < 0.05 and table.torch[0] == torch.__version__.split('+')[0]
+    assert (table.faster - table.fastai_ms / table.ours_ms).abs().max() < 0.05
+    assert table.torch[0] == torch.__version__.split('+')[0]
 
 
 def run_cost(monkeypatch, tmp_path, *shapes):
@@ -50,7 +52,8 @@ def run_cost(monkeypatch, tmp_path, *shapes):
 def test_cost_has_every_layer_in_every_order_at_every_shape(monkeypatch, tmp_path, capsys):
     table = run_cost(monkeypatch, tmp_path, (16, 4), (16, 8), (8, 8))
     simple = [name for name, make in ATTENTION.items() if isinstance(make(8), benchmark.SimpleSelfAttention)]
-    expected = {(name, order) for name in simple for order in multiply_adds(8, 1)} | {('fastai simple', 'source'), ('fastai sagan', '')}
+    expected = {(name, order) for name in simple for order in multiply_adds(8, 1)}
+    expected |= {('fastai simple', 'source'), ('fastai sagan', '')}
     expected |= {(name, '') for name in ATTENTION if name not in ('none', *simple)}
     for (C, N), rows in table.groupby(['C', 'N']):
         assert set(zip(rows.layer, rows.order)) == expected and len(rows) == len(expected)
@@ -66,7 +69,8 @@ def test_cost_skips_what_is_too_large_and_says_so(monkeypatch, tmp_path, capsys)
     table = run_cost(monkeypatch, tmp_path, (8, 4), (8, 8))
     skipped = table[table.ms.isna()]
     assert set(skipped.N) == {64} and table.peak_mb.isna().equals(table.ms.isna()) and 'NaN' in capsys.readouterr().out
-    assert set(skipped.name) == {'simple positions', 'simple_sym positions', 'simple_out positions', 'simple_n positions', 'fastai sagan'}
+    assert set(skipped.name) == {'simple positions', 'simple_sym positions', 'simple_out positions',
+                                 'simple_n positions', 'fastai sagan'}
     assert layer_cost.cost_plot(table).axes and layer_cost.against_softmax(table).faster.notna().all()
 
 
@@ -87,9 +91,11 @@ def made_up_cost(**ms):
     "A table of cost with the times {layer_order: f(C, N)}, one image a call and as many MiB as ms."
     shapes = [(256, N) for N in (64, 256, 1024, 4096)] + [(64, 1024), (128, 1024)]
     names = {'sagan': ('sagan', ''), 'unfused': ('fastai sagan', '')}
-    rows = [(*names.get(key, ('simple', key)), 1, C, N, multiply_adds(C, N).get(key), f(C, N)) for key, f in ms.items() for C, N in shapes]
+    rows = [(*names.get(key, ('simple', key)), 1, C, N, multiply_adds(C, N).get(key), f(C, N))
+            for key, f in ms.items() for C, N in shapes]
     df = pd.DataFrame(rows, columns=['layer', 'order', 'B', 'C', 'N', 'multiply_adds', 'ms'])
-    return df.assign(peak_mb=df.ms, ms_image=df.ms, mb_image=df.ms, name=(df.layer + ' ' + df.order).str.strip(), device='a CPU', torch='2')
+    return df.assign(peak_mb=df.ms, ms_image=df.ms, mb_image=df.ms, name=(df.layer + ' ' + df.order).str.strip(),
+                     device='a CPU', torch='2')
 
 
 def test_crossovers_are_where_the_costs_are_equal():
@@ -109,7 +115,8 @@ def test_the_verdict_follows_the_table():
     assert against.order[256, 64] == 'positions' and (against.order.drop((256, 64)) == 'channels').all()
     assert against.faster[256, 4096] == pytest.approx(16) and against.faster_unfused[256, 64] == pytest.approx(2)
     text = layer_cost.softmax_verdict(table)
-    assert 'at 4 of 6 shapes' in text and '(C, N) = (256, 64), (256, 256).' in text and 'fastest of simple at 5 of the 6' in text
+    assert 'at 4 of 6 shapes' in text and '(C, N) = (256, 64), (256, 256).' in text
+    assert 'fastest of simple at 5 of the 6' in text
     assert 'from 0.12 at N = 64 to 16 at N = 4096' in text
     assert 'at 6 of 6 shapes' in layer_cost.softmax_verdict(made_up_cost(sagan=lambda C, N: 100. * N, **cost))
 
@@ -144,7 +151,8 @@ def test_floor_counts_what_is_multiplied_and_moved(monkeypatch):
     cfg = Config(bs=2, size=32, precision='fp32')
     model = torch.nn.Conv2d(3, 8, 1, bias=False)
     multiply_adds = 2 * 32 * 32 * 3 * 8
-    assert benchmark.floor(cfg, model, CPU) == (2 * multiply_adds, 2 * multiply_adds / 1e3)  # forward, and the weight's gradient
+    expected = 2 * multiply_adds, 2 * multiply_adds / 1e3  # forward, and the weight's gradient
+    assert benchmark.floor(cfg, model, CPU) == expected
     with benchmark.CountBytes() as moved:
         a = torch.ones(100)  # writes 400 bytes
         a.view(10, 10).t().add(1)  # reads 400, writes 400
@@ -166,8 +174,10 @@ def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
     assert not benchmark.main(['loader', '--quick', '--results', str(tmp_path)])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'loader-quick.csv')
     assert table.loader.tolist() == ['workers', 'device'] and table.loader_images_per_second.min() > 0
-    assert table.share.tolist() == pytest.approx((table.step_images_per_second / table.one_batch_images_per_second).tolist(), rel=0.01)
-    flags = ['--data', str(tree), '--split', 'v2', '--arch', 'xresnet18', '--bs', '6', '--size', '32', '--epochs', '2', '--workers', '0']
+    share = table.step_images_per_second / table.one_batch_images_per_second
+    assert table.share.tolist() == pytest.approx(share.tolist(), rel=0.01)
+    flags = ['--data', str(tree), '--split', 'v2', '--arch', 'xresnet18', '--bs', '6', '--size', '32',
+             '--epochs', '2', '--workers', '0']
     assert not benchmark.main(['run', '--quick', '--results', str(tmp_path), *flags])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'run-quick.csv')
     assert table.attention.tolist() == ['none', 'simple'] and (table.seconds >= table.fit_seconds - 0.01).all()
@@ -187,5 +197,6 @@ def test_the_speeds_in_the_readme_are_those_measured():
         assert (f'| {r.layer}, forward + backward, ({shape}) | {r.fastai_ms:,.0f} ms, {r.fastai_mb:.0f} MiB | '
                 f'{r.ours_ms:,.0f} ms, {r.ours_mb:.0f} MiB | {r.faster:.1f}x |') in text
     r = step.iloc[0]
-    assert f'| {r.fastai_images_per_second:.1f} images/s | {r.ours_images_per_second:.1f} images/s | {r.faster:.1f}x |' in text
+    assert (f'| {r.fastai_images_per_second:.1f} images/s | {r.ours_images_per_second:.1f} images/s | '
+            f'{r.faster:.1f}x |') in text
     assert f'{r.matrix_share:.0%}'.replace('%', ' %') in text

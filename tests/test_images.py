@@ -50,7 +50,8 @@ def test_crops_are_torchvisions(size, monkeypatch):
     rng = np.random.default_rng(0)
     for u in rng.random((200, images.ATTEMPTS, 4)):
         monkeypatch.setattr(tv_transforms, 'torch', Draws(u))
-        expected = tv_transforms.RandomResizedCrop.get_params(Image.new('RGB', size), list(images.SCALE), list(images.RATIO))
+        scale, ratio = list(images.SCALE), list(images.RATIO)
+        expected = tv_transforms.RandomResizedCrop.get_params(Image.new('RGB', size), scale, ratio)
         assert crop_boxes(u, *size).tolist() == list(expected)
 
 
@@ -80,7 +81,8 @@ def test_validation_resizes_the_short_side_to_size_plus_32_and_cuts_the_centre()
     assert np.array_equal(valid_image(im, 128), expected)
     im = im.resize((240, 160))  # at 128 px the 160 px archive is not resized
     assert np.array_equal(valid_image(im, 128), im.crop((56, 16, 184, 144)))
-    assert np.array_equal(valid_image(im.transpose(Image.TRANSPOSE), 128), im.transpose(Image.TRANSPOSE).crop((16, 56, 144, 184)))
+    tall = im.transpose(Image.TRANSPOSE)
+    assert np.array_equal(valid_image(tall, 128), tall.crop((16, 56, 144, 184)))
 
 
 def test_draws_of_an_epoch_depend_on_seed_and_epoch_alone():
@@ -96,7 +98,8 @@ def test_greyscale_palette_and_alpha_become_rgb(tmp_path):
     im = make_image(0)
     for mode in ('L', 'P', 'RGBA', 'CMYK', 'I;16'):
         file = tmp_path / f'{mode[0]}.{"jpeg" if mode == "CMYK" else "png"}'
-        (Image.fromarray(np.arange(100, dtype=np.uint16).reshape(10, 10)) if mode == 'I;16' else im.convert(mode)).save(file)
+        grey = Image.fromarray(np.arange(100, dtype=np.uint16).reshape(10, 10))
+        (grey if mode == 'I;16' else im.convert(mode)).save(file)
         assert read_image(file).mode == 'RGB'
     grey = np.array(read_image(tmp_path / 'L.png'))
     assert (grey == np.array(im.convert('L'))[..., None]).all()
@@ -161,12 +164,14 @@ def test_parts_hold_each_box_once_and_are_bounded(most):
 def test_filters_are_pillows_for_one_row(length):
     row = np.random.default_rng(0).integers(0, 256, length, dtype=np.uint8)
     expected = np.array(Image.fromarray(row[None]).resize((64, 1), Image.BILINEAR))[0]
-    ours = filters(torch.tensor([[[length]]]), 210, 64)[0].double() @ torch.tensor(np.pad(row, (0, 210 - length))).double()
+    padded = torch.tensor(np.pad(row, (0, 210 - length))).double()
+    ours = filters(torch.tensor([[[length]]]), 210, 64)[0].double() @ padded
     assert np.abs(ours.numpy() - expected).max() <= 0.51
 
 
 def test_stacked_validation_images_are_pillows_to_the_bit(files):
-    assert all(np.array_equal(a, valid_image(read_image(f), 40)) for a, f in zip(stack_valid_images(files, 40), files, strict=True))
+    stacked = stack_valid_images(files, 40)
+    assert all(np.array_equal(a, valid_image(read_image(f), 40)) for a, f in zip(stacked, files, strict=True))
 
 
 def test_a_set_that_does_not_fit_is_not_decoded(files, monkeypatch):

@@ -1,4 +1,7 @@
-"""Images and folders as people have them: of each case what is trained on, and what the user reads. tests/IMAGES.md has the table."""
+"""Images and folders are here as people have them: of each case what is trained on, and what the user reads.
+
+tests/IMAGES.md has the table.
+"""
 import errno
 import fcntl
 import io
@@ -57,10 +60,12 @@ def both_loaders(files):
 def png(path, array, colour):
     "Write an array of 16-bit values (h, w) or (h, w, c) as a PNG of that colour type; Pillow cannot."
     h, w = array.shape[:2]
-    def chunk(name, body): return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
+    def chunk(name, body):
+        return struct.pack('>I', len(body)) + name + body + struct.pack('>I', zlib.crc32(name + body))
     rows = b''.join(b'\0' + row.astype('>u2').tobytes() for row in array)
     head = struct.pack('>IIBBBBB', w, h, 16, colour, 0, 0, 0)
-    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b''))
+    chunks = chunk(b'IHDR', head) + chunk(b'IDAT', zlib.compress(rows)) + chunk(b'IEND', b'')
+    path.write_bytes(b'\x89PNG\r\n\x1a\n' + chunks)
 
 
 RAMP = np.linspace(0, 65535, 60 * 48).astype(np.uint16).reshape(48, 60)
@@ -69,7 +74,8 @@ RAMP = np.linspace(0, 65535, 60 * 48).astype(np.uint16).reshape(48, 60)
 # --- values ---
 
 @pytest.mark.parametrize('save', [
-    lambda f: Image.fromarray(RAMP).save(f.with_suffix('.png')), lambda f: Image.fromarray(RAMP).save(f.with_suffix('.tif')),
+    lambda f: Image.fromarray(RAMP).save(f.with_suffix('.png')),
+    lambda f: Image.fromarray(RAMP).save(f.with_suffix('.tif')),
     lambda f: f.with_suffix('.pgm').write_bytes(b'P5 60 48 65535\n' + RAMP.astype('>u2').tobytes()),
     lambda f: png(f.with_suffix('.png'), RAMP, 0), lambda f: png(f.with_suffix('.png'), np.stack([RAMP] * 3, -1), 2),
     lambda f: png(f.with_suffix('.png'), np.stack([RAMP, RAMP], -1), 4),
@@ -87,7 +93,8 @@ def test_floats_from_0_to_1_are_taken_and_others_refused(tmp_path):
     assert np.array_equal(array[..., 0], np.rint((RAMP / 65535).astype(np.float32) * 255))
     for wrong in (RAMP / 255, RAMP / 65535 - 0.5, RAMP * np.nan):
         Image.fromarray(wrong.astype(np.float32)).save(tmp_path / 'x.tif')
-        with pytest.raises(UsageError, match='not from 0 to 1; save it with 8 or 16 bits'): read_image(tmp_path / 'x.tif')
+        with pytest.raises(UsageError, match='not from 0 to 1; save it with 8 or 16 bits'):
+            read_image(tmp_path / 'x.tif')
 
 
 def test_32_bit_integers_are_refused(tmp_path):
@@ -104,12 +111,14 @@ def test_black_and_white_is_black_and_white(tmp_path):
 
 def test_cmyk_is_read_as_browsers_do_also_without_adobes_marker(tmp_path):
     im = make_image(0)
-    im.convert('CMYK').save(tmp_path / 'x.jpg', quality=95)  # Pillow writes it inverted, with Adobe's marker, as Photoshop does
+    # Pillow writes it inverted, with Adobe's marker, as Photoshop does.
+    im.convert('CMYK').save(tmp_path / 'x.jpg', quality=95)
     body = (tmp_path / 'x.jpg').read_bytes()
     at = body.index(b'\xff\xee')
     assert body[at + 4:at + 9] == b'Adobe'
     (tmp_path / 'y.jpg').write_bytes(body[:at] + body[at + 2 + int.from_bytes(body[at + 2:at + 4], 'big'):])
-    for array in both_loaders([tmp_path / 'x.jpg', tmp_path / 'y.jpg']): assert np.abs(array.astype(int) - np.asarray(im)).mean() < 12
+    for array in both_loaders([tmp_path / 'x.jpg', tmp_path / 'y.jpg']):
+        assert np.abs(array.astype(int) - np.asarray(im)).mean() < 12
 
 
 @pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
@@ -131,9 +140,11 @@ def test_transparency_is_dropped_and_said(tmp_path, tree, mode, memory, capsys):
 def test_a_photo_is_turned_as_its_exif_orientation_says(tmp_path, kind, orientation):
     upright, exif = make_image(0), Image.Exif()
     exif[0x0112] = orientation
-    back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]  # what turns an upright image to lie as the camera had it
+    # What turns an upright image to lie as the camera had it.
+    back = {1: None, 2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}[orientation]
     lying = upright if back is None else upright.transpose(back)
-    lying.save(tmp_path / f'x.{kind}', exif=exif, **dict(jpg=dict(quality=100, subsampling=0), webp=dict(lossless=True)).get(kind, {}))
+    options = dict(jpg=dict(quality=100, subsampling=0), webp=dict(lossless=True)).get(kind, {})
+    lying.save(tmp_path / f'x.{kind}', exif=exif, **options)
     array, = both_loaders([tmp_path / f'x.{kind}'])
     assert array.shape == (48, 60, 3) and np.abs(array.astype(int) - np.asarray(upright)).mean() < 2
     assert upright_size_of(tmp_path / f'x.{kind}') == (60, 48)
@@ -165,7 +176,8 @@ def test_orientations_are_counted_on_a_line(tree, memory, capsys):
 @pytest.mark.parametrize('kind', ['gif', 'webp', 'png', 'tif'])
 def test_the_first_frame_of_an_animation_counts(tmp_path, kind):
     frames = [Image.new('RGB', (40, 30), colour) for colour in ('red', 'blue', 'green')]
-    frames[0].save(tmp_path / f'x.{kind}', save_all=True, append_images=frames[1:], **dict(lossless=True) if kind == 'webp' else {})
+    options = dict(lossless=True) if kind == 'webp' else {}
+    frames[0].save(tmp_path / f'x.{kind}', save_all=True, append_images=frames[1:], **options)
     array, = both_loaders([tmp_path / f'x.{kind}'])
     assert (array == [255, 0, 0]).all()
     assert 'frames' in inspect(io.BytesIO((tmp_path / f'x.{kind}').read_bytes()))
@@ -205,7 +217,8 @@ def test_a_jpeg_of_14000_pixels_a_side_is_read(tmp_path):
 
 def test_images_of_all_suffixes_are_found_and_the_rest_is_counted(tree, memory, capsys):
     folder = tree / 'train' / CLASSES[0]
-    for name in ('a.tif', 'b.gif', 'c.jpe', 'd.JPG', 'e.jfif'): make_image(0).save(folder / name, format='GIF' if 'gif' in name else 'PNG')
+    for name in ('a.tif', 'b.gif', 'c.jpe', 'd.JPG', 'e.jfif'):
+        make_image(0).save(folder / name, format='GIF' if 'gif' in name else 'PNG')
     make_image(0).save(folder / 'no_suffix', format='JPEG')
     make_image(0).save(folder / 'picture.img', format='PNG')
     (folder / 'labels.txt').write_text('a,b')
@@ -213,7 +226,8 @@ def test_images_of_all_suffixes_are_found_and_the_rest_is_counted(tree, memory, 
     os.mkfifo(folder / 'pipe.png')
     make_image(0).save(tree / 'train' / 'stray.png')
     files, others = scan(tree)
-    assert len(files) == 36 + 7 and {f'train/{CLASSES[0]}/{name}' for name in ('no_suffix', 'picture.img', 'a.tif')} < files.keys()
+    found = {f'train/{CLASSES[0]}/{name}' for name in ('no_suffix', 'picture.img', 'a.tif')}
+    assert len(files) == 36 + 7 and found < files.keys()
     assert [Path(f).name for f in others] == ['labels.txt', 'notes', 'pipe.png', 'stray.png']
     get_dls(config(tree))
     assert f'{tree}: 4 files are left out' in capsys.readouterr().out
@@ -221,7 +235,8 @@ def test_images_of_all_suffixes_are_found_and_the_rest_is_counted(tree, memory, 
     assert 'left out' not in capsys.readouterr().out  # said once
 
 
-@pytest.mark.parametrize('name', ['.ipynb_checkpoints', '__MACOSX', '._a.jpg', 'Thumbs.db', '.DS_Store', 'desktop.ini', '@eaDir'])
+@pytest.mark.parametrize('name', ['.ipynb_checkpoints', '__MACOSX', '._a.jpg', 'Thumbs.db', '.DS_Store', 'desktop.ini',
+                                  '@eaDir'])
 def test_what_systems_leave_is_no_data(tree, name):
     before = scan(tree)
     assert is_hidden(name)
@@ -302,13 +317,15 @@ def test_a_thousand_classes(tmp_path, memory):
 def test_validation_folders_of_other_names(tree, name, memory):
     (tree / 'val').rename(tree / name)
     dls = get_dls(config(tree, split='v2'))
-    assert (len(dls.train.dataset.files), len(dls.valid_files)) == (24, 12) and all(f.startswith(f'{name}/') for f in dls.valid_files)
+    assert (len(dls.train.dataset.files), len(dls.valid_files)) == (24, 12)
+    assert all(f.startswith(f'{name}/') for f in dls.valid_files)
 
 
 def test_of_valid_and_test_valid_validates_and_it_is_said(tree, memory, capsys):
     shutil.copytree(tree / 'val', tree / 'test')
     dls = get_dls(config(tree, split='v2'))
-    assert all(f.startswith('val/') for f in dls.valid_files) and 'the folder test is not used' in capsys.readouterr().out
+    assert all(f.startswith('val/') for f in dls.valid_files)
+    assert 'the folder test is not used' in capsys.readouterr().out
 
 
 def test_a_flat_folder_of_classes_is_split_by_valid_pct(tree, memory):
@@ -323,7 +340,8 @@ def test_a_flat_folder_of_classes_is_split_by_valid_pct(tree, memory):
 
 
 def test_a_folder_train_without_another_is_split_by_valid_pct(tree, memory):
-    with pytest.raises(UsageError, match='has a folder val to validate on; leave --valid-pct out'): find_images(tree, 0.2)
+    with pytest.raises(UsageError, match='has a folder val to validate on; leave --valid-pct out'):
+        find_images(tree, 0.2)
     shutil.rmtree(tree / 'val')
     dls = get_dls(config(tree, split='v2', valid_pct=0.01))
     assert (len(dls.train.dataset.files), len(dls.valid_files)) == (21, 3)  # one a class at least
@@ -340,7 +358,8 @@ def test_valid_pct_that_cannot_be(tree):
 def test_an_archive_is_answered_by_how_to_extract_it(tree, tmp_path, kind):
     file = shutil.make_archive(str(tmp_path / 'x'), kind, tree)
     how = 'unzip x.zip' if kind == 'zip' else r'tar -xf x.tar.gz'
-    with pytest.raises(UsageError, match=rf'an archive; extract it \({how}\) and name the folder'): find_images(Path(file))
+    with pytest.raises(UsageError, match=rf'an archive; extract it \({how}\) and name the folder'):
+        find_images(Path(file))
 
 
 def test_the_folder_above_the_right_one_is_answered_by_it(tree):
@@ -369,8 +388,9 @@ def test_all_damaged_images_are_listed_before_the_first_step(tree, memory, comma
     spoil(tree)
     code, out, err = command('--data', tree, *TINY, '--loader', loader)
     assert code == 2 and err.count('\n') == 1 and '4 of 40 images cannot be read: ' in err and 'accuracy' not in out
-    for words in ('cut.jpg (image file is truncated', 'text.png (cannot identify image file)', 'gone.png (a broken link)',
-                  r'\udcff.png (its name is not UTF-8)', 'let --skip-damaged train without them'): assert words in err
+    for words in ('cut.jpg (image file is truncated', 'text.png (cannot identify image file)',
+                  'gone.png (a broken link)', r'\udcff.png (its name is not UTF-8)',
+                  'let --skip-damaged train without them'): assert words in err
     assert runlog.load(tmp_path / 'results' / 'runs.csv').empty
 
 
@@ -381,13 +401,15 @@ def test_skip_damaged_trains_without_them_and_counts_them(tree, memory, command,
     code, out, err = command('--data', tree, *TINY, '--loader', loader, '--skip-damaged')
     assert code == 0 and '4 damaged images are left out' in out, err
     row = runlog.load(tmp_path / 'results' / 'runs.csv').iloc[0]
-    assert (row.status, row.n_train, row.n_val, row.n_skipped, row.skip_damaged) == ('ok', 24, 12, 4, 1) and row.data_fingerprint == clean
+    assert (row.status, row.n_train, row.n_val, row.n_skipped, row.skip_damaged) == ('ok', 24, 12, 4, 1)
+    assert row.data_fingerprint == clean
 
 
 def test_a_class_without_a_sound_image_is_not_skipped(tree, memory):
     for f in (tree / 'train' / CLASSES[0]).iterdir(): f.write_bytes(b'')
     for f in (tree / 'val' / CLASSES[0]).iterdir(): f.write_bytes(b'')
-    with pytest.raises(UsageError, match=f'no image of the class {CLASSES[0]} can be read'): find_set(config(tree, skip_damaged=1))
+    with pytest.raises(UsageError, match=f'no image of the class {CLASSES[0]} can be read'):
+        find_set(config(tree, skip_damaged=1))
 
 
 def test_archives_of_ours_are_not_opened_beforehand(tree, monkeypatch):
@@ -444,7 +466,8 @@ REAL = Path(os.environ.get('IMAGEWOOF_160', '~/.fastai/data/imagewoof2-160')).ex
 def test_the_archive_named_by_data_has_the_fingerprint_of_the_record(memory):
     found = find_set(resolve(Config(dataset='imagewoof', data=str(REAL))))
     assert found.fingerprint == fingerprint(found.files)
-    assert not any(seen.kinds or seen.damage for seen in found.looks.values())  # nothing of it is read in another way than before
+    # Nothing of it is read in another way than before.
+    assert not any(seen.kinds or seen.damage for seen in found.looks.values())
 
 
 # --- machines ---
@@ -469,7 +492,8 @@ def test_the_row_has_the_loader_processes_that_there_were(tree, memory, monkeypa
 def run_python(code, **options):
     "The outcome of a Python process that runs `code` in the repository."
     environment = os.environ | {'PYTHONPATH': str(REPO)} | options.pop('env', {})
-    return subprocess.run([sys.executable, '-c', code], cwd=REPO, env=environment, capture_output=True, timeout=120, **options)
+    return subprocess.run([sys.executable, '-c', code], cwd=REPO, env=environment, capture_output=True, timeout=120,
+                          **options)
 
 
 @pytest.mark.parametrize('encoding', ['ascii', 'latin-1', 'cp1252'])
@@ -511,7 +535,8 @@ def test_save_of_a_run_that_diverges_is_said(tree, memory, command, tmp_path):
     (tmp_path / 'model.pt').write_text('of an earlier run')
     code, out, err = command('--data', tree, *TINY, '--lr', '1e30', '--save', tmp_path / 'model.pt')
     assert code == 0 and 'diverged' in out
-    assert err == f'--save {tmp_path / "model.pt"}: not written, as the run is diverged; the file there is of an earlier run\n'
+    file = tmp_path / 'model.pt'
+    assert err == f'--save {file}: not written, as the run is diverged; the file there is of an earlier run\n'
 
 
 @pytest.mark.parametrize('asked, said', [('bf16', True), ('no', False), ('fp32', False)])
@@ -557,7 +582,8 @@ def test_without_a_home_the_way_on_is_named(tmp_path, start, words, monkeypatch)
     code = (f'import os\n{start}\n'
             'from training import data\n'
             'import matplotlib, getpass\n'
-            'assert getpass.getuser() == "54321" and os.access(matplotlib.get_cachedir(), os.W_OK) and data.memory() is None\n'
+            'assert getpass.getuser() == "54321"\n'
+            'assert os.access(matplotlib.get_cachedir(), os.W_OK) and data.memory() is None\n'
             'try: data.home("data")\n'
             'except data.UsageError as e: print(e)')
     out = run_python(code, user=54321, env={'HOME': '/', 'TMPDIR': str(tmp_path), 'FASTAI_HOME': '/no-such-home'})

@@ -85,7 +85,8 @@ def covariance(z): return torch.stack([torch.cov(image, correction=0) for image 
 
 REFERENCES = {  # what gamma multiplies, plainly, for z (B, C, N); of a gate the whole output
     'simple': lambda m, z: z @ z.mT @ (m.conv() @ z),
-    'simple_sym': lambda m, z: z @ z.mT @ ((m.conv.weight[..., 0] + m.conv.weight[..., 0].mT) / 2 / symmetric_norm(m.conv) @ z),
+    'simple_sym': lambda m, z: z @ z.mT @ ((m.conv.weight[..., 0] + m.conv.weight[..., 0].mT) / 2
+                                           / symmetric_norm(m.conv) @ z),
     'simple_out': lambda m, z: m.out() @ (z @ z.mT @ (m.conv() @ z)),
     'simple_n': lambda m, z: z @ z.mT / z.shape[2] @ (m.conv() @ z),
     'sagan': lambda m, z: m.value() @ z @ F.softmax((m.query() @ z).mT @ (m.key() @ z), dim=1),
@@ -155,8 +156,9 @@ def test_swap_takes_the_image_before_in_training_and_validation_alike():
 
 def test_parameters_of_the_controls():
     C = 64
-    expected = {'none': 0, 'channel': 1, 'low_rank': C**2 // 4 + 1, 'se': C**2 // 4 + 9 * C // 8, 'sagan': C**2 * 5 // 4 + 1,
-                'simple_out': 2 * C**2 + 1} | dict.fromkeys(['simple', 'simple_sym', 'simple_n', 'conv', 'swap', 'mean', 'cov'], C**2 + 1)
+    square = dict.fromkeys(['simple', 'simple_sym', 'simple_n', 'conv', 'swap', 'mean', 'cov'], C**2 + 1)
+    expected = {'none': 0, 'channel': 1, 'low_rank': C**2 // 4 + 1, 'se': C**2 // 4 + 9 * C // 8,
+                'sagan': C**2 * 5 // 4 + 1, 'simple_out': 2 * C**2 + 1} | square
     assert {name: sum(p.numel() for p in make(C).parameters()) for name, make in ATTENTION.items()} == expected
 
 
@@ -181,13 +183,15 @@ def test_multiply_adds_of_every_order_are_those_done(side, out_conv):
     counts = multiply_adds(16, side**2, out_conv=out_conv)
     for order in counts:
         layer = trained(SimpleSelfAttention, order=order, out_conv=out_conv)
-        assert counts[order] == layer.multiply_adds(side**2) == count_multiply_adds(layer, torch.randn(1, 16, side, side))
+        counted = count_multiply_adds(layer, torch.randn(1, 16, side, side))
+        assert counts[order] == layer.multiply_adds(side**2) == counted
     assert trained(SimpleSelfAttention, out_conv=out_conv).multiply_adds(side**2) == min(counts.values())
 
 
 def test_multiply_adds_of_the_issue():
     C, N = 256, 1024
-    assert multiply_adds(C, N) == {'channels': 2 * C**2 * N + C**3, 'positions': C**2 * N + 2 * C * N**2, 'source': 3 * C**2 * N}
+    assert multiply_adds(C, N) == {'channels': 2 * C**2 * N + C**3, 'positions': C**2 * N + 2 * C * N**2,
+                                   'source': 3 * C**2 * N}
 
 
 def test_sym_is_symmetric_and_changes_the_result():
@@ -238,7 +242,8 @@ def test_sagan_is_the_explicit_softmax(n_channels, monkeypatch):
     assert max(map(error, grads(layer, x), reference)) < 1e-5
     monkeypatch.setattr(layers._BlockedSoftmax, 'BLOCK', 8 * 35)  # 7 rows at once
     assert max(map(error, grads(layer, x), reference)) < 1e-5
-    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)  # through scaled_dot_product_attention, as on a GPU
+    # Through scaled_dot_product_attention, as on a GPU.
+    monkeypatch.setattr(torch.compiler, 'is_compiling', lambda: True)
     assert max(map(error, grads(layer, x), reference)) < 1e-5
 
 
@@ -327,7 +332,10 @@ def test_gradient_penalty_in_every_order(order, autocast):
 @pytest.mark.parametrize('name', VARIANTS)
 @pytest.mark.parametrize('training', [False, True])
 def test_func_grad_and_vmap_are_a_loop(name, training):
-    "Gradients of the parameters an image at a time; in training mode the vectors of the power iteration are inputs, too."
+    """Gradients of the parameters are taken an image at a time.
+
+    In training mode the vectors of the power iteration are inputs, too.
+    """
     layer = trained(name, 8).double().train(training)
     x = torch.randn(3, 1, 8, 3, 3, dtype=torch.double)
     parameters, buffers = dict(layer.named_parameters()), dict(layer.named_buffers())
@@ -367,7 +375,8 @@ def test_traced_and_exported(name, memory_format, tmp_path):
     traced.save(tmp_path / 'layer.pt')
     assert error(torch.jit.load(tmp_path / 'layer.pt')(other), layer(other)) < 1e-6
     try: torch.onnx.export(layer, (x,), tmp_path / 'layer.onnx', dynamo=False)
-    except torch.onnx.OnnxExporterError as e: assert 'onnx is not installed' in str(e)  # which writes the converted graph
+    except torch.onnx.OnnxExporterError as e:
+        assert 'onnx is not installed' in str(e)  # which writes the converted graph
     exported = torch.export.export(layer, (x,))
     assert error(exported.module()(other), layer(other)) < 1e-6
 
@@ -393,7 +402,8 @@ def test_initialisers_that_look_for_a_weight_find_none_or_a_tensor(name):
     from fastai.torch_core import apply_init
     from fastai.vision.learner import create_vision_model
     from torchvision.models import resnet18
-    head = torch.nn.Sequential(ATTENTION[name](512), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(512, 3))
+    head = torch.nn.Sequential(ATTENTION[name](512), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(),
+                               torch.nn.Linear(512, 3))
     apply_init(head, torch.nn.init.kaiming_normal_)
     model = create_vision_model(resnet18, 3, pretrained=False, custom_head=head)
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3)
@@ -463,7 +473,8 @@ def test_finite_in_float16_up_to_a_root_mean_square_of_200(name, gamma, correlat
     layer = ATTENTION[name](64)
     if hasattr(layer, 'gamma'): layer.gamma.data.fill_(gamma)
     x = torch.randn(1, 1 if correlated else 64, side, side).expand(1, 64, side, side)
-    for dim in 5 * [(2, 3), 1]: x = 200 * x / x.square().mean(dim, keepdim=True).sqrt()  # of each channel, of each position
+    for dim in 5 * [(2, 3), 1]:  # of each channel, of each position
+        x = 200 * x / x.square().mean(dim, keepdim=True).sqrt()
     x = x.half().requires_grad_()
     with torch.autocast('cpu', torch.float16): y = layer(x)
     assert y.isfinite().all() and (gamma or name in GATES or torch.equal(x, y))
@@ -495,7 +506,8 @@ def test_copied_after_a_forward_pass_and_pickled(name, tmp_path):
         assert torch.equal(layer.eval()(x), other.eval()(x))
 
 
-@pytest.mark.parametrize('name, peer', [('simple', fastai_layers.SimpleSelfAttention), ('sagan', fastai_layers.SelfAttention)])
+@pytest.mark.parametrize('name, peer', [('simple', fastai_layers.SimpleSelfAttention),
+                                        ('sagan', fastai_layers.SelfAttention)])
 def test_state_dicts_of_fastais_layers_load(name, peer):
     theirs, ours = peer(16), ATTENTION[name](16)
     theirs.gamma.data.fill_(0.3)
@@ -570,7 +582,8 @@ def test_distributed_gradients_are_those_of_the_whole_batch():
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
-    layers = {name: trained(name, 8).train() for name in VARIANTS if name != 'swap'}  # it looks at its own process's images
+    # swap looks at its own process's images.
+    layers = {name: trained(name, 8).train() for name in VARIANTS if name != 'swap'}
     x = torch.randn(4, 8, 3, 3)
     with mp.Manager() as manager:
         out = manager.dict()
@@ -589,7 +602,8 @@ def test_wrong_input_names_both_shapes(name, shape):
 
 
 @pytest.mark.parametrize('kwargs, word', [
-    (dict(ks=2), 'odd'), (dict(ks=3, sym=True), 'ks=1'), (dict(order='best'), 'positions'), (dict(ks=3, order='channels'), 'ks=3'),
+    (dict(ks=2), 'odd'), (dict(ks=3, sym=True), 'ks=1'), (dict(order='best'), 'positions'),
+    (dict(ks=3, order='channels'), 'ks=3'),
 ])
 def test_wrong_options(kwargs, word):
     with pytest.raises(ValueError, match=word): SimpleSelfAttention(16, **kwargs)

@@ -1,4 +1,7 @@
-"""What depends on the machine: GPUs that are there but cannot be used, too few of them, what their hardware and torch offer."""
+"""What depends on the machine is tested.
+
+GPUs are there but cannot be used, or are too few; the hardware and torch offer this or that.
+"""
 import stat
 
 import pytest
@@ -97,7 +100,8 @@ def test_compile_without_a_compiler_is_one_line(kind, tree, command, tmp_path, m
     torch._dynamo.reset()
     machine.check_compiler.cache_clear()
     with torch._inductor.config.patch({'cpp.cxx': (str(compiler),)}):
-        code, _, err = command('--data', tree, '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--compile')
+        code, _, err = command('--data', tree, '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0,
+                               '--compile')
     lines = [line for line in err.splitlines() if line.startswith('train_imagenette.py')]
     assert code == 2 and len(lines) == 1 and 'Traceback' not in err, err
     assert '--compile: does not work here' in lines[0] and 'python3-dev' in lines[0]

@@ -1,4 +1,7 @@
-"""What of the way on a GPU can be tested without one: stand-ins for its tensors, its events, its overflows and its memory."""
+"""What of the way on a GPU can be tested without one is tested here.
+
+Stand-ins take the place of its tensors, its events, its overflows and its memory.
+"""
 import contextlib
 import itertools
 import multiprocessing
@@ -45,7 +48,8 @@ def test_crops_and_batches_stay_on_the_device(tmp_path):
         batch, _ = ImageLoader.after_batch(SimpleNamespace(erase=None), (x, None))
     data._statistics.cache_clear()  # of fake tensors
     for t, dtype in ((x, torch.uint8), (batch, torch.float32)):
-        assert t.device == CUDA and t.dtype == dtype and t.shape == (3, 3, 32, 32) and t.is_contiguous(memory_format=torch.channels_last)
+        assert t.device == CUDA and t.dtype == dtype and t.shape == (3, 3, 32, 32)
+        assert t.is_contiguous(memory_format=torch.channels_last)
 
 
 # --- events: a loss reaches the host when its event has come ---
@@ -92,7 +96,8 @@ class Overflow(Callback):
 
 @pytest.mark.parametrize('options', [dict(fused=1), dict(fused=0), dict(opt='sgd')])
 def test_float16_skips_a_step_that_overflows_halves_the_scale_and_doubles_it_later(options, tree, monkeypatch):
-    monkeypatch.setattr(fastai.callback.fp16, 'GradScaler', lambda device, **kwargs: torch.amp.GradScaler('cpu', **kwargs))
+    monkeypatch.setattr(fastai.callback.fp16, 'GradScaler',
+                        lambda device, **kwargs: torch.amp.GradScaler('cpu', **kwargs))
     cfg = config(tree, **options)
     dls = get_dls(cfg)
     overflow = Overflow(at=2)
@@ -100,7 +105,8 @@ def test_float16_skips_a_step_that_overflows_halves_the_scale_and_doubles_it_lat
     with learn.no_bar(), learn.no_logging(): learn.fit(2, 1e-2)
     scales, weights = zip(*overflow.seen)
     moved = [not torch.equal(a, b) for a, b in itertools.pairwise(weights)]
-    assert len(moved) == 9 and moved == [step != 2 for step in range(1, 10)], 'the step that overflowed, and no other, is left out'
+    assert len(moved) == 9, 'the step that overflowed, and no other, is left out'
+    assert moved == [step != 2 for step in range(1, 10)], 'the step that overflowed, and no other, is left out'
     first = 2.**16
     assert scales[:6] == (first, first, first / 2, first / 2, first / 2, first)
     assert all(torch.isfinite(w).all() for w in weights)
@@ -108,14 +114,18 @@ def test_float16_skips_a_step_that_overflows_halves_the_scale_and_doubles_it_lat
 
 # --- memory ---
 
-@pytest.mark.parametrize('free_gib, size, share', [(80, 128, 1 / 2), (24, 256, 1 / 2), (11, 256, 5 / 11), (6, 256, 0), (2, 128, 1 / 4)])
+@pytest.mark.parametrize('free_gib, size, share', [
+    (80, 128, 1 / 2), (24, 256, 1 / 2), (11, 256, 5 / 11), (6, 256, 0), (2, 128, 1 / 4),
+])
 def test_decoded_images_leave_the_memory_that_training_takes(free_gib, size, share, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free_gib * 2**30, 0))
     assert data.device_bytes(CUDA, 64 * size**2) == share * free_gib * 2**30
 
 
 def test_a_lack_of_gpu_memory_is_one_line(capsys):
-    def work(): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 10.57 GiB')
+    def work():
+        raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. '
+                                     'GPU 0 has a total capacity of 10.57 GiB')
     assert exit_code('train_imagenette.py', work) == 1
     err = capsys.readouterr().err
     assert err.count('\n') == 1 and 'Tried to allocate 2.00 GiB; lower --bs or --size' in err and 'capacity' not in err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def go_without_home():
-    """Gives the libraries that write into a home folder one below the temporary folder, where there is none that can be written.
+    """Gives the libraries that write into a home folder one below the temporary folder, if none can be written.
 
     So it is in a container whose user id has no home: matplotlib prints three lines at each start, torch.compile fails.
     """

@@ -37,7 +37,9 @@ class Look(NamedTuple):
 def look(file):
     "Returns the Look of a file."
     try: data = Path(file).read_bytes()
-    except OSError as e: return Look('', 'a broken link' if os.path.islink(file) and not os.path.exists(file) else e.strerror or str(e))
+    except OSError as e:
+        broken = os.path.islink(file) and not os.path.exists(file)
+        return Look('', 'a broken link' if broken else e.strerror or str(e))
     content = hashlib.blake2b(data, digest_size=8).hexdigest()
     try: str(file).encode()
     except UnicodeError: return Look(content, 'its name is not UTF-8')
@@ -47,7 +49,10 @@ def look(file):
 
 
 def look_at_all(path, files, memory=None):
-    "Returns {relative path: Look} of `files` in the folder `path`, in parallel. `memory`: the folder of what was found before."
+    """Returns {relative path: Look} of `files` in the folder `path`, looked at in parallel.
+
+    `memory` is the folder of what was found before.
+    """
     file = memory and Path(memory) / f'{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]}.json'
     known = _recall(file)
     stamps = {f: _stamp(path / f) for f in files}
@@ -66,7 +71,10 @@ def _stamp(file):
 
 
 def _recall(file):
-    "Returns {relative path: (stamp, Look)} that `_remember` wrote; {} if there is none, or it is damaged or of another version."
+    """Returns {relative path: (stamp, Look)} that `_remember` wrote.
+
+    It is {} if there is none, or it is damaged or of another version.
+    """
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
         return kept['images'] if kept['format'] == FORMAT else {}
@@ -93,7 +101,10 @@ def fingerprint(looks):
 
 
 def sound(path, looks, skip):
-    "Returns (the `looks` without damage, how many were left out); raises UsageError that lists the damaged ones unless `skip`."
+    """Returns (the `looks` without damage, how many were left out).
+
+    Raises UsageError that lists the damaged ones unless `skip`.
+    """
     damaged = {f: seen.damage for f, seen in looks.items() if seen.damage}
     if damaged and not skip:
         listed = '; '.join(f'{f} ({damage})' for f, damage in damaged.items())
@@ -101,7 +112,8 @@ def sound(path, looks, skip):
                          f'Mend or remove them, or let --skip-damaged train without them')
     kept = {f: seen for f, seen in looks.items() if f not in damaged}
     for label in {label_of(f): None for f in damaged}:
-        if not any(label_of(f) == label for f in kept): raise UsageError(f'{path}: no image of the class {label} can be read')
+        if not any(label_of(f) == label for f in kept):
+            raise UsageError(f'{path}: no image of the class {label} can be read')
     return kept, len(damaged)
 
 

@@ -32,7 +32,16 @@ from PIL import Image
 from command import UsageError, say_once
 from experiments import N_IMAGES
 from training import check
-from training.files import fingerprint, label_of, left_out, noisy_labels, same_but_for_case, scan, split_files, unused_folders
+from training.files import (
+    fingerprint,
+    label_of,
+    left_out,
+    noisy_labels,
+    same_but_for_case,
+    scan,
+    split_files,
+    unused_folders,
+)
 from training.images import Pixels, crop_boxes, epoch_draws, read_image, stack_valid_images, train_image, valid_image
 
 ARCHIVES = {  # (dataset, source): URL
@@ -62,7 +71,8 @@ def find_data(cfg):
         with filled(folder) as part:
             untar_data(url, base=part.parent, archive=archive.parent, data=part.parent)
             n, expected = len(scan(part)[0]), sum(N_IMAGES[cfg.dataset, cfg.split])
-            if n != expected: raise tarfile.ReadError(f'{n:,} of {expected:,} images')  # at a damaged header tarfile ends in silence
+            if n != expected:  # at a damaged header tarfile ends in silence
+                raise tarfile.ReadError(f'{n:,} of {expected:,} images')
     except (EOFError, UsageError, gzip.BadGzipFile, shutil.ReadError, tarfile.TarError, zlib.error) as e:
         raise UsageError(f'{archive}: damaged ({_brief(e)}); remove it, and it is downloaded anew') from None
     except Exception as e:  # Whatever urllib, ssl or a full disk raise, there is no archive.
@@ -91,7 +101,10 @@ def filled(folder):
 
 
 class ImageSet(NamedTuple):
-    "The images of a run: `files` is {relative path: bytes}; `skipped` counts damaged ones, `looks` is {} of archives of ours."
+    """Holds the images of a run.
+
+    `files` is {relative path: bytes}; `skipped` counts damaged ones, `looks` is {} of archives of ours.
+    """
     path: Path
     files: dict
     fingerprint: str
@@ -282,7 +295,9 @@ def device_bytes(device, batch_pixels):
 
 
 def n_workers(cfg, shm=Path('/dev/shm')):
-    """Returns how many loader processes `cfg` gets: fewer than it asks for, and a line that says so, where shared memory is small.
+    """Returns how many loader processes `cfg` gets.
+
+    Where shared memory is small they are fewer than it asks for, and a line says so.
 
     Each has two batches there on their way, as in a container with 64 MB of it; two more are in use.
     """
@@ -290,8 +305,8 @@ def n_workers(cfg, shm=Path('/dev/shm')):
     batch = cfg.bs * (3 * cfg.size**2 + 8)  # bytes
     fit = shutil.disk_usage(shm).free // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) // batch // 2 - 1
     if fit < cfg.workers:
-        say_once(f'{shm} has room for the batches of {max(0, fit)} of {cfg.workers} loader processes, so there are no more; '
-                 f'docker run --shm-size 2g gives it more')
+        say_once(f'{shm} has room for the batches of {max(0, fit)} of {cfg.workers} loader processes, '
+                 f'so there are no more; docker run --shm-size 2g gives it more')
     return max(0, min(cfg.workers, fit))
 
 

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from command import UsageError
 
-SUFFIXES = {'.jpeg', '.jpg', '.jpe', '.jfif', '.png', '.apng', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.avif', '.ppm', '.pgm'}
+SUFFIXES = {'.jpeg', '.jpg', '.jpe', '.jfif', '.png', '.apng', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.avif',
+            '.ppm', '.pgm'}
 VALIDATION = 'val', 'valid', 'validation', 'test'  # the first of them that is there validates
 NO_DATA = {'__macosx', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', '@eadir', '$recycle.bin', 'lost+found'}
 EXPECTED = 'expected train|val/<class>/<image> (or valid, validation, test), or with --valid-pct 0.2 folders of classes'
@@ -23,7 +24,10 @@ EXPECTED = 'expected train|val/<class>/<image> (or valid, validation, test), or 
 # --- folders ---
 
 def is_hidden(name):
-    "Returns whether a file or folder of this name is one that systems and programs leave: .ipynb_checkpoints, ._a.jpg, Thumbs.db."
+    """Returns whether a file or folder of this name is one that systems and programs leave.
+
+    Such are .ipynb_checkpoints, ._a.jpg, Thumbs.db.
+    """
     return name.startswith('.') or name.lower() in NO_DATA
 
 
@@ -31,14 +35,17 @@ def subfolders(path): return sorted(e.name for e in os.scandir(path) if e.is_dir
 
 
 def class_folders(path, valid_pct=0.):
-    """The folders of one class each, relative to `path`: train/cat, val/cat; with `valid_pct` train/cat alone, or cat in a flat folder.
+    """Returns the folders of one class each, relative to `path`: train/cat, val/cat.
+
+    With `valid_pct` they are train/cat alone, or cat in a flat folder.
 
     Raises UsageError where the folders are others.
     """
     if not path.is_dir(): raise UsageError(f'{path}: {_no_folder(path)}')
     there = subfolders(path)
     valid = next((name for name in VALIDATION if name in there), None)
-    if valid_pct and 'train' in there and valid: raise UsageError(f'{path}: has a folder {valid} to validate on; leave --valid-pct out')
+    if valid_pct and 'train' in there and valid:
+        raise UsageError(f'{path}: has a folder {valid} to validate on; leave --valid-pct out')
     if valid_pct and not valid and 'train' not in there: return there
     needed = ['train'] if valid_pct else ['train', valid or 'val']
     missing = [name for name in needed if name not in there]
@@ -47,7 +54,10 @@ def class_folders(path, valid_pct=0.):
 
 
 def _hint(path, there):
-    "Returns a hint at the subfolder that has the folders that are looked for, as an archive has that was extracted; or ''."
+    """Returns a hint at the subfolder that has the folders that are looked for, or ''.
+
+    An archive that was extracted has such a one.
+    """
     inner = []
     for name in there:
         with suppress(OSError): inner += [name] * ('train' in subfolders(path / name))
@@ -70,7 +80,10 @@ def _no_folder(path):
 # --- files ---
 
 def walk(folder, prefix='', above=frozenset()):
-    "Yields (path from `folder` on, behind `prefix`; os.DirEntry) of the files below a folder, however deep, that are not hidden."
+    """Yields (path from `folder` on, behind `prefix`; os.DirEntry) of the files below a folder, however deep.
+
+    Hidden ones are left out.
+    """
     for entry in os.scandir(folder):
         if is_hidden(entry.name): continue
         if not entry.is_dir(): yield f'{prefix}{entry.name}', entry
@@ -79,7 +92,10 @@ def walk(folder, prefix='', above=frozenset()):
 
 
 def is_image(entry):
-    "Returns whether a file is an image by its suffix, or else by what Pillow finds in it; a broken link counts by its suffix."
+    """Returns whether a file is an image by its suffix, or else by what Pillow finds in it.
+
+    A broken link counts by its suffix.
+    """
     if Path(entry.name).suffix.lower() in SUFFIXES: return entry.is_file() or entry.is_symlink()
     return entry.is_file() and _opens(entry.path)
 
@@ -138,13 +154,18 @@ def label_of(file):
 
 
 def same_but_for_case(name, names):
-    "The one of `names` that is `name` but for upper and lower case or the way its accents are stored; None if there is none."
+    """Returns the one of `names` that is `name` but for case or the way its accents are stored.
+
+    It is None if there is none.
+    """
     def plain(s): return unicodedata.normalize('NFC', s).casefold()
     return next((other for other in names if other != name and plain(other) == plain(name)), None)
 
 
 def fingerprint(files):
-    """12 hexadecimal digits of the paths and sizes of {path: bytes}: of an archive of ours, whose content its path and size tell.
+    """Returns 12 hexadecimal digits of the paths and sizes of {path: bytes}.
+
+    This is for an archive of ours, whose content its path and size tell.
 
     The images of a user have 16 digits, of paths and content: check.fingerprint.
     """
@@ -165,7 +186,8 @@ def split_files(files, split, valid_pct=0.):
     if valid_pct: valid = set(_drawn(files, valid_pct))
     elif split == 'v1': valid = {f for f in files if Path(f).name.startswith('ILSVRC2012_val_')}
     else: valid = {f for f in files if f.split('/')[0] in VALIDATION}
-    if not valid: raise UsageError('split v1 validates on images named ILSVRC2012_val_*, and there are none; try --split v2')
+    if not valid:
+        raise UsageError('split v1 validates on images named ILSVRC2012_val_*, and there are none; try --split v2')
     return [f for f in files if f not in valid], [f for f in files if f in valid]
 
 
@@ -174,7 +196,9 @@ def _drawn(files, part):
     classes = {}
     for f in files: classes.setdefault(label_of(f), []).append(f)
     for label, mine in classes.items():
-        if len(mine) < 2: raise UsageError(f'--valid-pct {part:g}: class {label} has one image only, which cannot both train and validate')
+        if len(mine) < 2:
+            only = f'class {label} has one image only, which cannot both train and validate'
+            raise UsageError(f'--valid-pct {part:g}: {only}')
         n = min(len(mine) - 1, max(1, round(part * len(mine))))
         yield from sorted(mine, key=lambda f: hashlib.sha256(f.encode()).digest())[:n]
 

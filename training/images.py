@@ -1,10 +1,10 @@
-"""Images as the 2019 source fed them: how a file is read, and how a crop is drawn and resized.
+"""Treats images as the 2019 source fed them: how a file is read, and how a crop is drawn and resized.
 
 A training image is a random resized crop (area 0.35 to 1, ratio 3/4 to 4/3) by Pillow's bilinear filter, and flipped
 half the time. A validation image has its short side resized to size + 32, and is the centre crop of that.
 
-`read_image` turns any file that Pillow opens into upright 8-bit RGB: 16 bits become their upper 8, the EXIF orientation is
-applied, transparency is dropped as torchvision and timm drop it, and of several frames the first counts.
+`read_image` turns any file that Pillow opens into upright 8-bit RGB: 16 bits become their upper 8, the EXIF orientation
+is applied, transparency is dropped as torchvision and timm drop it, and of several frames the first counts.
 
 `train_image` does so with Pillow, for one image. `Pixels` keeps a whole set decoded on a device and does it there for a
 batch, each image with its own crop: Pillow's filter is separable and linear, so a crop is `rows @ image @ columns`, two
@@ -63,12 +63,14 @@ TURNS = {2: Transpose.FLIP_LEFT_RIGHT, 3: Transpose.ROTATE_180, 4: Transpose.FLI
          6: Transpose.ROTATE_270, 7: Transpose.TRANSVERSE, 8: Transpose.ROTATE_90}  # by EXIF orientation
 JPEG = 'JPEG', 'MPO'
 SIDEWAYS = TURNS[5], TURNS[6], TURNS[7], TURNS[8]
-LARGE = 89_478_485  # pixels, beyond which Pillow warns: a JPEG is decoded at a half, a quarter or an eighth of its sides
+LARGE = 89_478_485  # pixels, beyond which Pillow warns: a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides
 KINDS = {  # what `inspect` says of an image, in words
-    'turned': 'turned as the EXIF orientation says', 'transparent': 'with transparency, which is dropped: the colours below it count',
+    'turned': 'turned as the EXIF orientation says',
+    'transparent': 'with transparency, which is dropped: the colours below it count',
     '16 bits': 'with 16 bits, of which the upper 8 count', 'floats': 'of floating point, taken from 0 to 1',
     'frames': 'of several frames, of which the first counts',
-    'large': f'of more than {LARGE / 1e6:.0f} million pixels, a JPEG of which is read at a lower resolution; slow at each epoch',
+    'large': f'of more than {LARGE / 1e6:.0f} million pixels, a JPEG of which is read at a lower resolution; '
+             'slow at each epoch',
 }
 warnings.filterwarnings('ignore', category=Image.DecompressionBombWarning)  # `inspect` says it, once for all images
 
@@ -78,7 +80,7 @@ def _open(file, read):
     try:
         with opened(file) as im: return read(im)
     except MemoryError: raise
-    except Exception as e:  # what damaged files make Pillow's readers raise has no end: also struct.error, TypeError, KeyError
+    except Exception as e:  # damaged files make Pillow's readers raise anything: also struct.error, TypeError, KeyError
         raise UsageError(f'{file}: cannot be read as an image ({why_not(e)})') from None
 
 
@@ -107,18 +109,24 @@ def rgb(im):
 
     Raises ValueError where no range of its values is known: 32-bit integers, and floats that are not from 0 to 1.
     """
-    if im.mode.startswith('I;16') or (im.mode == 'I' and im.format in ('PNG', 'PPM')):  # which older versions of Pillow read as I
+    older = im.mode == 'I' and im.format in ('PNG', 'PPM')  # as older versions of Pillow read 16 bits
+    if im.mode.startswith('I;16') or older:
         return Image.fromarray((np.asarray(im).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)).convert('RGB')
-    if im.mode == 'I': raise ValueError('32-bit integers: which of them is white is not known; save it with 8 or 16 bits')
+    if im.mode == 'I':
+        raise ValueError('32-bit integers: which of them is white is not known; save it with 8 or 16 bits')
     if im.mode == 'F':
         x = np.asarray(im)
-        if not (x.min() >= 0 and x.max() <= 1): raise ValueError('floats that are not from 0 to 1; save it with 8 or 16 bits')
+        if not (x.min() >= 0 and x.max() <= 1):
+            raise ValueError('floats that are not from 0 to 1; save it with 8 or 16 bits')
         return Image.fromarray(np.rint(x * 255).astype(np.uint8)).convert('RGB')
     return im.convert('RGB')
 
 
 def turn(im):
-    "Returns how a PIL image has to be turned by its EXIF orientation, or None. Pillow turns a TIFF itself, as it decodes it."
+    """Returns how a PIL image has to be turned by its EXIF orientation, or None.
+
+    Pillow turns a TIFF itself, as it decodes it.
+    """
     if im.format == 'TIFF': return None
     try: return TURNS.get(im.getexif().get(ExifTags.Base.Orientation))
     except Exception: return None  # an image with damaged EXIF data is taken as it lies
@@ -145,7 +153,9 @@ def upright_size_of(file): return _open(file, upright_size)
 
 
 def inspect(file):
-    """Returns the KINDS of an image in a binary file, comma-separated; raises what Pillow raises if it cannot be read whole.
+    """Returns the KINDS of an image in a binary file, comma-separated.
+
+    Raises what Pillow raises if it cannot be read whole.
 
     A JPEG is decoded at an eighth of its sides, which is faster and finds what is cut off just as well.
     """
@@ -203,8 +213,8 @@ class Pixels:
     def crops(self, i, boxes, flips, size):
         """Returns crops of the images of numbers `i` (B,): uint8 (B, 3, size, size), channels last.
 
-        They are the `boxes` (B, 4) of `crop_boxes`, resized to `size`, and mirrored where `flips` (B,) is true. It takes
-        about 23 bytes of memory for each pixel of one of the `parts`.
+        They are the `boxes` (B, 4) of `crop_boxes`, resized to `size`, and mirrored where `flips` (B,) is true.
+        It takes about 23 bytes of memory for each pixel of one of the `parts`.
         """
         groups = parts(boxes)
         crops = torch.cat([self._crop(i[group], boxes[group], flips[group], size) for group in groups])
@@ -236,7 +246,9 @@ class Pixels:
 
 
 def parts(boxes, most=2**24):
-    """Returns the numbers of `boxes` (B, 4) in groups. Those of a group are cropped at once, padded to the largest of it.
+    """Returns the numbers of `boxes` (B, 4) in groups.
+
+    Those of a group are cropped at once, padded to the largest of it.
 
     A group has at most `most` pixels with its padding, or one box. A batch that fits is one group, in its order. In any
     other, boxes of about the same size come together, so that one large image does not pad them all.

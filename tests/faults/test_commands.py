@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import runlog
 import train_imagenette
+import training.machine
 import training.run
 from command import Parser
 from experiments import EXPERIMENTS, Config, fields
@@ -96,6 +97,7 @@ def place(tree, tmp_path, monkeypatch):
     monkeypatch.setattr(data, 'find_data', lambda cfg: Path(cfg.data or tree))
     monkeypatch.setattr(data, 'N_IMAGES', {})
     monkeypatch.setattr(cluster, 'Cluster', Elsewhere)
+    monkeypatch.setattr(training.machine, 'check_compiler', lambda device: None)  # It would compile for seconds.
     monkeypatch.setattr(training.run, 'get_model', lambda cfg, n_classes: n_classes)
     monkeypatch.setattr(training.run, 'dump', lambda cfg: training.run.get_model(cfg, 10))
     monkeypatch.setattr(main, 'write', lambda *args: None)
