@@ -153,7 +153,7 @@ def packed(attention, file):
 
 
 def unpacked(cfg, files, folder):
-    "Returns `cfg` with its layer from `files` (of `packed`), written to `folder`; where its own file is here, as it is."
+    "Returns `cfg` with its layer from `files` (of `packed`), written to `folder`, or as it is where its file is here."
     if not files: return cfg
     try:
         if digest(cfg.attention, cfg.attention_file) == cfg.attention_source: return cfg

@@ -20,7 +20,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # read at torch's import: its profiler writes lines
+os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # torch's profiler would write lines
 
 import runlog
 from command import Parser, UsageError, exit_code, nearest, stop_on_signals

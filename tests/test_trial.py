@@ -229,10 +229,10 @@ def test_what_counts_are_the_planned_seeds_images_and_precision(tmp_path):
     so_far = runs[(runs.attention != 'simple') | (runs.seed < 5)]
     assert sorted(report.runs_of(until, so_far).seed.unique()) == [0, 1, 2, 3, 4]
     first, second = report.gaps(plan, runs, tmp_path)
-    assert (first['base'], second['base'], first['difference']['paired']) == ('none', 'conv', True)
+    assert (first['base'], second['base'], first['difference']['n_pairs']) == ('none', 'conv', 4)
     assert first['difference']['difference'] == pytest.approx(0.02, abs=0.005)
     text = report.conclusion(first)
-    assert text.startswith('**simple** against none: +') and 'P = ' in text
+    assert text.startswith('**simple** against none: +') and 'P (Holm) ' in text
     assert 'difference' in text and text.endswith('points).')
     assert report.accuracy(report.of_arms(plan, runs)['none']).endswith('(4)')
 
