@@ -266,8 +266,9 @@ def add_equal_time(plan):
     pairs = [pair for pair in pairs if pair not in plan['contrasts']]
     if not pairs:
         slowest = max(steps.values()) / steps[fastest]
-        raise UsageError(f'--equal-time: the slowest step takes {slowest:.2f} times as long as the fastest, less than half '
-                         f'an epoch in {Config(**plan["arms"][fastest]).epochs}; take more --epochs, or leave it out')
+        epochs = Config(**plan['arms'][fastest]).epochs
+        raise UsageError(f'--equal-time: the slowest step takes {slowest:.2f} times as long as the fastest, less than '
+                         f'half an epoch in {epochs}; take more --epochs, or leave it out')
     plan['contrasts'] += pairs
 
 

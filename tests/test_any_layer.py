@@ -153,7 +153,8 @@ def test_the_source_of_a_module_is_what_it_imports_from_its_package(file, monkey
     ('my_layers.py:Norm', 'all zeros as at the first step: its output is not finite'),
     ('my_layers.py:Root', 'all zeros as at the first step: its gradient is not finite'),
     ('my_layers.py:Raises', 'fails on a batch (2, 64, 8, 8): RuntimeError: the first line\n'),
-    ('my_layers.py:Pair', 'gives a tuple, not a tensor'), ('my_layers.py:Whole', 'gives torch.int64, not floating point'),
+    ('my_layers.py:Pair', 'gives a tuple, not a tensor'),
+    ('my_layers.py:Whole', 'gives torch.int64, not floating point'),
     ('my_layers.py:Detached', 'its gradient fails: RuntimeError: element 0 of tensors does not require grad'),
     ('my_layers.py:Batches', 'one image in validation: gives (1, 1, 8, 8) for (1, 64, 8, 8)'),
     ('imports.py:A', 'imports.py cannot be imported: ModuleNotFoundError: No module named'),
@@ -336,9 +337,9 @@ def test_a_node_of_ray_without_the_file_gets_it(shared, file, tree, tmp_path):
 @pytest.mark.slow(20)
 def test_several_processes_train_a_layer_from_a_file(file, tree, spawn, tmp_path):
     pytest.importorskip('accelerate')
-    argv = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, REPO / 'train_imagenette.py', '--data', tree,
-            *TINY, '--epochs', 1, '--sa', f'{file}:Doubles', '--results', tmp_path / 'results']
-    process = spawn(*argv)
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, REPO / 'train_imagenette.py']
+    argv = ['--data', tree, *TINY, '--epochs', 1, '--sa', f'{file}:Doubles', '--results', tmp_path / 'results']
+    process = spawn(*launch, *argv)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0 and err.count('not the identity at the start') == 1, err
     row = record(tmp_path).iloc[0]

@@ -16,7 +16,8 @@ attention_maps = script('attention_maps')
 TINY = '--split', 'v2', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0
 VALUES = {  # name: the value at a position, for z (B, C, N)
     'simple': lambda m, z: z, 'simple_sym': lambda m, z: z, 'simple_n': lambda m, z: z, 'low_rank': lambda m, z: z,
-    'simple_out': lambda m, z: m.out() @ z, 'sagan': lambda m, z: m.value() @ z, 'cov': lambda m, z: z - z.mean(2, keepdim=True),
+    'simple_out': lambda m, z: m.out() @ z, 'sagan': lambda m, z: m.value() @ z,
+    'cov': lambda m, z: z - z.mean(2, keepdim=True),
 }
 
 
@@ -85,7 +86,8 @@ def test_looking_at_a_network_changes_nothing():
 def test_the_ratio_is_that_of_the_change():
     model, batch = network(places=((1, 1),)), torch.randn(5, 3, 32, 32)
     seen, branch = [], Branch()
-    hook = model.stage1[1].attention.register_forward_hook(lambda m, inputs, y: seen.append((inputs[0].clone(), y.clone())))
+    def keep(module, inputs, y): seen.append((inputs[0].clone(), y.clone()))
+    hook = model.stage1[1].attention.register_forward_hook(keep)
     branch.watch(model)
     model(batch)
     branch.stop()

@@ -39,7 +39,10 @@ def file(tmp_path):
 
 @pytest.fixture
 def call(file, tree, tmp_path, capfd, monkeypatch):
-    "Runs trial.py on the layer and the tree: (exit code, stdout, stderr). A step takes none 10 ms, conv 12, all others 20."
+    """Runs trial.py on the layer and the tree: (exit code, stdout, stderr).
+
+    A step of none takes 10 ms, of conv 12, of all others 20.
+    """
     def steps(arms, device, threads=None):
         return {arm: dict(step_ms={'none': 10., 'conv': 12.}.get(arm, 20.), peak_mb=3.) for arm in arms}
     monkeypatch.setattr(timing, 'measure_steps', steps)
@@ -80,7 +83,8 @@ def test_a_trial_from_plan_to_page_and_on(call, file, tmp_path):
     code, out, err = call('--runs', 3, '--equal-time', '--epochs', 1, layer=f'{moved}:Gate')
     assert code == 2 and '--equal-time: the slowest step takes 2.00 times as long as the fastest' in err
     code, out, err = call('--runs', 3, layer=f'{moved}:Gate')
-    assert code == 0 and len(rows(tmp_path)) == 9 and 'when 6 runs were recorded; before, it was 2 runs' in page(tmp_path), err
+    assert code == 0 and len(rows(tmp_path)) == 9, err
+    assert 'when 6 runs were recorded; before, it was 2 runs' in page(tmp_path)
     changes = {('--lr', 0.1): 'has another plan (lr 0.003, here 0.1); give this trial another --name',
                ('--sa-at', 2): 'has another plan (sa_at 1, here 2)'}
     for change, words in changes.items():
@@ -102,7 +106,8 @@ def test_at_equal_run_time_the_slower_arms_train_fewer_epochs(call, tmp_path):
     assert list(zip(df.attention, df.epochs))[:5] == [('none', 4), ('conv', 4), ('my_layers.py:Gate', 4), ('conv', 3),
                                                       ('my_layers.py:Gate', 2)]
     text = page(tmp_path)
-    assert '- **Gate in 2 epochs** against none: ' in text and '- **Gate in 2 epochs** against conv in 3 epochs: ' in text
+    assert '- **Gate in 2 epochs** against none: ' in text
+    assert '- **Gate in 2 epochs** against conv in 3 epochs: ' in text
     assert '- conv in 3 epochs: 90% of the time of none in 4 epochs.' in text
     assert text.index('## At equal run time') < text.index('**Gate in 2 epochs**') < text.index('## Plan')
     assert 'P values are of 4 comparisons' in text
@@ -154,7 +159,8 @@ def test_ctrl_c_leaves_plan_rows_and_page_and_the_trial_goes_on(file, tree, spaw
     ('nosuch.py:A', 'no such file'),
     ('FILE:Gate --runs 0', '--runs 0: must be at least 1'), ('FILE:Gate --name a/b', '--name a/b: letters, digits'),
     ('FILE:Gate --sa simple', 'unknown argument --sa'), ('FILE:Gate --epohcs 3', 'did you mean --epochs?'),
-    ('FILE:Gate --jobs 0', 'from 1 to 1024'), ('FILE:Gate --until -1', 'must be a number above 0'), ('', 'required: layer'),
+    ('FILE:Gate --jobs 0', 'from 1 to 1024'), ('', 'required: layer'),
+    ('FILE:Gate --until -1', 'must be a number above 0'),
     ('FILE:Gate --runs 9999999999', '--seed 9999999998'),
 ])
 def test_a_mistake_is_one_line_before_anything_is_trained(argv, words, file, tmp_path, capfd):
@@ -196,17 +202,13 @@ def test_a_step_that_is_measured_trains(fused):
 # --- the plan and the page ---
 
 def made_plan(**changes):
-    arms = {arm: vars_of(Config(dataset='digits', size=32, arch='xresnet18', precision='fp32', attention=arm, epochs=10))
-            for arm in ('none', 'conv', 'simple')}
+    base = dict(dataset='digits', split='v2', size=32, arch='xresnet18', precision='fp32', epochs=10)
+    arms = {arm: asdict(Config(**base, attention=arm)) for arm in ('none', 'conv', 'simple')}
     costs = {arm: dict(parameters=n, multiply_adds=n, step_ms=ms, peak_mb=1.) for arm, n, ms in
              (('none', 0, 100.), ('conv', 4097, 103.), ('simple', 4097, 130.), ("fastai's simple", 4097, 150.))}
-    return dict(name='made', layer='simple', source='', saved='2026-01-01T00:00:00Z', git_commit='abcdef012', git_dirty=0,
-                device='a CPU', precision='fp32', data_fingerprint='d', arms=arms, costs=costs, seed0=0, runs=4, until=None,
-                contrasts=[['none', 'simple'], ['conv', 'simple']], recorded={}, changes=[]) | changes
-
-
-def vars_of(cfg):
-    return asdict(cfg) | dict(split='v2')
+    return dict(name='made', layer='simple', source='', saved='2026-01-01T00:00:00Z', git_commit='abcdef012',
+                git_dirty=0, device='a CPU', precision='fp32', data_fingerprint='d', arms=arms, costs=costs,
+                seed0=0, runs=4, until=None, contrasts=[['none', 'simple'], ['conv', 'simple']], recorded={}, changes=[]) | changes
 
 
 def made_runs(plan, tmp_path, seeds=range(4)):
