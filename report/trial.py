@@ -8,7 +8,7 @@ seed0, runs     the runs of each arm have the seeds seed0 to seed0+runs-1
 until           points: the trial goes on until each difference is known to so many; None: it ends after `runs`
 costs           {arm: parameters and multiply_adds of its layers, step_ms, peak_mb}
 recorded        {arm: runs that were recorded before the plan was saved}
-changes         [dict(saved, runs, until, recorded)]: how the plan was before it was changed, and when
+changes         [dict(saved, arms, runs, until, recorded)]: how the plan was before it was changed, and when
 """
 import json
 
@@ -64,7 +64,9 @@ def check_same(plan, layer, arms, results):
 def seeds(plan, runs):
     "Returns the seeds that count: the planned ones; with `until` all from the first one on that the layer has."
     first, last = plan['seed0'], plan['seed0'] + plan['runs'] - 1
-    if plan['until']: last = max([last, *runs.seed[runs.attention == plan['layer']]])
+    if plan['until']:
+        on_trial = experiment(plan).arms[plan['contrasts'][0][1]]
+        last = max([last, *runlog.of_config(runs, on_trial).seed])
     return range(first, last + 1)
 
 
@@ -97,7 +99,7 @@ def plan_text(plan):
     for change in plan['changes']:
         n_recorded = sum(change['recorded'].values())
         lines.append(f'Changed {change["saved"]}, when {n_recorded} runs were recorded; before, it was '
-                     f'{change["runs"]} runs of each arm{more(change["until"])}.')
+                     f'{change["runs"]} runs of {", ".join(change["arms"])}{more(change["until"])}.')
     return '\n'.join(f'- {line}' for line in lines)
 
 
@@ -116,7 +118,7 @@ def special(cfg):
 
 def gaps(plan, runs, results):
     "Returns the rows of compare.gaps of the plan's contrasts."
-    return compare.gaps({plan['name']: experiment(plan)}, runs_of(plan, runs), load_published(), results)
+    return compare.gaps({f'trial {plan["name"]}': experiment(plan)}, runs_of(plan, runs), load_published(), results)
 
 
 def conclusion(row):
@@ -272,8 +274,9 @@ def add_equal_time(plan):
     plan['contrasts'] += pairs
 
 
-def with_runs(plan, runs, until, recorded):
-    "Returns the plan with other numbers of runs; that it was changed, and after how many runs, is kept in it."
-    if (plan['runs'], plan['until']) == (runs, until): return plan
-    change = dict(saved=runlog.timestamp(), runs=plan['runs'], until=plan['until'], recorded=recorded)
-    return plan | dict(runs=runs, until=until, changes=[*plan['changes'], change])
+def changed(before, after, recorded):
+    "Returns the plan `after`; that it was another, and after how many runs it was changed, is kept in it."
+    def asked(plan): return dict(arms=list(plan['arms']), runs=plan['runs'], until=plan['until'])
+    if asked(before) == asked(after): return after
+    change = dict(saved=runlog.timestamp(), **asked(before), recorded=recorded)
+    return after | dict(changes=[*before['changes'], change])

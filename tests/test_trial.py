@@ -84,7 +84,7 @@ def test_a_trial_from_plan_to_page_and_on(call, file, tmp_path):
     assert code == 2 and '--equal-time: the slowest step takes 2.00 times as long as the fastest' in err
     code, out, err = call('--runs', 3, layer=f'{moved}:Gate')
     assert code == 0 and len(rows(tmp_path)) == 9, err
-    assert 'when 6 runs were recorded; before, it was 2 runs' in page(tmp_path)
+    assert 'when 6 runs were recorded; before, it was 2 runs of none, conv, Gate.' in page(tmp_path)
     changes = {('--lr', 0.1): 'has another plan (lr 0.003, here 0.1); give this trial another --name',
                ('--sa-at', 2): 'has another plan (sa_at 1, here 2)'}
     for change, words in changes.items():
@@ -208,7 +208,8 @@ def made_plan(**changes):
              (('none', 0, 100.), ('conv', 4097, 103.), ('simple', 4097, 130.), ("fastai's simple", 4097, 150.))}
     return dict(name='made', layer='simple', source='', saved='2026-01-01T00:00:00Z', git_commit='abcdef012',
                 git_dirty=0, device='a CPU', precision='fp32', data_fingerprint='d', arms=arms, costs=costs,
-                seed0=0, runs=4, until=None, contrasts=[['none', 'simple'], ['conv', 'simple']], recorded={}, changes=[]) | changes
+                seed0=0, runs=4, until=None, contrasts=[['none', 'simple'], ['conv', 'simple']], recorded={},
+                changes=[]) | changes
 
 
 def made_runs(plan, tmp_path, seeds=range(4)):
