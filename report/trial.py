@@ -8,7 +8,7 @@ seed0, runs     the runs of each arm have the seeds seed0 to seed0+runs-1
 until           points: the trial goes on until each difference is known to so many; None: it ends after `runs`
 costs           {arm: parameters and multiply_adds of its layers, step_ms, peak_mb}
 recorded        {arm: runs that were recorded before the plan was saved}
-changes         [dict(saved, runs, until, recorded)]: how the plan was before it was changed, and when
+changes         [dict(saved, arms, runs, until, recorded)]: how the plan was before it was changed, and when
 """
 import json
 
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 import runlog
 from command import UsageError
-from experiments import Config, Experiment, setting
+from experiments import SETTINGS, Config, Experiment, setting
 from report import compare, figures, stats, tables
 from report.published import load_published
 
@@ -55,7 +55,7 @@ def check_same(plan, layer, arms, results):
     planned = experiment(plan).arms
     for arm, cfg in arms.items():
         if arm not in planned: raise UsageError(f'{file}: has no arm {arm}; give this trial another --name')
-        there, here = ({name: getattr(c, name) for name in compare.SETTINGS} for c in (planned[arm], cfg))
+        there, here = ({name: getattr(c, name) for name in SETTINGS} for c in (planned[arm], cfg))
         if setting(planned[arm]) == setting(cfg): continue
         what = ', '.join(f'{name} {there[name]}, here {here[name]}' for name in there if there[name] != here[name])
         raise UsageError(f'{file}: has another plan ({what}); give this trial another --name')
@@ -64,7 +64,9 @@ def check_same(plan, layer, arms, results):
 def seeds(plan, runs):
     "Returns the seeds that count: the planned ones; with `until` all from the first one on that the layer has."
     first, last = plan['seed0'], plan['seed0'] + plan['runs'] - 1
-    if plan['until']: last = max([last, *runs.seed[runs.attention == plan['layer']]])
+    if plan['until']:
+        on_trial = experiment(plan).arms[plan['contrasts'][0][1]]
+        last = max([last, *runlog.of_config(runs, on_trial).seed])
     return range(first, last + 1)
 
 
@@ -87,17 +89,17 @@ def plan_text(plan):
     lines = [
         f'Layer: `{plan["layer"]}`{source}, at place {cfg.sa_at} of the network.',
         f'Arms, in turn, each turn with one seed: {", ".join(plan["arms"])}.',
-        f'Contrasts: {contrasts}; accuracy of the last epoch, paired by seed.',
+        f'Contrasts: {contrasts}; accuracy of the last epoch, at the same seeds.',
         f'Images: {cfg.dataset}, split {cfg.split}, {cfg.size} px (data {plan["data_fingerprint"]}).',
         f'Recipe: {cfg.arch}, {cfg.epochs} epochs, batch {cfg.bs}, {cfg.opt}, lr {cfg.lr:g}, {cfg.schedule}, '
         f'{plan["precision"]}{special(cfg)}.',
         f'Stopping: {plan["runs"]} runs of each arm, seeds {plan["seed0"]} to {last}{more(plan["until"])}.',
         f'Saved {plan["saved"]}, commit {commit}, on {plan["device"]}.']
-    if recorded: lines.append(f'Recorded before the plan was saved, and counted: runs of {recorded}.')
+    if recorded: lines.append(f'Recorded before the plan was saved, and counted: {recorded}.')
     for change in plan['changes']:
         n_recorded = sum(change['recorded'].values())
         lines.append(f'Changed {change["saved"]}, when {n_recorded} runs were recorded; before, it was '
-                     f'{change["runs"]} runs of each arm{more(change["until"])}.')
+                     f'{change["runs"]} runs of {", ".join(change["arms"])}{more(change["until"])}.')
     return '\n'.join(f'- {line}' for line in lines)
 
 
@@ -110,22 +112,22 @@ def special(cfg):
     "Returns what else of the settings is not the default, in words."
     told = {'dataset', 'split', 'size', 'arch', 'epochs', 'bs', 'opt', 'lr', 'schedule', 'precision', 'source',
             'attention', 'attention_source', 'sa_at'}
-    rest = [name for name in compare.SETTINGS if name not in told and getattr(cfg, name) != getattr(Config, name)]
+    rest = [name for name in SETTINGS if name not in told and getattr(cfg, name) != getattr(Config, name)]
     return ''.join(f', {name} {getattr(cfg, name)}' for name in rest)
 
 
 def gaps(plan, runs, results):
     "Returns the rows of compare.gaps of the plan's contrasts."
-    return compare.gaps({plan['name']: experiment(plan)}, runs_of(plan, runs), load_published(), results)
+    return compare.gaps({f'trial {plan["name"]}': experiment(plan)}, runs_of(plan, runs), load_published(), results)
 
 
 def conclusion(row):
     "Returns a sentence on a row of `gaps`: the difference, its interval, the verdict."
     what, words = f'**{row["arm"]}** against {row["base"]}', tables.verdict(row)
     if not compare.has_runs(row): return f'{what}: {words}.'
-    p = row['difference']['p']
-    p = '' if np.isnan(p) else f', P = {p:.2g} (Holm {row["difference"]["holm_p"]:.2g})'
-    return f'{what}: {tables.change(row["difference"])} points{p}: {words}.'
+    p, method = tables.holm(row), tables.method(row['difference'])
+    test = f', P (Holm) {p}, {method}' if p else ''
+    return f'{what}: {"; ".join(tables.changes(row))} points{test}: {words}.'
 
 
 def text(plan, runs, results):
@@ -150,8 +152,8 @@ def arms_table(plan, runs):
 
 def of_arms(plan, runs):
     "Returns {arm: those of its runs that count}."
-    recipes = runlog.by_setting(runs_of(plan, runs), compare.RECIPE)
-    return {arm: recipes.get(compare.recipe(cfg), runs[:0]) for arm, cfg in experiment(plan).arms.items()}
+    counted = runs_of(plan, runs)
+    return {arm: runlog.of_config(counted, cfg) for arm, cfg in experiment(plan).arms.items()}
 
 
 def accuracy(runs):
@@ -190,9 +192,9 @@ Parameters and multiply-adds (of products and convolutions, in a forward pass) a
 step is forward, loss, backward and optimizer on one batch of random numbers, the arms in turn, the median of several; \
 its memory is the peak of the tensors that it allocates.
 
-Intervals are of 95 %, with the pairs of runs of one seed, as [results/README.md](../README.md#how-a-verdict-is-reached) \
-says; so is the rule of the verdict. P values are of {n_pairs} comparisons, in \
-brackets after Holm's correction. The runs are {n_runs} rows of `runs.csv`, on {devices}."""
+Intervals are of 95 %. How they are made and how a verdict is reached is written in \
+[results/README.md](../README.md#how-a-verdict-is-reached). P values are of {n_pairs} comparisons, in brackets after \
+Holm's correction. The runs are {n_runs} rows of `runs.csv`, on {devices}."""
 
 
 def page(plan, runs, results):
@@ -266,13 +268,15 @@ def add_equal_time(plan):
     pairs = [pair for pair in pairs if pair not in plan['contrasts']]
     if not pairs:
         slowest = max(steps.values()) / steps[fastest]
-        raise UsageError(f'--equal-time: the slowest step takes {slowest:.2f} times as long as the fastest, less than half '
-                         f'an epoch in {Config(**plan["arms"][fastest]).epochs}: take more --epochs, or leave it out')
+        epochs = Config(**plan['arms'][fastest]).epochs
+        raise UsageError(f'--equal-time: the slowest step takes {slowest:.2f} times as long as the fastest, less than '
+                         f'half an epoch in {epochs}; take more --epochs, or leave it out')
     plan['contrasts'] += pairs
 
 
-def with_runs(plan, runs, until, recorded):
-    "Returns the plan with other numbers of runs; that it was changed, and after how many runs, is kept in it."
-    if (plan['runs'], plan['until']) == (runs, until): return plan
-    change = dict(saved=runlog.timestamp(), runs=plan['runs'], until=plan['until'], recorded=recorded)
-    return plan | dict(runs=runs, until=until, changes=[*plan['changes'], change])
+def changed(before, after, recorded):
+    "Returns the plan `after`; that it was another, and after how many runs it was changed, is kept in it."
+    def asked(plan): return dict(arms=list(plan['arms']), runs=plan['runs'], until=plan['until'])
+    if asked(before) == asked(after): return after
+    change = dict(saved=runlog.timestamp(), **asked(before), recorded=recorded)
+    return after | dict(changes=[*before['changes'], change])

@@ -14,11 +14,14 @@ printed and saved before the first run. The page results/trials/<name>.md with i
 when the trial is stopped: called again, it continues.
 """
 import argparse
+import os
 import sys
+from copy import deepcopy
 from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # torch's profiler would write lines
 
 import runlog
 from command import Parser, UsageError, exit_code, nearest, stop_on_signals
@@ -104,14 +107,15 @@ def recorded(plan, record):
 
 def the_plan(args, runs, arms, arm):
     "Returns the plan of the trial: the one that is saved, with what the flags change in it, or a new one."
-    plan = trial.load(args.results, args.name)
-    if plan is None: return make_plan(args, runs, arms, arm)
+    before = trial.load(args.results, args.name)
+    if before is None: return make_plan(args, runs, arms, arm)
     arms = {name: runs.settled(cfg)[0] for name, cfg in arms.items()}
-    trial.check_same(plan, arms[arm].attention, arms, args.results)
+    trial.check_same(before, arms[arm].attention, arms, args.results)
+    plan = deepcopy(before) | dict(runs=args.runs or before['runs'], until=args.until or before['until'])
     for name, planned in plan['arms'].items():  # where files are, and how fast it goes, may be another today
         plan['arms'][name] = asdict(arms[name.partition(trial.EQUAL_TIME)[0]]) | dict(epochs=planned['epochs'])
     if args.equal_time and not any(trial.EQUAL_TIME in name for name in plan['arms']): trial.add_equal_time(plan)
-    return trial.with_runs(plan, args.runs or plan['runs'], args.until or plan['until'], recorded(plan, runs.record()))
+    return trial.changed(before, plan, recorded(before, runs.record()))
 
 
 def work(argv):

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from conftest import config
+from conftest import REPO, config
 
 import layer_source
 import runlog
@@ -14,7 +14,7 @@ from experiments import Config, Experiment
 from layers import ATTENTION
 from report import compare
 from report.published import load_published
-from training import checkpoint, layer
+from training import checkpoint, cluster, layer
 from training.machine import settle
 from xresnet import ARCHS, xresnet
 
@@ -314,6 +314,36 @@ def test_reports_tell_two_sources_apart(file, tmp_path):
     exp = Experiment('', dict(none=none, mine=second), 2)
     (gap,) = compare.gaps({'mine': exp}, runs, load_published(), tmp_path)
     assert gap['difference']['difference'] == pytest.approx(0.205)
+
+
+@pytest.mark.slow(12)
+@pytest.mark.parametrize('shared', [True, False])
+def test_a_node_of_ray_without_the_file_gets_it(shared, file, tree, tmp_path):
+    (file.parent / 'parts.py').write_text('FACTOR = 1.')
+    file.write_text('from parts import FACTOR\n' + LAYERS)
+    cfg = replace(config(tree, arch='xresnet18', epochs=1), attention=f'{file}:Scaled')
+    files = layer_source.packed(cfg.attention, cfg.attention_file)
+    assert set(files) == {'my_layers.py', 'parts.py'}
+    assert not layer_source.packed('simple', '') and not layer_source.packed('fastai.layers:A', 'fastai/layers.py')
+    results = tmp_path / 'results'
+    results.mkdir()
+    if shared: (results / 'mark').touch()
+    else: file.unlink()
+    row = cluster.train_run(cfg, results, 'mark', None, files).row
+    assert row['status'] == 'ok' and (row['attention'], row['attention_file']) == ('my_layers.py:Scaled', str(file))
+    assert row['attention_source'] == cfg.attention_source and row['attention_parameters'] == 64**2 + 64 + 1
+
+
+@pytest.mark.slow(20)
+def test_several_processes_train_a_layer_from_a_file(file, tree, spawn, tmp_path):
+    pytest.importorskip('accelerate')
+    launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, REPO / 'train_imagenette.py']
+    argv = ['--data', tree, *TINY, '--epochs', 1, '--sa', f'{file}:Doubles', '--results', tmp_path / 'results']
+    process = spawn(*launch, *argv)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0 and err.count('not the identity at the start') == 1, err
+    row = record(tmp_path).iloc[0]
+    assert (row.status, row.attention, row.processes) == ('ok', 'my_layers.py:Doubles', 2)
 
 
 @pytest.mark.parametrize('attention', ['fastai.layers:SimpleSelfAttention', 'timm.layers:EcaModule',

@@ -4,12 +4,12 @@ import pandas as pd
 import pytest
 import torch
 from conftest import make_image, script
-from training.branch import Branch
 
 import runlog
 from layers import ATTENTION, SimpleSelfAttention
 from report import maps as drawn
 from training import maps
+from training.branch import Branch
 from xresnet import xresnet
 
 attention_maps = script('attention_maps')
@@ -86,8 +86,8 @@ def test_looking_at_a_network_changes_nothing():
 def test_the_ratio_is_that_of_the_change():
     model, batch = network(places=((1, 1),)), torch.randn(5, 3, 32, 32)
     seen, branch = [], Branch()
-    def note(m, inputs, y): seen.append((inputs[0].clone(), y.clone()))
-    hook = model.stage1[1].attention.register_forward_hook(note)
+    def keep(module, inputs, y): seen.append((inputs[0].clone(), y.clone()))
+    hook = model.stage1[1].attention.register_forward_hook(keep)
     branch.watch(model)
     model(batch)
     branch.stop()

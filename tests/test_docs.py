@@ -53,6 +53,18 @@ def test_commands_that_repeat_are_understood(argv):
     if 'EXPERIMENT' not in argv: assert script('reproduce').parse(argv)
 
 
+@pytest.mark.parametrize('argv', commands('scripts/trial.py'))
+def test_commands_of_trials_are_understood(argv, tmp_path, monkeypatch):
+    if argv[0].startswith('timm'): pytest.importorskip('timm')
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'my_layers.py').write_text('class MyLayer: ...')
+    if 'FILE.py:NAME`' not in argv: assert script('trial').parse(argv)
+
+
+@pytest.mark.parametrize('argv', commands('scripts/attention_maps.py'))
+def test_commands_of_maps_are_understood(argv): assert script('attention_maps').parse(argv)
+
+
 def test_the_commands_are_found():
     assert len(commands('train_imagenette.py')) > 8 and len(commands('scripts/reproduce.py')) > 4
 

@@ -1,7 +1,7 @@
 """A layer on trial: scripts/trial.py on a tree of a few images, and its plan and page."""
 import json
 import signal
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -41,7 +41,7 @@ def file(tmp_path):
 def call(file, tree, tmp_path, capfd, monkeypatch):
     """Runs trial.py on the layer and the tree: (exit code, stdout, stderr).
 
-    A step takes none 10 ms, conv 12, all others 20.
+    A step of none takes 10 ms, of conv 12, of all others 20.
     """
     def steps(arms, device, threads=None):
         return {arm: dict(step_ms={'none': 10., 'conv': 12.}.get(arm, 20.), peak_mb=3.) for arm in arms}
@@ -84,7 +84,7 @@ def test_a_trial_from_plan_to_page_and_on(call, file, tmp_path):
     assert code == 2 and '--equal-time: the slowest step takes 2.00 times as long as the fastest' in err
     code, out, err = call('--runs', 3, layer=f'{moved}:Gate')
     assert code == 0 and len(rows(tmp_path)) == 9, err
-    assert 'when 6 runs were recorded; before, it was 2 runs' in page(tmp_path), err
+    assert 'when 6 runs were recorded; before, it was 2 runs of none, conv, Gate.' in page(tmp_path)
     changes = {('--lr', 0.1): 'has another plan (lr 0.003, here 0.1); give this trial another --name',
                ('--sa-at', 2): 'has another plan (sa_at 1, here 2)'}
     for change, words in changes.items():
@@ -159,8 +159,8 @@ def test_ctrl_c_leaves_plan_rows_and_page_and_the_trial_goes_on(file, tree, spaw
     ('nosuch.py:A', 'no such file'),
     ('FILE:Gate --runs 0', '--runs 0: must be at least 1'), ('FILE:Gate --name a/b', '--name a/b: letters, digits'),
     ('FILE:Gate --sa simple', 'unknown argument --sa'), ('FILE:Gate --epohcs 3', 'did you mean --epochs?'),
-    ('FILE:Gate --jobs 0', 'from 1 to 1024'), ('FILE:Gate --until -1', 'must be a number above 0'),
-    ('', 'required: layer'),
+    ('FILE:Gate --jobs 0', 'from 1 to 1024'), ('', 'required: layer'),
+    ('FILE:Gate --until -1', 'must be a number above 0'),
     ('FILE:Gate --runs 9999999999', '--seed 9999999998'),
 ])
 def test_a_mistake_is_one_line_before_anything_is_trained(argv, words, file, tmp_path, capfd):
@@ -202,18 +202,14 @@ def test_a_step_that_is_measured_trains(fused):
 # --- the plan and the page ---
 
 def made_plan(**changes):
-    cfg = Config(dataset='digits', size=32, arch='xresnet18', precision='fp32', epochs=10)
-    arms = {arm: vars_of(replace(cfg, attention=arm)) for arm in ('none', 'conv', 'simple')}
+    base = dict(dataset='digits', split='v2', size=32, arch='xresnet18', precision='fp32', epochs=10)
+    arms = {arm: asdict(Config(**base, attention=arm)) for arm in ('none', 'conv', 'simple')}
     costs = {arm: dict(parameters=n, multiply_adds=n, step_ms=ms, peak_mb=1.) for arm, n, ms in
              (('none', 0, 100.), ('conv', 4097, 103.), ('simple', 4097, 130.), ("fastai's simple", 4097, 150.))}
     return dict(name='made', layer='simple', source='', saved='2026-01-01T00:00:00Z', git_commit='abcdef012',
-                git_dirty=0, device='a CPU', precision='fp32', data_fingerprint='d',
-                arms=arms, costs=costs, seed0=0, runs=4, until=None,
-                contrasts=[['none', 'simple'], ['conv', 'simple']], recorded={}, changes=[]) | changes
-
-
-def vars_of(cfg):
-    return asdict(cfg) | dict(split='v2')
+                git_dirty=0, device='a CPU', precision='fp32', data_fingerprint='d', arms=arms, costs=costs,
+                seed0=0, runs=4, until=None, contrasts=[['none', 'simple'], ['conv', 'simple']], recorded={},
+                changes=[]) | changes
 
 
 def made_runs(plan, tmp_path, seeds=range(4)):
@@ -236,10 +232,10 @@ def test_what_counts_are_the_planned_seeds_images_and_precision(tmp_path):
     so_far = runs[(runs.attention != 'simple') | (runs.seed < 5)]
     assert sorted(report.runs_of(until, so_far).seed.unique()) == [0, 1, 2, 3, 4]
     first, second = report.gaps(plan, runs, tmp_path)
-    assert (first['base'], second['base'], first['difference']['paired']) == ('none', 'conv', True)
+    assert (first['base'], second['base'], first['difference']['n_pairs']) == ('none', 'conv', 4)
     assert first['difference']['difference'] == pytest.approx(0.02, abs=0.005)
     text = report.conclusion(first)
-    assert text.startswith('**simple** against none: +') and 'P = ' in text
+    assert text.startswith('**simple** against none: +') and 'P (Holm) ' in text
     assert 'difference' in text and text.endswith('points).')
     assert report.accuracy(report.of_arms(plan, runs)['none']).endswith('(4)')
 
