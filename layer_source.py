@@ -7,6 +7,7 @@ had the same layer, wherever its file was.
 import hashlib
 import os
 import re
+from dataclasses import replace
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,9 +102,9 @@ def sources(attention, file):
     What these import counts too. The paths are relative to the folder that the imports start from: that of the file, or
     the one that holds the package.
     """
-    place, file = parse(attention)[0], Path(file)
-    levels = 0 if is_file(place) else place.count('.') + (file.stem == '__init__')
-    root, top = file.parents[levels], None if is_file(place) else place.partition('.')[0]
+    file, root = Path(file), root_of(attention, file)
+    place = parse(attention)[0]
+    top = None if is_file(place) else place.partition('.')[0]
     found, todo = {}, [file]
     while todo:
         file = todo.pop()
@@ -112,6 +113,12 @@ def sources(attention, file):
         found[name] = file.read_bytes()
         todo += imported(file, found[name], root, top)
     return found
+
+
+def root_of(attention, file):
+    "Returns the folder that the imports of a layer start from: that of its file, or the one that holds its package."
+    place, file = parse(attention)[0], Path(file)
+    return file.parents[0 if is_file(place) else place.count('.') + (file.stem == '__init__')]
 
 
 IMPORT = re.compile(rb'^[ \t]*(?:import[ \t]+([^\n;]+)|'
@@ -136,3 +143,23 @@ def imported(file, content, root, top=None):
     places = [root.joinpath(*module) for module in modules]
     files = [f for place in places for f in (place.with_name(f'{place.name}.py'), place / '__init__.py')]
     return [f for f in files if f.is_file()]
+
+
+# --- for another machine ---
+
+def packed(attention, file):
+    "Returns `sources` of a layer from a file; {} of any other, which a machine has or has not."
+    return sources(attention, file) if is_outside(attention) and is_file(parse(attention)[0]) else {}
+
+
+def unpacked(cfg, files, folder):
+    "Returns `cfg` with its layer from `files` (of `packed`), written to `folder`; where its own file is here, as it is."
+    if not files: return cfg
+    try:
+        if digest(cfg.attention, cfg.attention_file) == cfg.attention_source: return cfg
+    except UsageError: pass
+    for name, content in files.items():
+        path = Path(folder) / 'layer' / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return replace(cfg, attention_file=str(Path(folder) / 'layer' / Path(cfg.attention_file).name))

@@ -44,7 +44,7 @@ PROVENANCE = {
     'git_commit': str, 'git_dirty': int, 'data_fingerprint': str,
 }
 COLUMNS = {'run_id': str, 'status': str, 'started': str} | CONFIG | MEASURED | PROVENANCE
-CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds')
+CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds', 'branch_ratio')
 
 
 def new_run(results=RESULTS):
@@ -355,7 +355,7 @@ def write_files(files, results=RESULTS):
 def load(path=RESULTS / 'runs.csv'):
     "Returns runs.csv as a DataFrame with typed columns and the last row of each run; an empty one if there is no file."
     import pandas as pd
-    rows = _read_ours(path) if Path(path).exists() else []
+    rows = _read_ours(path) if os.path.exists(path) else []
     df = pd.DataFrame(rows, columns=list(COLUMNS), dtype=object)
     dtypes = {str: str, int: 'Int64', float: float}  # Int64 has blanks.
     for name, kind in COLUMNS.items():

@@ -93,7 +93,7 @@ def plan_text(plan):
         f'{plan["precision"]}{special(cfg)}.',
         f'Stopping: {plan["runs"]} runs of each arm, seeds {plan["seed0"]} to {last}{more(plan["until"])}.',
         f'Saved {plan["saved"]}, commit {commit}, on {plan["device"]}.']
-    if recorded: lines.append(f'Recorded before the plan was saved, and counted: runs of {recorded}.')
+    if recorded: lines.append(f'Recorded before the plan was saved, and counted: {recorded}.')
     for change in plan['changes']:
         n_recorded = sum(change['recorded'].values())
         lines.append(f'Changed {change["saved"]}, when {n_recorded} runs were recorded; before, it was '

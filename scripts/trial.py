@@ -14,11 +14,13 @@ printed and saved before the first run. The page results/trials/<name>.md with i
 when the trial is stopped: called again, it continues.
 """
 import argparse
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # read at torch's import: its profiler writes lines
 
 import runlog
 from command import Parser, UsageError, exit_code, nearest, stop_on_signals

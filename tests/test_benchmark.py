@@ -11,6 +11,7 @@ from test_report import unchanged
 from experiments import Config
 from layers import ATTENTION, multiply_adds
 from report import layer_cost
+from training.data import get_dls
 
 benchmark = script('benchmark')
 CPU = torch.device('cpu')
@@ -152,7 +153,7 @@ def test_floor_counts_what_is_multiplied_and_moved(monkeypatch):
 
 
 def test_one_batch_is_the_same_batch_over_and_over(tree):
-    dls = benchmark.get_dls(Config(dataset='custom', data=str(tree), split='v2', bs=6, size=32, workers=0))
+    dls = get_dls(Config(dataset='custom', data=str(tree), split='v2', bs=6, size=32, workers=0))
     first = next(iter(dls.train))[0]
     one = benchmark.get_one_batch(dls).train
     assert len(list(one)) == len(dls.train) == 4 and all(torch.equal(x, first) for x, _ in one)

@@ -18,7 +18,8 @@ def state(): return [signal.getsignal(number) for number in SIGNALS], sys.unrais
 def before():
     "The state of signals, put back by hand after the test, should the code under test not do so."
     handlers, hook, by = state()
-    yield handlers, hook, by
+    Stopped.by = 0
+    yield handlers, hook, 0
     for number, handler in zip(SIGNALS, handlers): signal.signal(number, handler)
     sys.unraisablehook, Stopped.by = hook, by
 

@@ -8,12 +8,25 @@ from report import published as published_record
 estimate = script('estimate')
 
 
-def test_the_runs_are_those_of_every_published_row_each_once():
-    runs, table = estimate.published_runs(), (REPO / 'results' / 'tables' / 'cost.md').read_text()
-    assert set(runs) == {c for exp in EXPERIMENTS.values() if exp.tables for _, c in planned_runs(exp) if c.attention != 'simple_sym'}
+def test_the_published_runs_are_those_of_every_published_row_each_once():
+    runs = estimate.published_runs()
+    wanted = {cfg for exp in EXPERIMENTS.values() if exp.tables for _, cfg in planned_runs(exp)}
+    assert set(runs) == {cfg for cfg in wanted if cfg.attention != 'simple_sym'} and len(set(runs)) == len(runs)
+
+
+def test_the_table_is_not_stale():
+    table = (REPO / 'results' / 'tables' / 'cost.md').read_text()
     for name, exp in EXPERIMENTS.items():
-        assert (f'| {name} | {list(runs.values()).count(name)} |' in table) == bool(exp.tables), 'run: python scripts/estimate.py'
-    assert f'| all | {len(runs)} |' in table
+        assert f'| {name} | {len(planned_runs(exp))} |' in table, 'run: python scripts/estimate.py'
+    assert f'| every published mean, each run once | {len(estimate.published_runs())} |' in table
+
+
+def test_the_hours_of_an_entry_are_those_of_one_rtx_2080_ti():
+    device, rate = next(iter(estimate.rates().items()))
+    assert device.startswith('RTX 2080 Ti, 2019')
+    for name, exp in EXPERIMENTS.items():
+        seconds = sum(estimate.multiply_adds(cfg) for _, cfg in planned_runs(exp)) / rate
+        assert exp.hours == float(f'{seconds / 3600:.2g}') == estimate.rounded(estimate.hours_of(exp)), name
 
 
 def test_multiply_adds_of_a_run():
@@ -31,9 +44,10 @@ def test_rates_are_measured_ones():
     rates = estimate.rates()
     published = next(rate for what, rate in rates.items() if what.startswith('RTX 2080 Ti, 2019: 5 published'))
     timed = published_record.load_published().query('epochs == 50 and variant == "none" and wall_time_min > 0').iloc[0]
-    assert published == pytest.approx(timed.epochs * (3 * 12_454 + 500) * estimate.forward('xresnet18', 'none', '1', 128)
-                                      / timed.wall_time_min / 60, rel=0.2)
+    work = timed.epochs * (3 * 12_454 + 500) * estimate.forward('xresnet18', 'none', '1', 128)
+    assert published == pytest.approx(work / timed.wall_time_min / 60, rel=0.2)
 
 
 @pytest.mark.parametrize('n, seconds', [(1, 10), (2, 6), (3, 4), (64, 4)])
-def test_runs_are_dealt_out_the_longest_first(n, seconds): assert estimate.makespan([1, 2, 4, 3], n) == pytest.approx(seconds, abs=1)
+def test_runs_are_dealt_out_the_longest_first(n, seconds):
+    assert estimate.makespan([1, 2, 4, 3], n) == pytest.approx(seconds, abs=1)

@@ -2,7 +2,6 @@
 import csv
 from statistics import mean, stdev
 
-import numpy as np
 import pytest
 from conftest import REPO
 from scipy.stats import ttest_ind
@@ -43,6 +42,10 @@ def test_a_blank_setting_is_the_default(published):
     assert not published[record.VARIED].isna().any().any()
 
 
+def test_the_means_are_those_of_the_file_and_of_the_fork(published):
+    assert len(published) == len(rows('aggregates.csv')) + 16 and (published.table == 'fork').sum() == 16
+
+
 def test_published_runs_have_the_published_means():
     "The 10 runs of the first release, read from its notebook, against its README."
     assert round(mean(single_runs('sdoria:v0.1', attention='none')), 1) == 61.9
@@ -60,22 +63,7 @@ def test_the_published_t_tests_are_met(published):
         assert round(test['difference'], 3) == difference and test['student_p'] == pytest.approx(p, abs=2e-4)
 
 
-# --- experiments ---
-
-def test_every_published_mean_is_an_arm_of_an_experiment(published):
-    said = [record.published_mean(exp, arm, published) for exp in EXPERIMENTS.values() for arm in exp.arms]
-    assert {row.name for row in said if row is not None} == set(published.index)
-    assert len(published) == len(rows('aggregates.csv')) + 16
-
-
-def test_experiments_answer_to_the_tables_they_name(published):
-    for name, exp in EXPERIMENTS.items():
-        said = {arm: record.published_mean(exp, arm, published) for arm in exp.arms}
-        unsaid = {arm for arm, row in said.items() if row is None}
-        assert unsaid <= ({'simple_sym'} if exp.tables else set(exp.arms)), name
-        for arm, row in said.items():
-            if row is not None and not np.isnan(row.n): assert row.n == exp.wanted(arm), (name, arm)
-
+# --- the replication ---
 
 def test_the_independent_replication():
     none, simple = (single_runs('lessw2020', act='mish', attention=name) for name in ('none', 'simple'))

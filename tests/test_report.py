@@ -12,7 +12,7 @@ from conftest import REPO
 
 import runlog
 from command import UsageError
-from experiments import EXPERIMENTS, N_IMAGES, Config, Experiment, attentions, planned_runs, resolve
+from experiments import EXPERIMENTS, N_IMAGES, Config, resolve
 from report import __main__ as main
 from report import compare, figures, stats, tables
 from report import published as record
@@ -51,30 +51,6 @@ def gap(name, *runs, **overrides):
     "Returns the one of `gaps`."
     (row,) = gaps(name, *runs, **overrides)
     return row
-
-
-# --- experiments ---
-
-def test_arms_take_turns_with_the_same_seeds():
-    arms = attentions(Config(epochs=4), 'none', 'simple', 'simple@1,2')
-    assert [(a, c.seed) for a, c in planned_runs(Experiment('', arms, 2), 5)] == [(a, s) for s in (5, 6) for a in arms]
-    fewer = Experiment('', arms, {'none': 2, 'simple': 3, 'simple@1,2': 1})
-    assert [(a, c.seed) for a, c in planned_runs(fewer)] == [('none', 0), ('simple', 0), ('simple@1,2', 0), ('none', 1), ('simple', 1),
-                                                         ('simple', 2)]
-    assert [(c.attention, c.sa_at, c.epochs) for c in arms.values()] == [('none', '1', 4), ('simple', '1', 4), ('simple', '1,2', 4)]
-
-
-def test_contrasts_named_beforehand_are_what_is_compared():
-    arms = attentions(Config(), 'none', 'simple', 'sagan')
-    exp = Experiment('', arms, 2, contrasts=(('none', 'sagan'), ('sagan', 'simple')))
-    assert exp.pairs() == [('none', 'sagan'), ('sagan', 'simple')]
-    assert replace(exp, contrasts=()).pairs() == [('none', 'simple'), ('none', 'sagan'), ('sagan', 'simple')]
-    fewer = {arm: arms[arm] for arm in ('none', 'sagan')}  # as with --arms none,sagan
-    assert replace(exp, arms=fewer).pairs() == [('none', 'sagan')]
-    fewer = {arm: arms[arm] for arm in ('none', 'simple')}  # no contrast is of these: the usual pairs
-    assert replace(exp, arms=fewer).pairs() == [('none', 'simple')]
-    for name, exp in EXPERIMENTS.items():
-        assert all(len(pair) == 2 and exp.arms.keys() >= set(pair) for pair in exp.contrasts), name
 
 
 # --- comparisons ---

@@ -12,10 +12,11 @@ import signal
 import socket
 import sys
 import tempfile
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import layer_source
 import runlog
 from command import Busy, Stopped, UsageError, is_stop, restored, undisturbed
 
@@ -83,7 +84,9 @@ class Cluster:
             pending = {}  # {reference of a task: its (arm, Config)}
             try:
                 for arm, cfg in todo:
-                    pending[task.remote(self.for_node(cfg), self.results, mark, checkpoint_every)] = arm, cfg
+                    files = layer_source.packed(cfg.attention, cfg.attention_file)
+                    ref = task.remote(self.for_node(cfg), self.results, mark, checkpoint_every, files)
+                    pending[ref] = arm, cfg
                 while pending:
                     (ref,), _ = self.ray.wait(list(pending))
                     with undisturbed():
@@ -148,18 +151,24 @@ def reach(address, wait=10):
     if host and port.isdigit(): socket.create_connection((host.strip('[]'), int(port)), wait).close()
 
 
-def train_run(cfg, results, mark, checkpoint_every):
-    "Trains a run in a process of its own on a node; returns an Outcome."
+def train_run(cfg, results, mark, checkpoint_every, layer_files=None):
+    """Trains a run in a process of its own on a node; returns an Outcome.
+
+    `layer_files` are those of a layer from a file (layer_source.packed), for a node that does not have them.
+    """
     from training.run import run
     out, is_shared = Outcome(), (results / mark).exists()
 
     def hand_over(row):
-        out.row = row
+        out.row = row | dict(attention_file=cfg.attention_file)  # as it is where the run was asked for
         if not is_shared: out.files = runlog.files_of(row['run_id'], folder)
 
-    with restored(), nullcontext(results) if is_shared else tempfile.TemporaryDirectory() as folder:
+    with restored(), tempfile.TemporaryDirectory() as own:
+        folder = results if is_shared else own
         signal.signal(signal.SIGINT, stop_at_next_batch)  # Ray cancels a task by SIGINT.
-        try: run(cfg, folder, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
+        try:
+            here = layer_source.unpacked(cfg, layer_files or {}, own)
+            run(here, folder, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
         except Busy as e: out.busy = str(e)
         except UsageError as e: out.mistake = str(e)
         except BaseException as e:

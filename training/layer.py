@@ -3,7 +3,6 @@
 A layer is any callable n_channels -> torch.nn.Module that keeps the shape of features (B, C, H, W).
 """
 import importlib.util
-import os
 import sys
 from contextlib import contextmanager
 from functools import cache
@@ -38,7 +37,7 @@ def outside_layer(attention, file, source):
     if not path.is_file(): raise UsageError(f'{what}: {file} is gone')
     if layer_source.digest(attention, file) != source: raise UsageError(f'{what}: {file} has changed; start anew')
     if layer_source.is_file(place): module = import_file(attention, path, source)
-    else: module = import_module(attention, place, source)
+    else: module = import_module(attention, file, source)
     layer = getattr(module, name, None)
     if layer is None:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
@@ -75,11 +74,12 @@ def import_file(attention, file, source):
     return module
 
 
-def import_module(attention, place, source):
-    "Returns an installed module, or one in the working directory."
+def import_module(attention, file, source):
+    "Returns an installed module, or one where it was found."
+    place = layer_source.parse(attention)[0]
     if imported.setdefault(place, source) != source:
         raise UsageError(f'--sa {attention}: {place} has changed since it was imported; start Python anew')
-    path = [] if importlib.util.find_spec(place.partition('.')[0]) else [os.getcwd()]
+    path = [] if importlib.util.find_spec(place.partition('.')[0]) else [str(layer_source.root_of(attention, file))]
     sys.path.extend(path)
     try:
         with clear_errors(f'--sa {attention}: {place} cannot be imported'): return importlib.import_module(place)

@@ -15,6 +15,7 @@ from fastai.callback.progress import ProgressCallback
 
 from command import Stopped
 from training import distributed
+from training.branch import Branch
 
 METRICS = 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'  # the names that the Learner gives them
 
@@ -53,7 +54,7 @@ class Measure(Callback):
         self.diverged = False
         self.curve, self.n_images, self.train_seconds = [], 0, 0.
         self.earlier = dict(seconds=0., peak_memory_mb=0.)  # of the parts before this one, where the run was continued
-        self.started = time.perf_counter()
+        self.started, self.branch = time.perf_counter(), Branch()
 
     def before_fit(self):
         self.started = time.perf_counter()
@@ -61,7 +62,10 @@ class Measure(Callback):
 
     def before_epoch(self): self.epoch_started = time.perf_counter()
     def before_train(self): self.train_started, self.epoch_images = time.perf_counter(), 0
-    def before_validate(self): self.logits, self.targets = [], []
+
+    def before_validate(self):
+        self.logits, self.targets = [], []
+        self.branch.watch(self.learn.model)
 
     def after_batch(self):
         if not self.is_finite(self.loss):
@@ -69,6 +73,7 @@ class Measure(Callback):
             raise CancelFitException
         if self.training: self.epoch_images += len(self.x)
         else:
+            self.branch.stop()
             self.logits.append(self.pred.float())
             self.targets.append(self.y)
 
@@ -84,7 +89,7 @@ class Measure(Callback):
         seconds = round(time.perf_counter() - self.epoch_started, 3)
         if not all(math.isfinite(recorded[name]) for name in ('train_loss', 'valid_loss')): self.diverged = True
         metrics = {name: round(recorded[name], 6) for name in METRICS}
-        self.curve.append(dict(epoch=self.epoch + 1, **metrics, seconds=seconds))
+        self.curve.append(dict(epoch=self.epoch + 1, **metrics, seconds=seconds, branch_ratio=self.branch.ratio()))
         self.on_epoch(self.curve)
 
     def total_seconds(self):

@@ -143,7 +143,7 @@ def fit_and_hand_over(cfg, dls, model, row, saver, results, save, hand_over):
             row |= measure.results(whole)
             if first and whole: write_predictions(run_id, results, files=np.array(dls.valid_files), **predictions)
             if first and save:
-                if whole: write_model(save, cfg, dls.vocab, model)
+                if whole: write_model(save, cfg, dls.vocab, model, run_id)
                 else: say_not_saved(save, row['status'])
             if first: hand_over(row)
     return row
@@ -185,9 +185,9 @@ def write_predictions(run_id, results, **arrays):
     except OSError as e: print(f'{run_id}: its predictions could not be written ({e})', file=sys.stderr)
 
 
-def write_model(file, cfg, vocab, model):
+def write_model(file, cfg, vocab, model, run_id):
     "Writes the model for `load_model`, or prints why it could not be written: the row is worth more."
-    saved = dict(config=asdict(cfg), vocab=vocab, model=model.state_dict())
+    saved = dict(config=asdict(cfg), vocab=vocab, model=model.state_dict(), run_id=run_id)
     try:
         with runlog.replacing(file, 'wb') as f: torch.save(saved, f)
     except (OSError, RuntimeError) as e: print(f'--save {file}: could not be written ({e})', file=sys.stderr)
@@ -211,13 +211,24 @@ def summary(row):
 
 def load_model(file):
     "Returns (model in eval mode on the CPU, class names) from a file that `run(..., save=file)` wrote."
-    saved = torch.load(file, map_location='cpu', weights_only=True)
+    saved = read_model(file)
     cfg = Config(**saved['config'] | dict(attention_source=''))  # what is there now
     if cfg.attention_source != saved['config'].get('attention_source', ''):
         print(f'{file}: the source of {cfg.attention} has changed since it was saved', file=sys.stderr)
     model = get_model(cfg, len(saved['vocab']))
     model.load_state_dict(saved['model'])
     return model.eval(), saved['vocab']
+
+
+def read_model(file):
+    "Returns dict(config, vocab, model: the weights, run_id) from a file that `run(..., save=file)` wrote."
+    try: saved = torch.load(file, map_location='cpu', weights_only=True)
+    except Exception as e:  # what a damaged file makes torch and pickle raise has no end
+        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        raise UsageError(f'{file}: cannot be read as a model that --save wrote ({why})') from None
+    if not isinstance(saved, dict) or not saved.keys() >= {'config', 'vocab', 'model'}:
+        raise UsageError(f'{file}: not a model that --save wrote')
+    return saved
 
 
 def dump(cfg):

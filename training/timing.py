@@ -44,9 +44,9 @@ def peak_mb(f, device):
 
 
 def training_step(cfg, device, peer=None, n_classes=10):
-    """Returns a function that does one training step of a settled `cfg` on one batch of random numbers.
+    """Returns a function that does one training step of a settled `cfg` on one batch of random numbers, and gives its loss.
 
-    Forward, loss, backward and optimizer; no loading. `peer`: a layer in place of that of `cfg`.
+    A step is forward, loss, backward and optimizer; nothing is loaded. `peer` is a layer in place of that of `cfg`.
     """
     if peer: model = xresnet(cfg.arch, n_classes, peer, cfg.places, cfg.stem, cfg.act, cfg.pool)
     else: model = get_model(cfg, n_classes)
@@ -60,6 +60,7 @@ def training_step(cfg, device, peer=None, n_classes=10):
         loss.backward()
         opt.step()
         opt.zero_grad()
+        return loss.detach()
     return step
 
 

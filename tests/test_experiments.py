@@ -1,0 +1,120 @@
+"""EXPERIMENTS: what is compared, in which order it runs, and whether what an entry says is so."""
+import re
+import shlex
+import subprocess
+from dataclasses import replace
+
+import pytest
+from conftest import REPO
+
+import train_imagenette
+from experiments import EXPERIMENTS, Config, Experiment, attentions, planned_runs, resolve
+from report import published as record
+
+
+@pytest.fixture(scope='module')
+def published(): return record.load_published()
+
+
+# --- entries ---
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_an_entry_has_a_claim_and_arms_that_differ(name):
+    exp = EXPERIMENTS[name]
+    assert exp.claim and len(exp.arms) > 1 and len({resolve(cfg) for cfg in exp.arms.values()}) == len(exp.arms)
+    if isinstance(exp.runs, dict): assert exp.runs.keys() == exp.arms.keys()
+    assert all(exp.arms.keys() >= set(pair) for pair in exp.contrasts)
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_the_command_of_an_entry_trains_its_second_arm(name):
+    exp = EXPERIMENTS[name]
+    python, program, *argv = shlex.split(exp.command)
+    assert (python, program) == ('python', 'train_imagenette.py')
+    cfg, _ = train_imagenette.parse(argv)
+    assert resolve(cfg) == resolve(list(exp.arms.values())[1])
+
+
+@pytest.mark.parametrize('name', EXPERIMENTS)
+def test_an_entry_expects_what_is_published(name, published):
+    "A number of another script is not one to expect."
+    exp, said = EXPERIMENTS[name], {}
+    for arm in exp.arms:
+        row = record.published_mean(exp, arm, published)
+        if row is None or row.recipe == 'other script': continue
+        said[arm] = (round(100 * row['mean'], 2), row.n)
+        assert row.metric == exp.metric and row.n == exp.wanted(arm)
+    assert exp.expect == said and bool(said) == bool(exp.tables)
+
+
+def test_every_published_mean_is_an_arm_of_an_experiment(published):
+    said = [record.published_mean(exp, arm, published) for exp in EXPERIMENTS.values() for arm in exp.arms]
+    assert {row.name for row in said if row is not None} == set(published.index)
+
+
+def test_no_baseline_is_expected_of_another_script(): assert EXPERIMENTS['woof-256-400'].expect.keys() == {'simple'}
+
+
+# --- what is compared ---
+
+def test_the_first_arm_is_compared_with_each_other_one_and_sagan_with_simple():
+    exp = Experiment('', attentions(Config(), 'none', 'simple', 'sagan'), 2)
+    assert exp.pairs() == [('none', 'simple'), ('none', 'sagan'), ('sagan', 'simple')]
+
+
+def test_contrasts_named_beforehand_are_what_is_compared():
+    arms = attentions(Config(), 'none', 'simple', 'sagan')
+    exp = Experiment('', arms, 2, contrasts=(('none', 'sagan'), ('sagan', 'simple')))
+    assert exp.pairs() == [('none', 'sagan'), ('sagan', 'simple')]
+    fewer = {arm: arms[arm] for arm in ('none', 'sagan')}  # as with --arms none,sagan
+    assert replace(exp, arms=fewer).pairs() == [('none', 'sagan')]
+    fewer = {arm: arms[arm] for arm in ('none', 'simple')}  # no contrast is of these: the usual pairs
+    assert replace(exp, arms=fewer).pairs() == [('none', 'simple')]
+
+
+def test_the_experiment_attention_is_that_of_its_plan():
+    exp = EXPERIMENTS['attention']
+    assert exp.pairs() == [('none', 'conv'), ('conv', 'simple'), ('simple_n', 'simple'), ('swap', 'simple'),
+                           ('mean', 'cov'), ('se', 'simple'), ('sagan', 'simple'), ('simple', 'simple_sym')]
+    assert {arm for arm in exp.arms if exp.wanted(arm) == 10} == {'low_rank', 'channel', 'se'}
+    assert {exp.wanted(arm) for arm in exp.arms} == {10, 14}
+
+
+# --- arms and runs ---
+
+def test_attentions_are_layers_and_places():
+    base = Config(size=64, sa_at='2')
+    arms = attentions(base, 'none', 'simple', 'simple@1.0,3')
+    assert list(arms) == ['none', 'simple', 'simple@1.0,3'] and arms['none'] == base
+    assert arms['simple'] == replace(base, attention='simple')
+    assert arms['simple@1.0,3'] == replace(base, attention='simple', sa_at='1.0,3')
+
+
+def test_arms_take_turns_with_the_same_seeds():
+    arms = attentions(Config(), 'none', 'simple', 'sagan')
+    runs = planned_runs(Experiment('', arms, 2), seed0=5)
+    assert [(arm, cfg.seed) for arm, cfg in runs] == [(arm, seed) for seed in (5, 6) for arm in arms]
+    assert all(replace(cfg, seed=0) == arms[arm] for arm, cfg in runs)
+    fewer = planned_runs(Experiment('', arms, {'none': 2, 'simple': 3, 'sagan': 1}))
+    turns = [('none', 0), ('simple', 0), ('sagan', 0), ('none', 1), ('simple', 1), ('simple', 2)]
+    assert [(arm, cfg.seed) for arm, cfg in fewer] == turns
+
+
+# --- the log ---
+
+LOG = (REPO / 'results' / 'LOG.md').read_text(encoding='utf-8')
+
+
+def test_the_log_has_the_newest_entry_first():
+    dates = re.findall(r'^## (\d{4}-\d{2}-\d{2})', LOG, re.MULTILINE)
+    assert dates and dates == sorted(dates, reverse=True)
+    assert len(dates) == len(re.findall(r'^## ', LOG, re.MULTILINE))
+
+
+def test_the_commits_that_the_log_names_are_there():
+    "In a clone with its whole history."
+    def git(*argv): return subprocess.run(['git', '-C', REPO, *argv], capture_output=True, text=True)
+    if git('rev-parse', '--is-shallow-repository').stdout.strip() != 'false': pytest.skip('not a whole clone')
+    named = set(re.findall(r'\b[0-9a-f]{7}\b', LOG))
+    assert len(named) > 10
+    for commit in named: assert git('merge-base', '--is-ancestor', commit, 'HEAD').returncode == 0, commit
