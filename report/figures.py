@@ -1,4 +1,5 @@
-"""Figures of the record, from data frames: every run as a point beside the published mean, curves, time, all differences; no torch."""
+"""Figures of the record, from data frames: every run as a point beside the published mean, curves, time, all
+differences; no torch."""
 from pathlib import Path
 
 import numpy as np
@@ -37,7 +38,8 @@ def experiment(name, exp, runs, published, results, recipes=None):
     if not found: raise UsageError(f'{name}: no runs to plot')
     fig = Figure(figsize=(13, 3.6 * len(found)), layout='constrained')
     for axes, (key, arms) in zip(fig.subplots(len(found), 3, squeeze=False), found):
-        what = f'{name}, split {key["split"]}, {key["source"]} px archive, {key["precision"]}, {int(key["n_val"]):,} validation images'
+        what = (f'{name}, split {key["split"]}, {key["source"]} px archive, {key["precision"]}, '
+                f'{int(key["n_val"]):,} validation images')
         points(axes[0], exp, arms, published if key['planned'] else published[:0], metric)
         curves(axes[1], arms, results)
         time(axes[2], arms, metric)
@@ -53,13 +55,16 @@ def points(ax, exp, arms, published, metric):
     for x, (arm, found) in enumerate(arms.items()):
         said = published_mean(exp, arm, published)
         acc = 100 * np.array(list(compare.accuracies(found, metric).values()))
-        ax.plot([x - 0.1 + 0.05 * (i % 5 - 2) for i in range(len(acc))], acc, MARKS[x % 7], mfc='none', color=f'C{x}', ms=5)
+        ax.plot([x - 0.1 + 0.05 * (i % 5 - 2) for i in range(len(acc))], acc, MARKS[x % 7], mfc='none', color=f'C{x}',
+                ms=5)
         s = stats.summary(acc)
         half = 0 if np.isnan(s['low']) else s['mean'] - s['low']
-        ax.errorbar(x + 0.15, s['mean'], half, fmt='_', color='black', capsize=4, label=None if x else 'mean, 95 % interval')
-        if said is not None: ax.plot(x + 0.3, 100 * said['mean'], '*', color='black', ms=10, label=None if x else 'published mean')
-    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {len(compare.ended_ok(found))}' for arm, found in arms.items()], fontsize=8,
-                  rotation=90 if len(arms) > 5 else 0)
+        ax.errorbar(x + 0.15, s['mean'], half, fmt='_', color='black', capsize=4,
+                    label=None if x else 'mean, 95 % interval')
+        if said is not None:
+            ax.plot(x + 0.3, 100 * said['mean'], '*', color='black', ms=10, label=None if x else 'published mean')
+    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {len(compare.ended_ok(found))}' for arm, found in arms.items()],
+                  fontsize=8, rotation=90 if len(arms) > 5 else 0)
     ax.set(xlim=(-0.5, len(arms) - 0.5), ylabel=LABELS[metric])
     ax.legend(fontsize=7)
 
@@ -72,18 +77,22 @@ def curves(ax, arms, results):
         if not tables: continue
         acc = 100 * pd.concat(tables, axis=1)
         mean, sd = acc.mean(axis=1), acc.std(axis=1).fillna(0)
-        ax.plot(mean.index, mean, STYLES[x % 4], color=f'C{x}', marker=MARKS[x % 7], ms=4, label=f'{arm} (n = {acc.shape[1]})')
+        ax.plot(mean.index, mean, STYLES[x % 4], color=f'C{x}', marker=MARKS[x % 7], ms=4,
+                label=f'{arm} (n = {acc.shape[1]})')
         ax.fill_between(mean.index, mean - sd, mean + sd, color=f'C{x}', alpha=0.15)
     ax.set(xlabel='epoch', ylabel='validation accuracy (%), band: ± sd')
     if ax.lines: ax.legend(fontsize=7)
 
 
 def time(ax, arms, metric):
-    "Accuracy against the minutes of a run, which are comparable where all runs were of one device and the same speed-ups."
+    """Accuracy against the minutes of a run, which are comparable where all runs were of one device and the same
+    speed-ups."""
     for x, (arm, found) in enumerate(arms.items()):
-        minutes, acc = compare.ended_ok(found).fit_seconds / 60, 100 * np.array(list(compare.accuracies(found, metric).values()))
+        minutes = compare.ended_ok(found).fit_seconds / 60
+        acc = 100 * np.array(list(compare.accuracies(found, metric).values()))
         if len(acc): ax.plot(minutes, acc, MARKS[x % 7], mfc='none', color=f'C{x}', label=f'{arm} (n = {len(acc)})')
-    ways = pd.concat([compare.ended_ok(found) for found in arms.values()])[['device', *knobs(role='speed')]].drop_duplicates()
+    ways = pd.concat([compare.ended_ok(found) for found in arms.values()])
+    ways = ways[['device', *knobs(role='speed')]].drop_duplicates()
     note = '\n(different devices or speed-ups: not comparable)' if len(ways) > 1 else ''
     ax.set(xlabel=f'minutes of a run{note}', ylabel=LABELS[metric])
     if ax.lines: ax.legend(fontsize=7)
@@ -91,7 +100,8 @@ def time(ax, arms, metric):
 
 def forest(rows):
     "All differences with their 95% intervals: published (where their spread is) hollow, ours filled; n beside them."
-    rows = [row for row in rows if not all(np.isnan(_test(row, whose)['difference']) for whose in ('published', 'ours'))]
+    rows = [row for row in rows
+            if not all(np.isnan(_test(row, whose)['difference']) for whose in ('published', 'ours'))]
     if not rows: raise UsageError('no differences to plot')
     fig = Figure(figsize=(9, 1 + 0.42 * len(rows)), layout='constrained')
     ax = fig.subplots()
@@ -107,7 +117,8 @@ def forest(rows):
     ax.set_ylim(len(rows) - 0.4, -0.6)
     ax.axvline(0, color='black', lw=0.8)
     ax.set_xlim(-WIDEST, WIDEST)
-    ax.set_xlabel('difference in accuracy (points), 95 % interval\nsquares: published, circles: ours; (runs: published; ours)',
+    ax.set_xlabel('difference in accuracy (points), 95 % interval\n'
+                  'squares: published, circles: ours; (runs: published; ours)',
                   fontsize=8)
     return fig
 

@@ -27,7 +27,8 @@ def make_runs(attention, accuracies, max_accuracies=None, seed0=0, n=None, **con
     cfg = resolve(Config(**dict(dataset='imagewoof', attention=attention) | config))
     n_train, n_val = n or N_IMAGES.get((cfg.dataset, cfg.split), (1437, 360))
     same = asdict(cfg) | dict(precision='fp32', fit_seconds=60., data_fingerprint='f', n_train=n_train, n_val=n_val)
-    rows = [same | dict(run_id=f'{attention}{cfg.size}{cfg.epochs}-{i}', status='diverged' if a is None else 'ok', seed=seed0 + i,
+    rows = [same | dict(run_id=f'{attention}{cfg.size}{cfg.epochs}-{i}',
+                        status='diverged' if a is None else 'ok', seed=seed0 + i,
                         accuracy=a, max_accuracy=m, started=f'2026-01-01T00:00:{i % 60:02d}Z')
             for i, (a, m) in enumerate(zip(accuracies, max_accuracies or accuracies))]
     df = pd.DataFrame(rows, columns=list(runlog.COLUMNS)).astype({'accuracy': float, 'max_accuracy': float})
@@ -64,7 +65,8 @@ def test_a_gap_is_that_of_stats_beside_the_published_one():
     summary = {k: v for k, v in stats.summary(b).items() if not np.isnan(v)}
     assert r['ours']['arm'].items() >= summary.items()
     said = r['published']
-    assert (said['base']['mean'], said['arm']['mean'], said['difference']['difference']) == pytest.approx((0.623, 0.652, 0.029))
+    assert ((said['base']['mean'], said['arm']['mean'], said['difference']['difference'])
+            == pytest.approx((0.623, 0.652, 0.029)))
     test = r['difference']
     assert r['verdict']['verdict'] == stats.verdict(test['low'], test['high'], test['holm_p'], 0.029)
     assert (r['verdict']['n_runs'], r['verdict']['n_wanted'], r['ours']['seconds']) == (3, 12, 60)
@@ -73,7 +75,8 @@ def test_a_gap_is_that_of_stats_beside_the_published_one():
 
 def test_pairs_need_the_same_seeds():
     r = gap('woof-128-5', make_runs('none', [0.6, 0.7]), make_runs('simple', [0.6, 0.75], seed0=1))
-    assert r['difference']['method'] == stats.UNPAIRED and r['difference']['p'] == stats.compare([0.6, 0.7], [0.6, 0.75])['p']
+    assert r['difference']['method'] == stats.UNPAIRED
+    assert r['difference']['p'] == stats.compare([0.6, 0.7], [0.6, 0.75])['p']
 
 
 def test_of_one_seed_the_first_run_counts():
@@ -85,7 +88,8 @@ def test_of_one_seed_the_first_run_counts():
 def test_sagan_is_compared_with_simple_too():
     runs = [make_runs('none', [0.6, 0.62]), make_runs('sagan', [0.61, 0.63, None]), make_runs('simple', [0.66, 0.67])]
     rows = all_gaps('woof-128-5', *runs)
-    assert [(r['base'], r['arm']) for r in rows] == [('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')]
+    assert [(r['base'], r['arm']) for r in rows] == [
+        ('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')]
     assert rows[3]['difference']['difference'] == pytest.approx(0.045)
     assert rows[3]['published']['difference']['difference'] == pytest.approx(0.652 - 0.640)
     sagan = rows[3]['ours']['base']
@@ -97,7 +101,8 @@ def test_sagan_is_compared_with_simple_too():
 def test_a_published_difference_whose_interval_holds_0_is_no_claim():
     settings = dict(arch='xresnet18', lr=8e-3, size=256, mixup=0.2)
     a, b = [0.90, 0.902] * 8, [0.9015, 0.9005] * 8
-    r = gap('woof-256-50-r18-mixup', make_runs('none', a, epochs=50, **settings), make_runs('simple', b, epochs=47, **settings))
+    r = gap('woof-256-50-r18-mixup', make_runs('none', a, epochs=50, **settings),
+            make_runs('simple', b, epochs=47, **settings))
     said = r['published']['difference']
     assert said['low'] < 0 < said['high'] and said['difference'] < 0 and np.isnan(r['verdict']['claim'])
     assert r['verdict']['verdict'] == 'no difference seen'
@@ -106,7 +111,8 @@ def test_a_published_difference_whose_interval_holds_0_is_no_claim():
 def test_a_verdict_on_fewer_runs_than_wanted_says_so():
     runs = [make_runs('none', [0.6, 0.61] * 6), make_runs('simple', [0.65, 0.655] * 5 + [None])]
     words = tables.verdict(gap('woof-128-5', *runs))
-    assert words == 'larger than published (assumed recipe, 11 of 12 runs); with the diverged runs at chance: too few runs to say'
+    assert words == ('larger than published (assumed recipe, 11 of 12 runs); '
+                     'with the diverged runs at chance: too few runs to say')
     assert tables.verdict(gap('woof-128-5', *runs, make_runs('simple', [0.65, 0.66], seed0=10))).startswith(
         'larger than published (assumed recipe)')
     assert tables.verdict(gap('woof-128-5', runs[0])) == 'no runs'
@@ -131,7 +137,8 @@ def test_last_and_best_epoch_are_never_mixed():
 
 
 @pytest.mark.parametrize('other, verdict', [
-    (dict(split='v2'), 'difference'), (dict(source='320'), 'no verdict: 320 px archive'), (dict(n=(200, 200)), 'difference'),
+    (dict(split='v2'), 'difference'), (dict(source='320'), 'no verdict: 320 px archive'),
+    (dict(n=(200, 200)), 'difference'),
 ])
 def test_other_images_are_a_set_of_their_own(other, verdict):
     ours, others = [[make_runs('none', [0.6, 0.61], **s), make_runs('simple', [0.7, 0.712], **s)] for s in ({}, other)]
@@ -154,7 +161,8 @@ def test_a_verdict_is_that_of_the_experiment_whatever_the_flags():
     runs = [make_runs(a, values, **s) for s in ({}, dict(source='320'), dict(opt='sgd')) for a, values in
             (('none', [0.6, 0.61, 0.605]), ('simple', [0.64, 0.646, 0.642]))]
     plain, other, sgd = (gaps('woof-128-5', *runs, **flags) for flags in ({}, dict(source='320'), dict(opt='sgd')))
-    assert [tables.verdict(r) for r in plain[1:]] == [tables.verdict(r) for r in other] == ['no verdict: 320 px archive']
+    assert ([tables.verdict(r) for r in plain[1:]] == [tables.verdict(r) for r in other]
+            == ['no verdict: 320 px archive'])
     assert np.isnan(sgd[0]['published']['difference']['difference'])  # it is not the recipe that was published
     assert sgd[0]['verdict']['verdict'] == 'difference'
 
@@ -195,8 +203,10 @@ def test_holm_is_over_the_comparisons_of_an_experiment_on_one_set():
 
 
 def test_holm_counts_every_contrast_that_was_named_beforehand():
-    runs = [make_runs(a, values) for a, values in (('none', [0.6, 0.62, 0.64]), ('simple', [0.66, 0.67, 0.69]), ('sagan', [0.7]))]
-    exp = replace(EXPERIMENTS['woof-128-5'], contrasts=(('none', 'simple'), ('sagan', 'simple'), ('simple', 'simple_sym')))
+    runs = [make_runs(a, values)
+            for a, values in (('none', [0.6, 0.62, 0.64]), ('simple', [0.66, 0.67, 0.69]), ('sagan', [0.7]))]
+    exp = replace(EXPERIMENTS['woof-128-5'],
+                  contrasts=(('none', 'simple'), ('sagan', 'simple'), ('simple', 'simple_sym')))
     first, *others = compare.gaps({'woof-128-5': exp}, pd.concat(runs), record.load_published())
     assert first['difference']['holm_p'] == 3 * first['difference']['p']  # two of the three have no P yet
     assert all(np.isnan(r['difference']['holm_p']) for r in others)
@@ -209,17 +219,22 @@ def test_a_difference_that_holm_does_not_allow_is_none():
     arms = dict(none=np.zeros(12), simple=spread + t, sagan=np.roll(spread, 1), simple_sym=spread)
     runs = [make_runs(arm, list(0.6 + values), **SMALL) for arm, values in arms.items()]
     r, alone = gap('woof-64-5-r18', *runs), gap('woof-64-5-r18', *runs[:2])
-    for test in (r['difference'], alone['difference']): assert test['low'] > 0 and test['p'] == pytest.approx(2 * st.t.sf(2.5, 11))
+    for test in (r['difference'], alone['difference']):
+        assert test['low'] > 0 and test['p'] == pytest.approx(2 * st.t.sf(2.5, 11))
     assert tables.verdict(r) == "too few runs to say (not after Holm's correction, ± 0.7 points)"
-    assert r['difference']['holm_p'] == pytest.approx(4 * r['difference']['p']) and tables.verdict(alone) == 'difference (± 0.7 points)'
+    assert r['difference']['holm_p'] == pytest.approx(4 * r['difference']['p'])
+    assert tables.verdict(alone) == 'difference (± 0.7 points)'
 
 
 def test_arms_with_some_seeds_in_common_are_compared_at_their_seeds():
-    "14 runs against 6 of the record: the runs of `none` at the other seeds are worse, which Welch's test takes for an effect."
+    """14 runs against 6 of the record: the runs of `none` at the other seeds are worse, which Welch's test takes for an
+    effect."""
     runs = runlog.load()
-    small = runs[(runs.split == 'v2') & (runs['size'] == 64) & (runs.precision == 'fp32') & (runs.opt == 'adam') & (runs.fused == 1)]
+    small = runs[(runs.split == 'v2') & (runs['size'] == 64) & (runs.precision == 'fp32')
+                 & (runs.opt == 'adam') & (runs.fused == 1)]
     small = small[small.attention.isin(['none', 'sagan']) & (small.seed < 14)].drop_duplicates(['attention', 'seed'])
-    (r,) = [r for r in compare.gaps({'woof-64-5-r18': EXPERIMENTS['woof-64-5-r18']}, small, record.load_published()) if r['arm'] == 'sagan']
+    (r,) = [r for r in compare.gaps({'woof-64-5-r18': EXPERIMENTS['woof-64-5-r18']}, small, record.load_published())
+            if r['arm'] == 'sagan']
     test = r['difference']
     assert (test['method'], test['n_pairs'], r['ours']['base']['n'], r['ours']['arm']['n']) == (stats.MODEL, 6, 14, 6)
     frame = small.assign(arm=(small.attention == 'sagan').astype(int), y=100 * small.accuracy.astype(float))
@@ -239,34 +254,41 @@ def test_no_verdict_of_the_record_rests_on_an_unpaired_test_where_pairs_exist():
     for r in rows:
         test = r['difference']
         seeds = [set(range(r['ours'][side]['n'])) for side in compare.SIDES]
-        if len(seeds[0] & seeds[1]) >= stats.SHARED and not np.isnan(test['p']): assert test['method'] != stats.UNPAIRED, r
+        if len(seeds[0] & seeds[1]) >= stats.SHARED and not np.isnan(test['p']):
+            assert test['method'] != stats.UNPAIRED, r
 
 
 # --- runs that were not made alike ---
 
 def made(attention, accuracies, seed0=0, **columns):
     frame = make_runs(attention, accuracies, seed0=seed0).assign(torch='2.14', device='CPU A')
-    return frame.assign(**columns, run_id=[f'{attention}-{columns.get("torch", "")}{columns.get("fused", "")}-{seed0 + i}'
-                                           for i in range(len(frame))])
+    return frame.assign(**columns,
+                        run_id=[f'{attention}-{columns.get("torch", "")}{columns.get("fused", "")}-{seed0 + i}'
+                                for i in range(len(frame))])
 
 
 NONE, SIMPLE = [0.60, 0.62, 0.61, 0.63, 0.60, 0.61, 0.62], [0.63, 0.64, 0.65, 0.64, 0.63, 0.66, 0.64]
 
 
-@pytest.mark.parametrize('column, other', [('torch', '2.15'), ('device', 'CPU B'), ('device', 'CPU A, 2 threads'), ('fused', 0)])
+@pytest.mark.parametrize('column, other',
+                         [('torch', '2.15'), ('device', 'CPU B'), ('device', 'CPU A, 2 threads'), ('fused', 0)])
 def test_the_like_pairs_decide_where_there_are_five_and_all_runs_stand_beside(column, other):
     runs = [made('none', NONE[:2], **{column: other}), made('none', NONE[2:], seed0=2), made('simple', SIMPLE)]
     r = gap('woof-128-5', *runs)
     paired = st.ttest_rel(SIMPLE[2:], NONE[2:])
     assert (r['difference']['runs'], r['difference']['n_pairs']) == ('like pairs', 5)
     assert (r['ours']['base']['n'], r['ours']['base']['n_ok']) == (5, 7)
-    assert r['difference']['p'] == pytest.approx(paired.pvalue) and r['ours']['arm']['mean'] == pytest.approx(np.mean(SIMPLE[2:]))
+    assert r['difference']['p'] == pytest.approx(paired.pvalue)
+    assert r['ours']['arm']['mean'] == pytest.approx(np.mean(SIMPLE[2:]))
     beside = r['sensitivity']['all']
     everything = st.ttest_rel(SIMPLE, NONE)
     assert (beside['n_base'], beside['p']) == (7, pytest.approx(everything.pvalue))
-    assert tables.changes(r)[0].endswith('(5 like pairs)') and tables.changes(r)[-1].startswith('all runs, 7 and 7: +2.9 [')
+    assert tables.changes(r)[0].endswith('(5 like pairs)')
+    assert tables.changes(r)[-1].startswith('all runs, 7 and 7: +2.9 [')
     assert (r['verdict']['n_runs'], r['verdict']['n_wanted']) == (7, 12)
-    if column == 'fused': assert r['sensitivity']['steps']['n_base'] == 5 and tables.changes(r)[1].startswith('one kind of step, 5 and 7')
+    if column == 'fused':
+        assert r['sensitivity']['steps']['n_base'] == 5
+        assert tables.changes(r)[1].startswith('one kind of step, 5 and 7')
 
 
 def test_fewer_than_five_like_pairs_stand_beside_all_runs():
@@ -304,12 +326,14 @@ def test_the_record_at_64_px_shows_the_conservative_result_first():
     "Ten like pairs, then all runs with the speed-ups, then all runs: recomputed from the rows."
     runs = runlog.load()
     small = runs[(runs.split == 'v2') & (runs['size'] == 64) & (runs.precision == 'fp32') & (runs.arch == 'xresnet18')
-                 & (runs.opt == 'adam') & (runs.status == 'ok') & runs.attention.isin(['none', 'simple']) & (runs.seed < 14)]
+                 & (runs.opt == 'adam') & (runs.status == 'ok') & runs.attention.isin(['none', 'simple'])
+                 & (runs.seed < 14)]
     small = small[small.started < '2026-11-26']  # those that the numbers below are of
     r = compare.gaps({'woof-64-5-r18': EXPERIMENTS['woof-64-5-r18']}, small, record.load_published())[0]
     accuracy = small.assign(y=100 * small.accuracy.astype(float)).sort_values('run_id')
     def interval(rows, seeds=range(14)):
-        first = rows.drop_duplicates(['attention', 'seed']).pivot(index='seed', columns='attention', values='y').loc[list(seeds)]
+        rows = rows.drop_duplicates(['attention', 'seed'])
+        first = rows.pivot(index='seed', columns='attention', values='y').loc[list(seeds)]
         test = st.ttest_rel(first.simple.astype(float), first.none.astype(float))
         return [(first.simple - first.none).mean(), *test.confidence_interval()]
     like = interval(accuracy[accuracy.torch == '2.14.1'], range(4, 14))
@@ -328,7 +352,8 @@ def test_an_arm_that_diverged_is_shown_with_two_verdicts():
     assert r['verdict']['verdict'] == stats.TOO_FEW and r['verdict']['reason'] == 'all runs of simple diverged'
     test = st.ttest_rel([0.1] * 6, a)
     assert (r['chance']['difference'], r['chance']['p']) == pytest.approx((0.1 - np.mean(a), test.pvalue))
-    assert r['verdict']['at_chance'] == 'opposite direction' and compare.has_runs(r) and '– (0, 6 diverged)' in tables.markdown([r])
+    assert r['verdict']['at_chance'] == 'opposite direction'
+    assert compare.has_runs(r) and '– (0, 6 diverged)' in tables.markdown([r])
     assert tables.verdict(r).endswith('; with the diverged runs at chance: opposite direction')
 
 
@@ -343,8 +368,10 @@ def test_one_diverged_run_of_many_changes_the_second_verdict_alone():
 
 def test_holm_is_taken_anew_with_the_runs_at_chance():
     a, b = [0.60, 0.61, 0.62, 0.60], [0.65, 0.66, 0.68, None]
-    rows = all_gaps('woof-128-5', make_runs('none', a), make_runs('simple', b), make_runs('sagan', [0.60, 0.615, 0.61, 0.60]))
-    ps = [r['chance']['p'] if r['ours']['base']['diverged'] or r['ours']['arm']['diverged'] else r['difference']['p'] for r in rows]
+    rows = all_gaps('woof-128-5', make_runs('none', a), make_runs('simple', b),
+                    make_runs('sagan', [0.60, 0.615, 0.61, 0.60]))
+    ps = [r['chance']['p'] if r['ours']['base']['diverged'] or r['ours']['arm']['diverged'] else r['difference']['p']
+          for r in rows]
     assert [rows[i]['chance']['holm_p'] for i in (0, 3)] == pytest.approx(stats.holm(ps)[[0, 3]].tolist())
 
 
@@ -353,7 +380,8 @@ def test_an_ok_row_without_an_accuracy_does_not_blank_its_arm():
     runs.loc[1, ['accuracy', 'max_accuracy']] = np.nan
     r = gap('woof-128-5', runs, make_runs('simple', [0.65, 0.66, 0.67]))
     base = r['ours']['base']
-    assert (base['n'], base['other'], base['mean']) == (2, 1, pytest.approx(0.605)) and not np.isnan(r['difference']['difference'])
+    assert (base['n'], base['other'], base['mean']) == (2, 1, pytest.approx(0.605))
+    assert not np.isnan(r['difference']['difference'])
     assert '(2, 1 unfinished)' in tables.markdown([r])
 
 
@@ -363,7 +391,8 @@ def test_arms_that_are_wholly_apart_without_spread_are_a_difference():
 
 
 def test_arms_on_different_images_say_so():
-    runs = [make_runs('none', [0.6, 0.61]), make_runs('simple', [0.65, 0.66]).assign(data_fingerprint='g', precision='fp16')]
+    runs = [make_runs('none', [0.6, 0.61]),
+            make_runs('simple', [0.65, 0.66]).assign(data_fingerprint='g', precision='fp16')]
     rows = gaps('woof-128-5', *runs)
     words = 'no runs: not comparable: precision fp32 and fp16, data_fingerprint f and g'
     assert [tables.verdict(r) for r in rows] == [words] * 2 and all(map(compare.has_runs, rows))
@@ -385,14 +414,16 @@ def test_no_plan_is_made_for_a_difference_that_is_no_claim():
     assert 'published -0.0 is no claim' in plan and 'needs' not in plan
 
 
-@pytest.mark.parametrize('low, high, words', [(0.0003, 0.0149, '+0.76 [0.03, 1.49]'), (-0.0008, 0.02, '+0.96 [-0.08, 2.00]'),
-                                              (0.001, 0.02, '+1.1 [0.1, 2.0]'), (-0.02, 0.0004, '-0.98 [-2.00, 0.04]')])
+@pytest.mark.parametrize('low, high, words',
+                         [(0.0003, 0.0149, '+0.76 [0.03, 1.49]'), (-0.0008, 0.02, '+0.96 [-0.08, 2.00]'),
+                          (0.001, 0.02, '+1.1 [0.1, 2.0]'), (-0.02, 0.0004, '-0.98 [-2.00, 0.04]')])
 def test_an_end_within_a_tenth_of_0_has_two_decimals(low, high, words):
     assert tables.change(dict(difference=(low + high) / 2, low=low, high=high)) == words
 
 
 def test_any_rows_have_their_tables_plan_and_figures(published):
-    "Random runs of every end, without and with accuracies, on several sets, with several seeds twice: no fault, no 'nan'."
+    """Random runs of every end, without and with accuracies, on several sets, with several seeds twice: no fault, no
+    'nan'."""
     rng = np.random.default_rng(0)
     for _ in range(25):
         frames = []
@@ -402,7 +433,8 @@ def test_any_rows_have_their_tables_plan_and_figures(published):
             frame = make_runs(arm, values, seed0=int(rng.integers(3)), split=str(rng.choice(['v1', 'v2'])))
             ends = rng.choice(['ok', 'ok', 'ok', 'diverged', 'failed', 'interrupted'], n)
             blank = (ends != 'ok') | (rng.random(n) < 0.1)
-            frame = frame.assign(status=ends, torch=rng.choice(['2.14', '2.15'], n), precision=str(rng.choice(['fp32', 'fp16'])))
+            frame = frame.assign(status=ends, torch=rng.choice(['2.14', '2.15'], n),
+                                 precision=str(rng.choice(['fp32', 'fp16'])))
             frame.loc[blank, ['accuracy', 'max_accuracy']] = np.nan
             frames += [frame, frame[:1]] if rng.random() < 0.5 else [frame]
         runs = pd.concat(frames, ignore_index=True)
@@ -419,7 +451,8 @@ def test_tables_on_a_terminal_fit_100_columns(published, indent):
     rows = compare.gaps(EXPERIMENTS, runlog.load(), published)
     lines = tables.text(rows, details=True, indent=indent).splitlines()
     assert max(map(len, lines)) <= 100 and all(line.startswith(' ' * indent) for line in lines)
-    for word in ('published', 'change [95 %]', 'P (Holm)', 'verdict', 'none → simple'): assert any(word in line for line in lines)
+    for word in ('published', 'change [95 %]', 'P (Holm)', 'verdict', 'none → simple'):
+        assert any(word in line for line in lines)
 
 
 def test_predictions_give_the_share_of_the_images(tmp_path, published):
@@ -429,7 +462,8 @@ def test_predictions_give_the_share_of_the_images(tmp_path, published):
     logits = {i: rng.random((500, 10)) for i in runs.run_id}
     files = np.array(['f'] * 500)
     for i, values in logits.items(): runlog.write_predictions(i, tmp_path, logits=values, targets=targets, files=files)
-    right = {arm: np.array([logits[f'{arm}1285-{i}'].argmax(1) == targets for i in range(3)]) for arm in ('none', 'simple')}
+    right = {arm: np.array([logits[f'{arm}1285-{i}'].argmax(1) == targets for i in range(3)])
+             for arm in ('none', 'simple')}
     exp = {'woof-128-5': EXPERIMENTS['woof-128-5']}
     r = compare.gaps(exp, runs, published, tmp_path)[0]
     assert r['ours']['arm']['images_share'] == stats.validation_noise(right['simple'])['share']
@@ -442,7 +476,8 @@ def test_recorded_is_the_same_configuration_seed_and_data():
     cfg = resolve(Config(dataset='imagewoof', precision='fp32', seed=1))
     runs = make_runs('none', [0.6, None, 0.7])
     assert len(runlog.recorded(runs, cfg, 'f')) == 1  # it diverged: a result
-    for other in (dict(seed=3), dict(precision='fp16'), dict(epochs=6)): assert runlog.recorded(runs, replace(cfg, **other), 'f').empty
+    for other in (dict(seed=3), dict(precision='fp16'), dict(epochs=6)):
+        assert runlog.recorded(runs, replace(cfg, **other), 'f').empty
     assert runlog.recorded(runs, cfg, 'g').empty and runlog.recorded(runs.assign(status='failed'), cfg, 'f').empty
 
 
@@ -453,14 +488,17 @@ def test_plan_and_narrow_enough():
     sd = np.std(runs[1].accuracy.to_numpy() - runs[0].accuracy.to_numpy(), ddof=1)
     needed = stats.runs_needed(0.652 - 0.623, sd, paired=True)
     assert f'published +2.9 needs {needed} runs an arm, ' in tables.plan([r]) and needed > 1
-    assert f'; paired, at sd {100 * sd:.1f} (of the differences at a seed), 80 % power; have 40 and 40' in tables.plan([r])
+    assert (f'; paired, at sd {100 * sd:.1f} (of the differences at a seed), 80 % power; have 40 and 40'
+            in tables.plan([r]))
     arms = [compare.accuracies(r) for r in runs]
     assert compare.narrow_enough([arms], 1.) and not compare.narrow_enough([arms], 0.3)
     assert not compare.narrow_enough([arms, [arms[0], {seed: 3 * y for seed, y in arms[1].items()}]], 1.)  # each pair
-    assert not compare.narrow_enough([[{seed: a[seed] for seed in range(5)} for a in arms]], 5.)  # too few, however close
+    # too few, however close
+    assert not compare.narrow_enough([[{seed: a[seed] for seed in range(5)} for a in arms]], 5.)
     assert 'sd 0.9 (published)' in tables.plan(gaps('woof-128-50-r18', runs[0][:0]))
     sd = record.single_runs_sd(EXPERIMENTS['woof-128-5'].arms['simple'], record.load_published_runs())
-    assert sd == pytest.approx(0.014156, abs=1e-6)  # the fork's 30; of none two notebooks' 20, and 20 from full-size images
+    # the fork's 30; of none two notebooks' 20, and 20 from full-size images
+    assert sd == pytest.approx(0.014156, abs=1e-6)
     plan = tables.plan(gaps('woof-128-5', runs[0][:0]))
     assert f'sd {100 * np.sqrt((0.01790**2 + sd**2) / 2):.1f} (single runs published)' in plan
 
@@ -491,8 +529,10 @@ def test_a_plan_of_another_split_is_that_of_its_runs():
 
 
 def test_a_flat_frame_has_a_column_for_each_number_and_no_name_twice():
-    flat = tables.frame(all_gaps('woof-128-5', make_runs('none', [0.6, 0.62]), make_runs('simple', [0.65, 0.66]))).iloc[0]
-    names = ['ours_base_mean', 'published_arm_mean', 'published_difference', 'difference', 'difference_low', 'verdict', 'verdict_n_wanted']
+    flat = tables.frame(all_gaps('woof-128-5', make_runs('none', [0.6, 0.62]),
+                                 make_runs('simple', [0.65, 0.66]))).iloc[0]
+    names = ['ours_base_mean', 'published_arm_mean', 'published_difference', 'difference', 'difference_low', 'verdict',
+             'verdict_n_wanted']
     assert flat[names].tolist() == pytest.approx([0.61, 0.652, 0.029, 0.045, flat.difference_low, flat.verdict, 12])
     assert not any(isinstance(value, dict) for value in flat)
 
@@ -507,10 +547,11 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, published):
     files = []
     for _ in range(2):
         main.write(rows, runs, tmp_path, published)
-        files.append({f.relative_to(tmp_path): f.read_bytes() for d in ('tables', 'figures') for f in sorted((tmp_path / d).iterdir())})
+        files.append({f.relative_to(tmp_path): f.read_bytes()
+                      for d in ('tables', 'figures') for f in sorted((tmp_path / d).iterdir())})
     assert files[0] == files[1]
-    assert {f.name for f in files[0]} == {'gaps.csv', 'gaps.md', 'set_right.csv', 'set_right.md', 'forest.png', 'forest.svg',
-                                          'woof-128-5.png', 'woof-128-5.svg'}
+    assert {f.name for f in files[0]} == {'gaps.csv', 'gaps.md', 'set_right.csv', 'set_right.md', 'forest.png',
+                                          'forest.svg', 'woof-128-5.png', 'woof-128-5.svg'}
     back = pd.read_csv(tmp_path / 'tables' / 'gaps.csv')
     differences = [row['difference']['difference'] for row in rows]
     assert back.difference.tolist() == pytest.approx(differences, rel=1e-5, nan_ok=True)
@@ -526,7 +567,8 @@ def test_figures_show_every_run_and_every_difference(published, tmp_path):
     rows = compare.gaps({'woof-128-5': exp}, runs, published)
     marks = [line.get_marker() for line in figures.forest(rows).axes[0].lines]
     assert marks.count('s') == 3 and marks.count('o') == 1
-    with pytest.raises(UsageError, match='no runs'): figures.experiment('woof-128-5', exp, runs[:0], published, tmp_path)
+    with pytest.raises(UsageError, match='no runs'):
+        figures.experiment('woof-128-5', exp, runs[:0], published, tmp_path)
 
 
 def test_figures_show_the_metric_that_is_published(published, tmp_path):
@@ -535,7 +577,8 @@ def test_figures_show_the_metric_that_is_published(published, tmp_path):
                       make_runs('simple', [0.7], [0.85], epochs=47, **settings)])
     points, _, time = figures.experiment(name, EXPERIMENTS[name], runs, published, tmp_path).axes
     for ax in (points, time):
-        assert list(ax.lines[0].get_ydata()) == pytest.approx([80, 82]) and ax.get_ylabel() == 'accuracy of the best epoch (%)'
+        assert list(ax.lines[0].get_ydata()) == pytest.approx([80, 82])
+        assert ax.get_ylabel() == 'accuracy of the best epoch (%)'
 
 
 def assert_within(fig, texts):
@@ -545,7 +588,8 @@ def assert_within(fig, texts):
 
 
 def test_the_forest_is_labelled_with_n_and_split_and_nothing_is_cut_off(published, tmp_path):
-    runs = pd.concat([make_runs('none', [0.60, 0.64]), make_runs('simple', [0.65]), make_runs('none', [0.6], split='v2')])
+    runs = pd.concat([make_runs('none', [0.60, 0.64]), make_runs('simple', [0.65]),
+                      make_runs('none', [0.6], split='v2')])
     fig = figures.forest(compare.gaps(EXPERIMENTS, runs, published))
     figures.save(fig, tmp_path / 'forest')
     labels = [t.get_text() for t in fig.axes[0].get_yticklabels()]
@@ -559,7 +603,8 @@ def test_the_times_of_different_devices_are_called_not_comparable_and_nothing_is
         runs = pd.concat([make_runs('none', [0.60, 0.64]), make_runs('simple', [0.65])]).assign(device=device)
         fig = figures.experiment('woof-128-5', EXPERIMENTS['woof-128-5'], runs, published, tmp_path)
         figures.save(fig, tmp_path / 'woof')
-        assert fig.axes[2].get_xlabel().startswith(words) and ('not comparable' in fig.axes[2].get_xlabel()) == ('b' in device)
+        assert fig.axes[2].get_xlabel().startswith(words)
+        assert ('not comparable' in fig.axes[2].get_xlabel()) == ('b' in device)
         assert_within(fig, [t for ax in fig.axes for t in (ax.xaxis.label, ax.yaxis.label, ax.title)])
 
 
@@ -569,7 +614,8 @@ def test_ten_thousand_rows_in_under_3_seconds(published):
     arms = [cfg for exp in EXPERIMENTS.values() for cfg in exp.arms.values()]
     each = 10_000 // len(arms)
     runs = pd.concat([make_runs(c.attention, list(0.6 + 0.02 * rng.standard_normal(each)), **{
-        k: getattr(c, k) for k in ('dataset', 'split', 'size', 'epochs', 'arch', 'lr', 'mixup', 'sa_at')}) for c in arms])
+        k: getattr(c, k) for k in ('dataset', 'split', 'size', 'epochs', 'arch', 'lr', 'mixup', 'sa_at')})
+                      for c in arms])
     seconds = []
     for _ in range(3):
         start = time.process_time()
@@ -601,7 +647,8 @@ def test_command(tmp_path, capsys):
     (tmp_path / 'full' / 'tables').write_text('a file where the folder should be')
     shutil.copy(tmp_path / 'runs.csv', tmp_path / 'full')
     assert main.main(['--results', str(tmp_path / 'full')]) == 2 and capsys.readouterr().err.count('\n') == 1
-    assert main.main(['woof-128', '--results', str(tmp_path)]) == 2 and 'did you mean woof-128-5?' in capsys.readouterr().err
+    assert main.main(['woof-128', '--results', str(tmp_path)]) == 2
+    assert 'did you mean woof-128-5?' in capsys.readouterr().err
 
 
 def test_results_readme_explains_every_column():
@@ -612,7 +659,8 @@ def test_results_readme_explains_every_column():
 
 def test_summary_is_that_of_numpy_and_counts_what_did_not_end_ok():
     values = [0.60, 0.64, 0.62]
-    s = compare.summarise(pd.concat([make_runs('none', [*values, None]), make_runs('simple', [0.7])])).set_index('attention')
+    s = compare.summarise(pd.concat([make_runs('none', [*values, None]),
+                                     make_runs('simple', [0.7])])).set_index('attention')
     assert s.n.to_dict() == {'none': 3, 'simple': 1} and s.diverged.to_dict() == {'none': 1, 'simple': 0}
     again = make_runs('none', [0.9]).assign(run_id='z', fused=0)  # of one seed the first run counts
     assert compare.summarise(pd.concat([make_runs('none', values), again]))['mean'][0] == pytest.approx(np.mean(values))

@@ -43,7 +43,8 @@ def test_summary(values):
     assert s['n'] == len(values) and (s['mean'], s['sd']) == pytest.approx((ref.mean, np.std(values, ddof=1)))
     assert (s['low'], s['high']) == pytest.approx(ref.tconfint_mean())
     assert [s[k] for k in ('median', 'min', 'max')] == pytest.approx([np.median(values), values.min(), values.max()])
-    bca = st.bootstrap((values,), np.mean, n_resamples=20_000, rng=1, method='BCa').confidence_interval  # other draws, unsorted
+    # other draws, unsorted
+    bca = st.bootstrap((values,), np.mean, n_resamples=20_000, rng=1, method='BCa').confidence_interval
     assert (s['bca_low'], s['bca_high']) == pytest.approx(bca, abs=0.05 * (bca.high - bca.low))
     assert stats.summary(values[::-1]) == s
 
@@ -59,12 +60,15 @@ def test_four_values_have_a_bootstrap_interval_within_them_and_three_have_none()
 def test_what_is_not_a_number_is_not_without_spread():
     s = stats.summary([0.6, NAN, 0.7])
     assert s['n'] == 3 and isnan(s['mean']) and isnan(s['sd']) and isnan(s['low'])
-    assert isnan(stats.compare([0.6, NAN], [0.7, 0.8])['p']) and isnan(stats.compare_paired([0.6, NAN], [0.7, 0.8])['p'])
+    assert isnan(stats.compare([0.6, NAN], [0.7, 0.8])['p'])
+    assert isnan(stats.compare_paired([0.6, NAN], [0.7, 0.8])['p'])
 
 
 @pytest.mark.parametrize('values, known', [
-    ([], {}), ([0.6], dict(mean=0.6, median=0.6, min=0.6, max=0.6)), ([0.1] * 3, dict(mean=0.1, sd=0, median=0.1, min=0.1, max=0.1)),
-    ([0.6, 0.7], dict(mean=0.65, sd=0.005**0.5, low=0.65 - 12.7062 * 0.05, high=0.65 + 12.7062 * 0.05, median=0.65, min=0.6, max=0.7)),
+    ([], {}), ([0.6], dict(mean=0.6, median=0.6, min=0.6, max=0.6)),
+    ([0.1] * 3, dict(mean=0.1, sd=0, median=0.1, min=0.1, max=0.1)),
+    ([0.6, 0.7], dict(mean=0.65, sd=0.005**0.5, low=0.65 - 12.7062 * 0.05, high=0.65 + 12.7062 * 0.05, median=0.65,
+                      min=0.6, max=0.7)),
 ], ids=['none', 'one', 'equal', 'two'])
 @pytest.mark.filterwarnings('error')
 def test_summary_of_few_or_equal_values_has_no_more_than_they_say(values, known):
@@ -102,16 +106,19 @@ def test_published_t_tests():
         rows = table[table.table == f'same run time ~{epochs} epochs'].set_index('attention')
         none, simple = (rows.loc[arm, ['mean_pct', 'stdev_pct', 'n_runs']].tolist() for arm in ('none', 'simple'))
         c = stats.compare_summaries(*none, *simple)
-        assert round(c['difference'] / 100, 3) == difference and (round(c['student_p'], 4), round(c['p'], 4)) == (student, welch)
+        assert round(c['difference'] / 100, 3) == difference
+        assert (round(c['student_p'], 4), round(c['p'], 4)) == (student, welch)
         assert c['low'] > 0
 
 
 def test_hedges_g_is_unbiased():
-    "The mean of g over arms of 4 and 3 normal runs is the true difference over the sd; without the factor it is a fifth more."
+    """The mean of g over arms of 4 and 3 normal runs is the true difference over the sd; without the factor it is a
+    fifth more."""
     rng = np.random.default_rng(0)
     a, b = rng.normal(0, 1, (10_000, 4)), rng.normal(1, 1, (10_000, 3))
     arms = zip(a.mean(1), a.std(1, ddof=1), b.mean(1), b.std(1, ddof=1))
-    assert np.mean([stats.compare_summaries(m, s, 4, n, t, 3)['g'] for m, s, n, t in arms]) == pytest.approx(1, abs=0.04)
+    assert np.mean([stats.compare_summaries(m, s, 4, n, t, 3)['g'] for m, s, n, t in arms]) == pytest.approx(
+        1, abs=0.04)
 
 
 def test_permutation_p():
@@ -121,7 +128,8 @@ def test_permutation_p():
     assert stats.compare(a9, b9)['permutation_p'] == pytest.approx(exact) and exact > 0.01
     a, b = PAIRS['resize']
     b = b - 0.02
-    p = st.permutation_test((a, b), farthest, vectorized=True, alternative='greater', n_resamples=40_000, batch=4_000, rng=1).pvalue
+    p = st.permutation_test((a, b), farthest, vectorized=True, alternative='greater', n_resamples=40_000, batch=4_000,
+                            rng=1).pvalue
     assert stats.compare(a, b)['permutation_p'] == pytest.approx(p, abs=0.02) and 0.1 < p < 0.9
     assert stats.compare(a, b + 1)['permutation_p'] == 1e-4  # never 0: what was seen is one of the 10,000
 
@@ -139,8 +147,9 @@ def test_compare_paired(n):
     assert (c['n'], c['difference'], c['p']) == pytest.approx((n, (b - a).mean(), ref.pvalue))
     assert (c['low'], c['high']) == pytest.approx(ref.confidence_interval())
     assert c['beats'] == pytest.approx(((b - a > 1e-12).sum() + (abs(b - a) < 1e-12).sum() / 2) / n)
-    signs = st.permutation_test((b - a,), lambda x, axis: abs(x.mean(axis=axis)), permutation_type='samples', vectorized=True,
-                                alternative='greater', n_resamples=np.inf if n < 20 else 50_000, batch=10_000, rng=1).pvalue
+    signs = st.permutation_test((b - a,), lambda x, axis: abs(x.mean(axis=axis)), permutation_type='samples',
+                                vectorized=True, alternative='greater',
+                                n_resamples=np.inf if n < 20 else 50_000, batch=10_000, rng=1).pvalue
     assert c['permutation_p'] == pytest.approx(signs, rel=1e-9 if n < 20 else None, abs=0.02 if n == 20 else None)
     order = np.random.default_rng(0).permutation(n)
     assert stats.compare_paired(a[order], b[order]) == c
@@ -160,7 +169,8 @@ def test_arms_too_few_have_no_interval(a, b, known):
 def test_arms_without_spread_are_told_apart_by_the_permutation_test():
     "Four runs against four that are wholly apart: 2 of the 70 splits are as far."
     c = stats.compare([0.1] * 4, [0.3] * 4)
-    p = st.permutation_test(([0.1] * 4, [0.3] * 4), farthest, vectorized=True, alternative='greater', n_resamples=np.inf).pvalue
+    p = st.permutation_test(([0.1] * 4, [0.3] * 4), farthest, vectorized=True, alternative='greater',
+                            n_resamples=np.inf).pvalue
     assert (c['low'], c['high'], c['p']) == pytest.approx((0.2, 0.2, 2 / 70)) and p == pytest.approx(2 / 70)
     equal = stats.compare([0.1] * 4, [0.1] * 4)
     assert (equal['low'], equal['high'], equal['p']) == (0, 0, 1)
@@ -195,18 +205,21 @@ def arms_of(n_shared, only_a, only_b, correlation, rng, sds=(1, 1), shift=0.):
 
 def long_frame(a, b):
     "Returns columns seed, arm and y."
-    return pd.DataFrame([(seed, k, y) for k, arm in enumerate((a, b)) for seed, y in arm.items()], columns=['seed', 'arm', 'y'])
+    return pd.DataFrame([(seed, k, y) for k, arm in enumerate((a, b)) for seed, y in arm.items()],
+                        columns=['seed', 'arm', 'y'])
 
 
 def parts(a, b):
     "Returns what compare_blocks takes."
     shared = sorted(a.keys() & b.keys())
-    return ([a[s] for s in shared], [b[s] for s in shared], [a[s] for s in a if s not in b], [b[s] for s in b if s not in a])
+    return ([a[s] for s in shared], [b[s] for s in shared], [a[s] for s in a if s not in b],
+            [b[s] for s in b if s not in a])
 
 
 @pytest.mark.parametrize('design', [(6, 8, 0), (10, 4, 4), (6, 2, 5)])
 def test_blocks_are_the_mixed_model_of_statsmodels(design):
-    "The estimate is that of MixedLM; the standard error is a little above that of its variance components taken as known."
+    """The estimate is that of MixedLM; the standard error is a little above that of its variance components taken as
+    known."""
     met = 0
     for number in range(4):
         a, b = arms_of(*design, 0.8, np.random.default_rng(number), shift=0.7)
@@ -225,7 +238,8 @@ def test_blocks_are_the_mixed_model_of_statsmodels(design):
 
 
 def dense_kenward_roger(a, b):
-    "Returns (difference, adjusted standard error, df) of Kenward and Roger's formulas with whole matrices, seeds as blocks."
+    """Returns (difference, adjusted standard error, df) of Kenward and Roger's formulas with whole matrices, seeds as
+    blocks."""
     frame = long_frame(a, b)
     y, x = frame.y.to_numpy(), np.column_stack([frame.arm == 0, frame.arm == 1]).astype(float)
     kernels = [np.eye(len(y)), np.equal.outer(frame.seed.to_numpy(), frame.seed.to_numpy()).astype(float)]
@@ -259,7 +273,8 @@ def test_blocks_have_the_interval_of_kenward_and_roger(design, correlation):
     a, b = arms_of(*design, correlation, np.random.default_rng(5))
     found, (difference, error, df) = stats.compare_blocks(*parts(a, b)), dense_kenward_roger(a, b)
     half = st.t.ppf(0.975, df) * error
-    assert (found['difference'], found['low'], found['high']) == pytest.approx((difference, difference - half, difference + half), abs=3e-3)
+    assert ((found['difference'], found['low'], found['high'])
+            == pytest.approx((difference, difference - half, difference + half), abs=3e-3))
     assert found['p'] == pytest.approx(2 * st.t.sf(abs(difference) / error, df), abs=1e-3)
 
 
@@ -269,7 +284,8 @@ def test_blocks_of_pairs_alone_are_the_paired_t_test(n, correlation):
     a, b = arms_of(n, 0, 0, correlation, np.random.default_rng(3), shift=1)
     ref = st.ttest_rel(list(b.values()), list(a.values()))
     found = stats.compare_blocks(*parts(a, b))
-    assert (found['difference'], found['p']) == pytest.approx((np.mean(list(b.values())) - np.mean(list(a.values())), ref.pvalue))
+    assert ((found['difference'], found['p'])
+            == pytest.approx((np.mean(list(b.values())) - np.mean(list(a.values())), ref.pvalue)))
     assert (found['low'], found['high']) == pytest.approx(ref.confidence_interval())
     ols = smf.ols('y ~ arm + C(seed)', long_frame(a, b)).fit()
     assert (ols.params['arm'], ols.pvalues['arm']) == pytest.approx((found['difference'], found['p']))
@@ -285,7 +301,8 @@ def test_seeds_that_are_shared_choose_the_method():
     assert row.items() >= stats.compare_blocks(*parts(a, b)).items()
     pairs = [list(side) for side in zip(*((a[s], b[s]) for s in b))]
     paired = stats.compare_paired(*pairs)
-    assert (row['permutation_p'], row['better_seeds'], row['pair_sd']) == (paired['permutation_p'], paired['beats'], paired['sd'])
+    assert ((row['permutation_p'], row['better_seeds'], row['pair_sd'])
+            == (paired['permutation_p'], paired['beats'], paired['sd']))
     few, apart = {0: b[0], 98: 0.2, 99: 0.3}, {s + 100: y for s, y in b.items()}
     for other in (few, apart):
         row = stats.compare_by_seed(a, other)
@@ -299,12 +316,13 @@ def test_equal_differences_leave_the_pairs_alone():
     "The model could not tell how much of the spread is that of the seeds."
     a = dict(enumerate([0.5, 0.6, 0.7, 0.65]))
     row = stats.compare_by_seed(a, {seed: a[seed] + 0.1 for seed in (0, 1, 2)})
-    assert (row['method'], row['n_pairs'], row['difference']) == (stats.PAIRED, 3, pytest.approx(0.1)) and isnan(row['p'])
+    assert (row['method'], row['n_pairs'], row['difference']) == (stats.PAIRED, 3, pytest.approx(0.1))
+    assert isnan(row['p'])
 
 
 @pytest.mark.slow(4)
-@pytest.mark.parametrize('design, correlation, least', [((6, 8, 0), 0., 0.93), ((6, 8, 0), 0.7, 0.93), ((10, 4, 4), 0.5, 0.935),
-                                                        ((2, 6, 2), 0.5, 0.92)])
+@pytest.mark.parametrize('design, correlation, least', [
+    ((6, 8, 0), 0., 0.93), ((6, 8, 0), 0.7, 0.93), ((10, 4, 4), 0.5, 0.935), ((2, 6, 2), 0.5, 0.92)])
 def test_blocks_cover_the_difference(design, correlation, least):
     "Where the seeds matter, in less width than Welch's interval."
     rng, holds, width, welch = np.random.default_rng(0), [], [], []
@@ -325,15 +343,18 @@ def test_holm():
     assert stats.holm(ps).tolist() == pytest.approx([ref[0], NAN, *ref[1:]], nan_ok=True)
     assert stats.holm([]).size == 0 and np.isnan(stats.holm([NAN])).all()
     of_eight = multipletests([0.01, 0.04, 0.03, 0.005, 0.6, 1, 1, 1], method='holm')[1]  # three that have no P yet
-    assert stats.holm([0.01, NAN, 0.04, 0.03, 0.005, 0.6], 8).tolist() == pytest.approx([of_eight[0], NAN, *of_eight[1:5]], nan_ok=True)
+    assert stats.holm([0.01, NAN, 0.04, 0.03, 0.005, 0.6], 8).tolist() == pytest.approx(
+        [of_eight[0], NAN, *of_eight[1:5]], nan_ok=True)
 
 
 # --- words ---
 
 @pytest.mark.parametrize('low, high, words', [
     (1, 3, 'reproduced'), (2, 3, 'reproduced'), (1, 2, 'reproduced'), (0.5, 1.5, 'same direction but smaller'),
-    (2.5, 3, 'larger than published'), (-2, -1, 'opposite direction'), (-0.9, 1, 'not seen'), (0, 1, 'not seen'), (-1, 0, 'not seen'),
-    (-1, 1, 'too few runs to say'), (-9, 0.1, 'too few runs to say'), (-1, 2, 'too few runs to say'), (0, 3, 'too few runs to say'),
+    (2.5, 3, 'larger than published'), (-2, -1, 'opposite direction'), (-0.9, 1, 'not seen'), (0, 1, 'not seen'),
+    (-1, 0, 'not seen'), (-1, 1, 'too few runs to say'),
+    (-9, 0.1, 'too few runs to say'), (-1, 2, 'too few runs to say'),
+    (0, 3, 'too few runs to say'),
     (NAN, NAN, 'too few runs to say'),
 ])
 def test_verdict_beside_a_claim_of_2(low, high, words):
@@ -348,7 +369,8 @@ def test_verdict_without_a_claim(low, high, words):
     assert stats.verdict(low, high, 0.01) == words and stats.verdict(low, high, 0.01, 0.) == words
 
 
-@pytest.mark.parametrize('low, high, claim', [(1, 3, 2), (0.5, 1, 2), (-2, -1, 2), (0.01, 0.02, NAN), (-0.004, -0.002, NAN)])
+@pytest.mark.parametrize('low, high, claim',
+                         [(1, 3, 2), (0.5, 1, 2), (-2, -1, 2), (0.01, 0.02, NAN), (-0.004, -0.002, NAN)])
 def test_no_verdict_is_said_that_holm_does_not_allow(low, high, claim):
     "An interval that excludes 0 by itself: neither that there is a difference, nor that there is none."
     assert stats.verdict(low, high, 0.049, claim) != stats.TOO_FEW
@@ -385,19 +407,22 @@ def test_runs_needed(difference, sd, power, alpha):
 
 @pytest.mark.parametrize('paired', [False, True])
 def test_runs_needed_falls_as_the_difference_grows(paired):
-    "The far tail of the noncentral t, which is not a number where it is next to nothing, once made it 82 runs at 4.5 sd."
+    """The far tail of the noncentral t, which is not a number where it is next to nothing, once made it 82 runs at 4.5
+    sd."""
     needed = [stats.runs_needed(effect, 1, paired) for effect in (0.3, 0.5, 1, 2, 3, 4, 4.5, 5, 7, 10, 30, 1e3, 1e9)]
     assert needed == sorted(needed, reverse=True) and needed[-1] == 2
 
 
 @pytest.mark.filterwarnings('error')
 def test_runs_needed_of_nothing_is_nan():
-    assert all(isnan(stats.runs_needed(*args)) for args in ((0, 0.02), (NAN, 0.02), (0.02, NAN), (0.02, 0), (0, 0), (2e-17, 0.02)))
+    assert all(isnan(stats.runs_needed(*args))
+               for args in ((0, 0.02), (NAN, 0.02), (0.02, NAN), (0.02, 0), (0, 0), (2e-17, 0.02)))
     assert stats.runs_needed(1, 0.01) == 2
 
 
 def stopped(half_width, sds=(1, 1), n_min=10, experiments=4_000, most=150):
-    "(share of experiments in which difference ± half_width holds the truth, 0; the same of the Welch interval): looks after every pair."
+    """(share of experiments in which difference ± half_width holds the truth, 0; the same of the Welch interval): looks
+    after every pair."""
     a, b = (np.random.default_rng(seed).normal(0, sd, (experiments, most)) for seed, sd in enumerate(sds))
     wide, welch, going = 0, 0, np.arange(experiments)
     for n in range(n_min, most + 1):
@@ -410,7 +435,8 @@ def stopped(half_width, sds=(1, 1), n_min=10, experiments=4_000, most=150):
     raise AssertionError(f'{going.size} experiments of {experiments} still go on')
 
 
-@pytest.mark.parametrize('n, sds', [(8, (1, 1)), (13, (1, 1)), (20, (1, 1)), (40, (1, 1)), (20, (0.5, 1.5)), (40, (1.4, 0.2))])
+@pytest.mark.parametrize('n, sds',
+                         [(8, (1, 1)), (13, (1, 1)), (20, (1, 1)), (40, (1, 1)), (20, (0.5, 1.5)), (40, (1.4, 0.2))])
 def test_stopping_at_a_width_keeps_the_coverage(n, sds):
     "`n`: the runs per arm that would do were the sds known."
     wide, welch = stopped(1.96 * (sum(sd**2 for sd in sds) / n)**0.5, sds)
@@ -440,19 +466,22 @@ def test_stopping_without_a_least_n_covers_less():
 
 def test_fixed_width_done_needs_the_least_n_the_width_and_spread():
     a = np.tile([0.60, 0.62], 10)
-    half = np.diff(CompareMeans(DescrStatsW(a), DescrStatsW(a)).tconfint_diff(usevar='unequal'))[0] / 2 * (1 + 2 / 20)**0.5
+    interval = CompareMeans(DescrStatsW(a), DescrStatsW(a)).tconfint_diff(usevar='unequal')
+    half = np.diff(interval)[0] / 2 * (1 + 2 / 20)**0.5
     assert stats.fixed_width_done(a, a, half + 1e-9) and not stats.fixed_width_done(a, a, half - 1e-9)
     assert not stats.fixed_width_done(a, a[:9], 1) and stats.fixed_width_done(a, a[:9], 1, n_min=9)
     b = a + np.resize([0.01, 0.02, 0.03], 20)
     half = np.diff(st.ttest_rel(b, a).confidence_interval())[0] / 2 * (1 + 2 / 20)**0.5
-    assert stats.fixed_width_done(a, b, half + 1e-9, paired=True) and not stats.fixed_width_done(a, b, half - 1e-9, paired=True)
+    assert stats.fixed_width_done(a, b, half + 1e-9, paired=True)
+    assert not stats.fixed_width_done(a, b, half - 1e-9, paired=True)
     assert not stats.fixed_width_done(a * 0, a * 0, 1) and not stats.fixed_width_done([], [], 1, n_min=0)
 
 
 # --- with validation predictions ---
 
 def predictions(rng, n_runs, n, run_sd=0., image_sd=0., shift=0.):
-    "A function (images' own) -> right or not (n_runs, n): normal scores of image (sd 2), arm and image, run, and the single prediction."
+    """A function (images' own) -> right or not (n_runs, n): normal scores of image (sd 2), arm and image, run, and the
+    single prediction."""
     own = rng.normal(0, image_sd, n) + shift
     return lambda image: (image + own + run_sd * rng.normal(size=(n_runs, 1)) + rng.normal(size=(n_runs, n)) > 0) * 1
 
@@ -461,7 +490,8 @@ def chance(spread, shift=0.): return st.norm.cdf((1 + shift) / (1 + 4 + spread**
 
 
 def test_validation_noise_by_hand():
-    v = stats.validation_noise([[1, 1, 0, 1], [1, 0, 0, 0]])  # accuracies 3/4 and 1/4; two images right in one run of two: 2/1 * 1/4 each
+    # accuracies 3/4 and 1/4; two images right in one run of two: 2/1 * 1/4 each
+    v = stats.validation_noise([[1, 1, 0, 1], [1, 0, 0, 0]])
     assert (v['variance'], v['from_images'], v['share']) == pytest.approx((0.125, 1 / 16, 0.5))
     assert v['beyond'] == pytest.approx(4 / 3 * (0.125 - 1 / 16))
     assert all(isnan(x) for x in stats.validation_noise([[1, 0, 1]]).values())
@@ -470,10 +500,12 @@ def test_validation_noise_by_hand():
 
 @pytest.mark.parametrize('run_sd', [0, 0.3])
 def test_validation_noise_finds_the_variance_of_the_true_accuracy(run_sd):
-    "Over many sets of 100 images and 8 runs the mean of `beyond` is the variance of the runs' accuracies on all images there could be."
+    """Over many sets of 100 images and 8 runs the mean of `beyond` is the variance of the runs' accuracies on all
+    images there could be."""
     rng = np.random.default_rng(0)
     found = [stats.validation_noise(predictions(rng, 8, 100, run_sd)(rng.normal(1, 2, 100))) for _ in range(4_000)]
-    truth = st.norm.cdf((1 + run_sd * rng.normal(size=1_000_000)) / 5**0.5).var()  # an image's score and a prediction's: variance 4 + 1
+    # an image's score and a prediction's: variance 4 + 1
+    truth = st.norm.cdf((1 + run_sd * rng.normal(size=1_000_000)) / 5**0.5).var()
     beyond = np.array([v['beyond'] for v in found])
     assert beyond.mean() == pytest.approx(truth, abs=4 * beyond.std() / len(beyond)**0.5)
     assert (np.mean([v['from_images'] for v in found]) > 20 * beyond.mean()) == (run_sd == 0)

@@ -44,7 +44,7 @@ def peak_mb(f, device):
 
 
 def training_step(cfg, device, peer=None, n_classes=10):
-    """Returns a function that does one training step of a settled `cfg` on one batch of random numbers, and gives its loss.
+    """Returns a function of one training step of a settled `cfg` on one batch of random numbers, which gives its loss.
 
     A step is forward, loss, backward and optimizer; nothing is loaded. `peer` is a layer in place of that of `cfg`.
     """
