@@ -70,11 +70,16 @@ def default_name(arm, cfg):
     return f'{arm.rpartition(":")[2]}{source}-{cfg.dataset}-{cfg.size}px-{cfg.epochs}ep'
 
 
+def settled(runs, arms):
+    "Returns {arm: its Config as it will run}; how many loader processes it has is left to each run."
+    return {name: replace(runs.settled(cfg)[0], workers=cfg.workers) for name, cfg in arms.items()}
+
+
 def make_plan(args, runs, arms, arm):
     "Returns the plan of a new trial, with the costs of its arms measured."
     from training.machine import device_name, get_device
-    cfg, digest = runs.settled(arms[arm])
-    arms = {name: runs.settled(cfg)[0] for name, cfg in arms.items()}
+    digest, arms = runs.settled(arms[arm])[1], settled(runs, arms)
+    cfg = arms[arm]
     device = runs.device if args.ray is None else get_device()
     plan = dict(
         name=args.name, layer=cfg.attention, source=cfg.attention_source, saved=runlog.timestamp(),
@@ -109,7 +114,7 @@ def the_plan(args, runs, arms, arm):
     "Returns the plan of the trial: the one that is saved, with what the flags change in it, or a new one."
     before = trial.load(args.results, args.name)
     if before is None: return make_plan(args, runs, arms, arm)
-    arms = {name: runs.settled(cfg)[0] for name, cfg in arms.items()}
+    arms = settled(runs, arms)
     trial.check_same(before, arms[arm].attention, arms, args.results)
     plan = deepcopy(before) | dict(runs=args.runs or before['runs'], until=args.until or before['until'])
     for name, planned in plan['arms'].items():  # where files are, and how fast it goes, may be another today

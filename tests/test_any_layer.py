@@ -32,6 +32,11 @@ class Scaled(nn.Module):
 
 class Doubles(Scaled):
     def forward(self, x): return x + x
+class Twice(nn.Module):
+    def __init__(self, n_channels):
+        super().__init__()
+        self.factor = nn.Parameter(torch.full((n_channels, 1, 1), 2.))
+    def forward(self, x): return self.factor * x
 class Half(Scaled):
     def forward(self, x): return x[:, :, ::2]
 class Views(Scaled):
@@ -338,12 +343,15 @@ def test_a_node_of_ray_without_the_file_gets_it(shared, file, tree, tmp_path):
 def test_several_processes_train_a_layer_from_a_file(file, tree, spawn, tmp_path):
     pytest.importorskip('accelerate')
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, REPO / 'train_imagenette.py']
-    argv = ['--data', tree, *TINY, '--epochs', 1, '--sa', f'{file}:Doubles', '--results', tmp_path / 'results']
-    process = spawn(*launch, *argv)
+    argv = ['--data', tree, *TINY, '--epochs', 1, '--results', tmp_path / 'results']
+    process = spawn(*launch, *argv, '--sa', f'{file}:Twice')
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0 and err.count('not the identity at the start') == 1, err
     row = record(tmp_path).iloc[0]
-    assert (row.status, row.attention, row.processes) == ('ok', 'my_layers.py:Doubles', 2)
+    assert (row.status, row.attention, row.processes) == ('ok', 'my_layers.py:Twice', 2)
+    process = spawn(*launch, *argv, '--sa', f'{file}:Doubles')
+    _, err = process.communicate(timeout=300)
+    assert 'some of its parameters get no gradient, so several processes cannot train it' in err
 
 
 @pytest.mark.parametrize('attention', ['fastai.layers:SimpleSelfAttention', 'timm.layers:EcaModule',

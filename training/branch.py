@@ -45,4 +45,4 @@ class Branch:
 
 def _ratio(squares):
     change, size = squares.tolist()
-    return round((change / size)**0.5, 6) if size else None
+    return float(f'{(change / size)**0.5:.4g}') if size else None

@@ -14,6 +14,7 @@ import torch.nn as nn
 import layer_source
 from command import UsageError, is_local_rank_0, nearest
 from layers import ATTENTION
+from training import distributed
 from xresnet import ARCHS
 
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}  # of autocast
@@ -178,6 +179,8 @@ def try_gradient(what, module, x, y):
     gradients = [x.grad, *(p.grad for p in module.parameters())]
     if not all(g is None or g.isfinite().all() for g in gradients):
         raise UsageError(f'{what}: its gradient is not finite')
+    if distributed.n_processes() > 1 and any(g is None for g in gradients):
+        raise UsageError(f'{what}: some of its parameters get no gradient, so several processes cannot train it')
     module.zero_grad()
 
 

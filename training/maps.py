@@ -50,6 +50,7 @@ def look(model, batch, n_eigenvectors=3):
             for (name, x), ratio in zip(found.items(), branch.ratios())}
 
 
+@torch.no_grad()
 def looked(module, x, n_eigenvectors):
     "Returns what `look` says of one layer for its input x (B, C, H, W), but for the ratio."
     z = x.flatten(2)  # (B, C, H, W) -> (B, C, N)
