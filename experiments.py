@@ -1,7 +1,8 @@
-"""What one run is: `Config`, every knob with its default, limits, role and help text; and what is compared: `EXPERIMENTS`.
+"""Says what one run is, `Config`, and what is compared, `EXPERIMENTS`.
 
-A knob is one field here: its flag, its check and its column in results/runs.csv follow from it. The defaults are the recipe
-of the source, github.com/sdoria/SimpleSelfAttention (2019). This module imports neither torch nor fastai.
+A knob of a run is one field of `Config`: its flag, its check and its column in results/runs.csv follow from it. The
+defaults are the recipe of the source, github.com/sdoria/SimpleSelfAttention (2019). This module imports neither torch
+nor fastai.
 """
 import ast
 import math
@@ -13,13 +14,16 @@ from pathlib import Path
 import layer_source
 from command import UsageError, nearest
 
+HERE = Path(__file__).parent
+
 
 def literal(file, name):
-    """Returns the value of the literal `name` in `file` beside this one, read from its text: importing it would cost torch's seconds.
+    """Returns the value of the literal `name` in `file` beside this one.
 
-    Of a dict whose values are no literals, such as a registry of classes, it returns the list of its keys.
+    It is read from the text, as importing the file would cost torch's seconds. Of a dict whose values are no literals,
+    such as a registry of classes, the list of its keys is returned.
     """
-    for node in ast.parse((Path(__file__).parent / file).read_text(encoding='utf-8')).body:
+    for node in ast.parse((HERE / file).read_text(encoding='utf-8')).body:
         if not isinstance(node, ast.Assign) or ast.unparse(node.targets[0]) != name: continue
         try: return ast.literal_eval(node.value)
         except ValueError: return [ast.literal_eval(key) for key in node.value.keys]
@@ -27,107 +31,128 @@ def literal(file, name):
 
 
 ARCHS = literal('xresnet.py', 'ARCHS')  # name: (expansion, blocks per stage)
-
-
+STEMS = list(literal('xresnet.py', 'STEMS'))
+ATTENTION, ACTIVATIONS = literal('layers.py', 'ATTENTION'), literal('xresnet.py', 'ACTIVATIONS')
+POOLS = literal('xresnet.py', 'POOLS')
 ROLES = 'result', 'speed', 'label'
 SWITCH = [0, 1]
 
 
-def knob(default, help, *aliases, choices=None, least=None, above=None, most=None, below=None, role='result', for_life=None, before=None,
-         flag=True):
+# --- one run ---
+
+def knob(default, help, *aliases, choices=None, least=None, above=None, most=None, below=None, role='result',
+         for_life=None, before=None, flag=True):
     """Makes a field of Config with `least` <= value <= `most` and `above` < value < `below`.
 
     role      result: runs that differ in it are different settings, which are never pooled.
-              speed: how the same function is computed; runs that differ in it alone are repetitions of one another.
-              label: says which run it is, not what it computes.
+              speed: it says how the same function is computed; runs that differ in it alone repeat one another.
+              label: it says which run it is, not what it computes.
     for_life  whether a run that is continued must keep the value (default: every knob of the role result).
     before    how runs went before the knob was there, if not at its default: rows of older files get it.
-    flag      whether it has a flag; a knob without follows from others.
+    flag      whether it has a flag; a knob without one follows from others.
     """
     assert role in ROLES
-    return field(default=default, metadata=dict(
-        help=help, aliases=aliases, choices=choices, least=least, above=above, most=most, below=below, role=role,
-        for_life=role == 'result' if for_life is None else for_life, before=default if before is None else before, flag=flag))
+    if for_life is None: for_life = role == 'result'
+    if before is None: before = default
+    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, least=least, above=above,
+                                                most=most, below=below, role=role, for_life=for_life, before=before,
+                                                flag=flag))
 
 
 @dataclass(frozen=True)
 class Config:
-    "Every knob of one run. Raises UsageError on a value that cannot be."
+    "Holds every knob of one run. Raises UsageError on a value that is not possible."
     # data
-    dataset: str = knob('imagenette', 'dataset; custom: that of --data', choices=['imagenette', 'imagewoof', 'digits', 'custom'])
-    split: str = knob('auto', 'v1: 500 validation images, as all published numbers; v2: the folders; auto: v1, of digits and custom v2',
-                      choices=['auto', 'v1', 'v2'])
+    dataset: str = knob('imagenette', 'dataset; custom: the one that --data names',
+                        choices=['imagenette', 'imagewoof', 'digits', 'custom'])
+    split: str = knob('auto', 'v1: 500 validation images, as for all published numbers; v2: by the folders; '
+                      'auto: v1, but v2 for digits and custom', choices=['auto', 'v1', 'v2'])
     size: int = knob(128, 'image size in pixels', least=32, most=1024)
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
                        choices=['auto', '160', '320', 'full'])
     data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download', role='label')
-    valid_pct: float = knob(0., 'of --data: a flat folder <class>/<image>, of which this part of each class, such as 0.2, validates',
-                            least=0, below=1)
-    skip_damaged: int = knob(0, 'of --data: train without the images that cannot be read, and count them in the row', choices=SWITCH,
-                             role='label')
-    pct_noise: int = knob(0, 'percent of noisy labels in training, from the CSV of the archive, made for v2: with v1 about 0.7 times that',
-                         choices=[0, 1, 5, 25, 50])
+    valid_pct: float = knob(0., 'with --data: the folder is flat, <class>/<image>, and this part of each class, '
+                            'such as 0.2, validates', least=0, below=1)
+    skip_damaged: int = knob(0, 'with --data: train without the images that cannot be read, and count them in the row',
+                             choices=SWITCH, role='label')
+    pct_noise: int = knob(0, 'percent of wrong training labels, from the CSV of the archive, which was made for v2: '
+                          'with v1 it is about 0.7 times as many', choices=[0, 1, 5, 25, 50])
     # model
     arch: str = knob('xresnet50', 'network', choices=list(ARCHS))
-    attention: str = knob('none', 'attention layer, of ours or FILE.py:NAME or PACKAGE.MODULE:NAME: any callable n_channels -> module',
-                          choices=literal('layers.py', 'ATTENTION'))
-    sa_at: str = knob('1', 'where it stands: stages (their last block) or stage.block, such as 1,2,3,4 or 2.0')
-    attention_file: str = knob('', "file of a layer that is not ours", role='label', flag=False)
+    attention: str = knob('none', 'attention layer: one of ours, or FILE.py:NAME or PACKAGE.MODULE:NAME of any '
+                          'callable n_channels -> module', choices=ATTENTION)
+    sa_at: str = knob('1', 'where the layer stands: stages (their last block) or stage.block, such as 1,2,3,4 or 2.0')
+    attention_file: str = knob('', 'file of a layer that is not ours', role='label', flag=False)
     attention_source: str = knob('', 'hash of the source of a layer that is not ours', flag=False)
-    stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=list(literal('xresnet.py', 'STEMS')))
-    act: str = knob('relu', 'activation', '--act-fn', choices=literal('xresnet.py', 'ACTIVATIONS'))
-    pool: str = knob('avg', 'pooling in the shortcut', choices=literal('xresnet.py', 'POOLS'))
+    stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=STEMS)
+    act: str = knob('relu', 'activation', '--act-fn', choices=ACTIVATIONS)
+    pool: str = knob('avg', 'pooling in the shortcut', choices=POOLS)
     # training
     epochs: int = knob(5, 'epochs', '--epoch', least=1, most=10_000)
     bs: int = knob(64, 'batch size', least=2, most=65_536)
     lr: float = knob(3e-3, 'peak learning rate', above=0, most=1e30)
-    schedule: str = knob('one_cycle', 'learning rate schedule', choices=['one_cycle', 'flat_cos'])
-    ann_start: float = knob(0.75, 'flat_cos: the part of training after which the learning rate falls to almost 0', least=0, below=1)
+    schedule: str = knob('one_cycle', 'learning rate schedule', '--sched-type', choices=['one_cycle', 'flat_cos'])
+    ann_start: float = knob(0.75, 'with flat_cos: the part of training after which the learning rate falls to almost 0',
+                            least=0, below=1)
     opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
-    mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05 (or (1+mom)/2, if less) to mom-0.05 (or 0) and back',
-                       least=0, below=1)
+    mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05, or (1+mom)/2 if that is less, to '
+                      'mom-0.05, but not below 0, and back', least=0, below=1)
     sqrmom: float = knob(0.99, 'decay of the squared gradients (beta2)', '--alpha', least=0, below=1)
-    eps: float = knob(1e-6, 'epsilon of the optimizer', above=0)
-    wd: float = knob(1e-2, 'decoupled weight decay, none on norms and biases', least=0)
+    eps: float = knob(1e-6, 'epsilon of the optimizer; sgd has none', above=0)
+    wd: float = knob(1e-2, 'decoupled weight decay; norms and biases have none', least=0)
     label_smoothing: float = knob(0.1, 'label smoothing', least=0, below=1)
-    mixup: float = knob(0., 'mixup alpha; 0: off', least=0)
-    sh: float = knob(0., 'random erasing: largest part of the image erased; 0: off', least=0, most=1)
+    mixup: float = knob(0., 'alpha of mixup; 0: off', least=0)
+    sh: float = knob(0., 'random erasing: the largest part of the image that is erased; 0: off', least=0, most=1)
     # machine
-    precision: str = knob('auto', 'auto: fp16 autocast on CUDA, fp32 on a CPU', choices=['auto', 'fp32', 'fp16', 'bf16'])
-    loader: str = knob('auto', 'workers: decodes and crops in loader processes; device: decodes once, keeps and crops on the device; '
-                       'auto: device on a GPU that holds the images', choices=['auto', 'workers', 'device'], role='speed', before='workers')
-    fused: int = knob(1, "adam in one kernel of torch; 0: fastai's own, the same function", choices=SWITCH, role='speed', for_life=True,
-                      before=0)
+    precision: str = knob('auto', 'auto: fp16 autocast on CUDA, fp32 on a CPU',
+                          choices=['auto', 'fp32', 'fp16', 'bf16'])
+    loader: str = knob('auto', 'workers: loader processes decode and crop; device: images are decoded once, kept and '
+                       'cropped on the device; auto: device on a GPU that has room for the images',
+                       choices=['auto', 'workers', 'device'], role='speed', before='workers')
+    fused: int = knob(1, "adam as one kernel of torch; 0: fastai's own, the same function", choices=SWITCH,
+                      role='speed', for_life=True, before=0)
     channels_last: int = knob(1, 'memory format of the network; 0: channels first', choices=SWITCH, role='speed')
-    compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH, role='speed')
-    cuda_graphs: int = knob(0, 'on a GPU: replay the training passes as CUDA graphs, the same kernels without the time to start each',
-                            choices=SWITCH, role='speed')
-    keep_memory: int = knob(1, 'on a CPU: keep freed memory for the next step instead of giving it back to the system', choices=SWITCH,
-                            role='speed', before=0)
-    processes: int = knob(1, 'processes that train together, each with batches of bs: as many as accelerate launch or torchrun starts',
-                          least=1, most=65_536)
+    compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH,
+                        role='speed')
+    cuda_graphs: int = knob(0, 'on a GPU: replay the training passes as CUDA graphs, the same kernels without the time '
+                            'to start each', choices=SWITCH, role='speed')
+    keep_memory: int = knob(1, 'on a CPU: keep freed memory for the next step instead of giving it back to the system',
+                            choices=SWITCH, role='speed', before=0)
+    processes: int = knob(1, 'processes that train together, each with batches of bs: as many as accelerate launch or '
+                          'torchrun starts', least=1, most=65_536)
     workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256, role='speed')
-    seed: int = knob(0, 'seed of weights, order, crops, flips and mixup', least=0, most=2**31 - 1, role='label', for_life=True)
-    meta: str = knob('', 'free text, kept in the row', '--log', role='label')
+    seed: int = knob(0, 'seed of the weights, the order, crops, flips and mixup', least=0, most=2**31 - 1, role='label',
+                     for_life=True)
+    meta: str = knob('', 'free text that is kept in the row', '--log', role='label')
 
     def __post_init__(self):
         outside = isinstance(self.attention, str) and layer_source.is_outside(self.attention)
         for f in fields(self):
-            meta = f.metadata if f.name != 'attention' or not outside else {**f.metadata, 'choices': None}
+            of_any_name = f.name == 'attention' and outside
+            meta = {**f.metadata, 'choices': None} if of_any_name else f.metadata
             _check(flag(f), getattr(self, f.name), f.type, meta)
-            if f.type is float: object.__setattr__(self, f.name, float(getattr(self, f.name)))  # 1 and 1. are one setting
+            if f.type is float: self._set(f.name, float(getattr(self, f.name)))  # 1 and 1. are one setting
         found = layer_source.find(self.attention, self.attention_file, self.attention_source)
-        for name, value in zip(('attention', 'attention_file', 'attention_source'), found): object.__setattr__(self, name, value)
+        for name, value in zip(('attention', 'attention_file', 'attention_source'), found): self._set(name, value)
+        if self.data.startswith('~'): self._set('data', os.path.expanduser(self.data))  # no shell does so in --data=~/x
+        self._check_together()
+        blocks = ARCHS[self.arch][1]
+        try: places = parse_places(self.sa_at, blocks)
+        except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None
+        self._set('places', places)  # [(stage, block)], what the network is built from
+        self._set('sa_at', format_places(places, blocks))
+
+    def _set(self, name, value):
+        "Sets an attribute while this object is made; afterwards it is frozen."
+        object.__setattr__(self, name, value)
+
+    def _check_together(self):
+        "Raises UsageError on values that are not possible together."
         if self.dataset == 'digits' and self.split == 'v1':
             raise UsageError('--split v1: digits has one split only, that of its folders (v2)')
-        if self.data.startswith('~'): object.__setattr__(self, 'data', os.path.expanduser(self.data))  # of --data=~/x no shell does
         if self.valid_pct and not self.data: raise UsageError('--valid-pct: with --data only')
         if self.valid_pct and self.split == 'v1': raise UsageError('--valid-pct and --split v1: give one of them')
         if self.dataset == 'custom' and not self.data: raise UsageError('--dataset custom: name its folder with --data')
-        try: places = parse_places(self.sa_at, blocks := ARCHS[self.arch][1])
-        except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None
-        object.__setattr__(self, 'places', places)  # [(stage, block)], what the network is built from
-        object.__setattr__(self, 'sa_at', format_places(places, blocks))
         if 0 < self.mixup < 1e-3: raise UsageError(f'--mixup {self.mixup}: must be 0 or at least 0.001')
 
     @property
@@ -136,26 +161,28 @@ class Config:
 
 def model_name(arch, attention):
     "Returns an arch and its attention in a word: xresnet50+simple."
-    return arch + (f'+{attention}' if attention != 'none' else '')
+    return arch if attention == 'none' else f'{arch}+{attention}'
 
 
 def resolve(cfg):
     "Returns `cfg` with what follows from its other fields written out: the archive and the split."
-    source = 'full' if cfg.size > 224 else '320' if cfg.size > 128 else '160'
-    if cfg.source != 'auto' or cfg.dataset == 'digits' or cfg.data: source = cfg.source
-    split = cfg.split if cfg.split != 'auto' else 'v1' if cfg.dataset in ('imagenette', 'imagewoof') else 'v2'
+    source, split = cfg.source, cfg.split
+    if source == 'auto' and cfg.dataset != 'digits' and not cfg.data:
+        source = '160' if cfg.size <= 128 else '320' if cfg.size <= 224 else 'full'
+    if split == 'auto': split = 'v1' if cfg.dataset in ('imagenette', 'imagewoof') else 'v2'
     return replace(cfg, source=source, split=split)
 
 
 def parse_places(sa_at, blocks):
-    """Sorted [(stage, block)] of a setting such as '1' (last block of stage 1), '1,2,3,4' or '2.0' (first block of stage 2).
+    """Returns the sorted [(stage, block)] of a setting: '1' is the last block of stage 1, '2.0' the first of stage 2.
 
-    `blocks`: blocks per stage. A place that does not exist is a ValueError that lists those that do.
+    `blocks` are the blocks per stage. Raises ValueError on a place that does not exist, and lists those that do.
     """
-    named = {f'{s}.{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
-    named |= {f'{s}b{b}': (s, b) for s, n in enumerate(blocks, 1) for b in range(n)}
-    named |= {str(s): (s, n - 1) for s, n in enumerate(blocks, 1)}
-    try: return sorted({named[p.strip()] for p in sa_at.split(',')})
+    places = {}
+    for stage, n in enumerate(blocks, 1):
+        for block in range(n): places[f'{stage}.{block}'] = places[f'{stage}b{block}'] = stage, block
+        places[str(stage)] = stage, n - 1
+    try: return sorted({places[name.strip()] for name in sa_at.split(',')})
     except KeyError as e:
         stages = ', '.join(f'{s} (or {s}.0 to {s}.{n - 1})' for s, n in enumerate(blocks, 1))
         raise ValueError(f'no place {e} for attention; there are {stages}') from None
@@ -166,8 +193,10 @@ def format_places(places, blocks):
 
     Blocks 10, 20 and 30 are written 3b10, as a spreadsheet would make 3.1, another place, of 3.10.
     """
-    def name(s, b): return str(s) if b == blocks[s - 1] - 1 else f'{s}b{b}' if b and b % 10 == 0 else f'{s}.{b}'
-    return ','.join(name(s, b) for s, b in places)
+    def name(stage, block):
+        if block == blocks[stage - 1] - 1: return str(stage)
+        return f'{stage}b{block}' if block and block % 10 == 0 else f'{stage}.{block}'
+    return ','.join(name(*place) for place in places)
 
 
 N_IMAGES = {  # (dataset, split): numbers of training and validation images of a full archive
@@ -177,7 +206,7 @@ N_IMAGES = {  # (dataset, split): numbers of training and validation images of a
 
 
 def flag(f):
-    "The flag of a field: --pct-noise; of attention, --sa."
+    "Returns the flag of a field: --pct-noise; of attention, --sa."
     return '--sa' if f.name == 'attention' else '--' + f.name.replace('_', '-')
 
 
@@ -186,16 +215,19 @@ KINDS = {int: (int, 'an integer'), float: ((int, float), 'a number'), str: (str,
 
 
 def _check(name, value, type_, meta):
-    "Raise UsageError unless `value` is a `type_` within the choices and limits of its knob."
+    "Raises UsageError unless `value` is a `type_` within the choices and limits of its knob."
     kind, words = KINDS[type_]
     if not isinstance(value, kind) or isinstance(value, bool): raise UsageError(f'{name} {value!r}: not {words}')
-    if type_ is str and not value.isprintable(): raise UsageError(f'{name} {value!r}: has characters that cannot be printed')
+    if type_ is str and not value.isprintable():
+        raise UsageError(f'{name} {value!r}: has characters that cannot be printed')
     if type_ is float and not math.isfinite(value): raise UsageError(f'{name} {value}: not a finite number')
-    if (choices := meta['choices']) and value not in choices:
-        names = list(map(str, choices))
+    choices = meta['choices']
+    if choices and value not in choices:
+        names = [str(choice) for choice in choices]
         raise UsageError(f'{name} {value}: unknown; choose from {", ".join(names)}{nearest(str(value), names)}')
     for key, (words, holds) in LIMITS.items():
-        if meta[key] is not None and not holds(value, meta[key]): raise UsageError(f'{name} {value}: must be {words} {meta[key]}')
+        limit = meta[key]
+        if limit is not None and not holds(value, limit): raise UsageError(f'{name} {value}: must be {words} {limit}')
 
 
 # --- what is compared ---
@@ -209,7 +241,10 @@ SETTINGS = knobs(role='result')  # runs that agree in these, on the same images,
 
 
 def setting(cfg, names=SETTINGS):
-    "Returns the values of a resolved `cfg` that tell its setting from others: `none` is one setting, wherever the layer would be."
+    """Returns the values of a resolved `cfg` that tell its setting from others.
+
+    `none` is one setting, wherever the layer would be.
+    """
     if cfg.attention == 'none': cfg = replace(cfg, sa_at=Config.sa_at)
     return tuple(getattr(cfg, name) for name in names)
 
@@ -543,7 +578,7 @@ EXPERIMENTS = {
         hours=0.056,
     ),
     'attention': Experiment(
-        claim='Nothing is published: is it the parameters, this image, the order of its statistics, the scale, any gate?',
+        claim='Nothing is published: is it parameters, this image, the order of its statistics, the scale, any gate?',
         command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --sa',
         arms=attentions(
             Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Train an xresnet, with or without self-attention, from scratch on Imagenette or Imagewoof; one row per run.
+"""Trains an xresnet, with or without self-attention, from scratch on Imagenette or Imagewoof; each run writes a row.
 
     python train_imagenette.py --woof --size 256 --epochs 5 --sa
     python train_imagenette.py --dataset digits --size 32 --epochs 3 --arch xresnet18 --sa      (no download)
@@ -8,107 +8,191 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 from command import Parser, UsageError, exit_code, is_local_rank_0, nearest, stop_on_signals
 from experiments import SWITCH, Config, fields, flag
 from training.files import find_images
 
+PROGRAM = 'train_imagenette.py'
+IN_2019 = """Command lines of 2019 (--woof 1 --sa 1 --epoch 5 --sched_type flat_and_anneal) still run. What differs:
+  - --lr and --bs are 3e-3 and 64 by default, as in the documented results; in that script they were 1e-3 and 256.
+  - --sym 1 makes W symmetric; there it had no effect.
+  - A loss that is not finite ends the run, as diverged; there the step was skipped, and training went on.
+  - The replication with Mish (--arch mxresnet50, here also --act mish) took full-size images: --source full.
+"""
+
+
+# --- flags ---
 
 def switch(text):
-    "0 or 1 as bool."
+    "Returns whether the text is 1; it must be 0 or 1."
     if text not in ('0', '1'): raise argparse.ArgumentTypeError(f'{text!r}: 0 or 1')
     return text == '1'
 
 
-def attention(text): return {'0': 'none', '1': 'simple'}.get(text, text)
+def attention(text):
+    "Returns the name of an attention layer; 0 and 1 are those of 2019."
+    return {'0': 'none', '1': 'simple'}.get(text, text)
+
+
+def schedule(text):
+    "Returns the name of a schedule, also from that of 2019."
+    return {'flat_and_anneal': 'flat_cos'}.get(text, text)
 
 
 def add_config_flags(ap, leave_out=(), **default):
-    "A flag for each field of Config, with its aliases. `default`: of all flags, in place of the fields' own."
+    "Adds a flag for each field of Config, with its aliases. `default`, if given, takes the place of all the defaults."
     for f in fields(Config):
         if f.name in leave_out or not f.metadata['flag']: continue
-        names = [flag(f), *f.metadata['aliases']]
-        names += ['--' + n[2:].replace('-', '_') for n in names if '-' in n[2:]]
-        text = f.metadata['help'] + (f': {", ".join(map(str, c))}' if (c := f.metadata['choices']) else '')
-        options = dict(type=f.type)
-        if f.name == 'attention': options = dict(nargs='?', const='simple', type=attention)
-        if c is SWITCH: options |= dict(nargs='?', const=1)
-        metavar = 'NAME' if c and f.type is str else f.type.__name__.upper().replace('STR', 'TEXT')
-        options |= dict(default=None if f.name == 'dataset' else f.default) | default  # that of dataset depends on --woof and --data
-        ap.add_argument(*names, dest=f.name, metavar=metavar, **options,
-                        help=f'{text} (default {f.default})'.replace('%', '%%') if f.default != '' else text)
+        ap.add_argument(*names_of(f), dest=f.name, **options_of(f) | default)
+
+
+def names_of(f):
+    "Returns the flag of a field and its aliases, each also with underscores: --pct-noise, --pct_noise."
+    names = [flag(f), *f.metadata['aliases']]
+    return names + ['--' + name[2:].replace('-', '_') for name in names if '-' in name[2:]]
+
+
+def options_of(f):
+    "Returns what argparse is told of a field."
+    text, choices = f.metadata['help'], f.metadata['choices']
+    if choices and choices is not SWITCH: text += f' [{", ".join(map(str, choices))}]'
+    if f.default != '': text += f' (default {f.default})'
+    metavar = 'NAME' if choices and f.type is str else 'TEXT' if f.type is str else f.type.__name__.upper()
+    options = dict(type=f.type, default=f.default, metavar=metavar, help=text.replace('%', '%%'))
+    if f.name == 'dataset': options |= dict(default=None)  # it depends on --woof and --data
+    if f.name == 'attention': options |= dict(nargs='?', const='simple', type=attention)
+    if f.name == 'schedule': options |= dict(type=schedule)
+    if choices is SWITCH: options |= dict(nargs='?', const=1, metavar='0|1')
+    return options
 
 
 def make_parser():
-    "The flags: one per field of Config, the short forms of the source, and what concerns the command, not the run."
-    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    "Returns the parser: a flag per field of Config, the short forms of 2019, and what concerns the command alone."
+    ap = Parser(description=__doc__, epilog=IN_2019, formatter_class=argparse.RawDescriptionHelpFormatter,
+                allow_abbrev=False)
     add_config_flags(ap)
     on = dict(nargs='?', const=True, default=False, type=switch, metavar='0|1')
     ap.add_argument('--woof', **on | dict(default=None), help='short for --dataset imagewoof')
-    ap.add_argument('--sym', **on, help='with --sa: symmetric W, short for --sa simple_sym')
-    ap.add_argument('--runs', type=int, default=1, metavar='N', help='train N times, with seeds seed to seed+N-1 (default 1)')
-    ap.add_argument('--resume', **on, help='go on where this command was stopped: recorded runs are skipped, the last one continues')
-    ap.add_argument('--scale-lr', **on, help='of several processes: multiply lr by their number')
+    ap.add_argument('--sym', **on, help='with --sa: W is symmetric, short for --sa simple_sym')
+    ap.add_argument('--runs', '--run', type=int, default=1, metavar='N',
+                    help='train N times, with seeds seed to seed+N-1 (default 1)')
+    ap.add_argument('--resume', **on,
+                    help='go on where this command was stopped: recorded runs are skipped, the last one continues')
+    ap.add_argument('--scale-lr', **on, help='with several processes: multiply lr by their number')
     add_run_flags(ap)
-    ap.add_argument('--save', type=Path, metavar='FILE', help='write the trained model here (with --runs: the last one)')
+    ap.add_argument('--save', type=Path, metavar='FILE',
+                    help='write the trained model here (with --runs: the last one)')
     ap.add_argument('--dump', **on, help="print the model with shapes and parameters; don't train")
     ap.add_argument('--lrfinder', **on, help="suggest a learning rate and save the plot; don't train")
     return ap
 
 
 def add_run_flags(ap):
-    "The flags of the commands that train: where, and what is kept."
+    "Adds the flags of the commands that train: where, and what is kept."
     ap.add_argument('--gpu', type=int, metavar='N', help='CUDA device (default: the first, or the CPU)')
-    ap.add_argument('--results', type=Path, default=Path(__file__).parent / 'results', metavar='DIR', help='results directory')
-    ap.add_argument('--checkpoint-every', type=int, metavar='N', help='epochs between checkpoints (default 1; none in runs under a minute)')
-    ap.add_argument('--no-checkpoint', dest='checkpoint_every', action='store_const', const=0, help='keep no checkpoints')
+    ap.add_argument('--results', type=Path, default=Path(__file__).parent / 'results', metavar='DIR',
+                    help='results directory')
+    ap.add_argument('--checkpoint-every', type=int, metavar='N',
+                    help='epochs between checkpoints (default 1; none in runs under a minute)')
+    ap.add_argument('--no-checkpoint', dest='checkpoint_every', action='store_const', const=0,
+                    help='keep no checkpoints')
 
+
+# --- command lines ---
 
 def parse(argv):
-    "(Config, the other flags) of a command line; UsageError on a mistake."
+    "Returns (Config, the other flags) of a command line; raises UsageError on a mistake."
     ap = make_parser()
     args, unknown = ap.parse_known_args(argv)
     if unknown:
         hint = nearest(unknown[0].split('=')[0], list(ap._option_string_actions))
         raise UsageError(f'unknown argument {unknown[0]}{hint}; see --help')
+    if args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
+    check_run_flags(args)
+    cfg = config_of(args)
+    replace(cfg, seed=cfg.seed + args.runs - 1)  # the last seed is checked now, not after the run before it
+    try:
+        if cfg.data: find_images(Path(cfg.data), cfg.valid_pct)
+    except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
+    if is_local_rank_0():
+        if args.save: probe(args.save)
+        for note in notes_on_2019(sys.argv[1:] if argv is None else argv, args):
+            print(f'{PROGRAM}: {note}', file=sys.stderr)
+    return cfg, args
+
+
+def config_of(args):
+    "Returns the Config of the flags; raises UsageError where they do not go together."
     config = {f.name: getattr(args, f.name) for f in fields(Config) if f.metadata['flag']}
     if args.woof is not None and args.dataset not in (None, 'imagenette', 'imagewoof'):
         raise UsageError(f'--woof and --dataset {args.dataset}: give one of them')
     if args.woof: config['dataset'] = 'imagewoof'
     elif not args.dataset: config['dataset'] = 'custom' if args.data and args.woof is None else 'imagenette'
-    if args.sym and config['attention'] == 'none': print('--sym does nothing without --sa', file=sys.stderr)
-    elif args.sym:
-        if config['attention'] not in ('simple', 'simple_sym'): raise UsageError(f'--sym: for --sa simple only, not {config["attention"]}')
+    if args.arch.startswith('mxresnet'): config |= dict(arch=args.arch[1:], act='mish')  # of the replication of 2019
+    if args.sym and args.attention != 'none':
+        if args.attention not in ('simple', 'simple_sym'):
+            raise UsageError(f'--sym: for --sa simple only, not {args.attention}')
         config['attention'] = 'simple_sym'
-    if args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
-    check_run_flags(args)
-    cfg = Config(**config)
-    replace(cfg, seed=cfg.seed + args.runs - 1)  # the last seed is checked now, not after the run before it
-    try:
-        if cfg.data: find_images(Path(cfg.data), cfg.valid_pct)
-    except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
-    if args.save and is_local_rank_0(): probe(args.save)
-    return cfg, args
+    return Config(**config)
 
 
 def check_run_flags(args):
-    if (args.checkpoint_every or 0) < 0: raise UsageError(f'--checkpoint-every {args.checkpoint_every}: must be at least 1 (0: none)')
+    "Raises UsageError on values of the flags of `add_run_flags` that are not possible."
+    if (args.checkpoint_every or 0) < 0:
+        raise UsageError(f'--checkpoint-every {args.checkpoint_every}: must be at least 1 (0: none)')
 
 
 def probe(file):
-    "Raise UsageError unless `file` can be written; leaves it as it was."
+    "Raises UsageError unless `file` can be written; leaves it as it was."
     new = not os.path.lexists(file)
-    if not new and not file.is_file() and not file.is_dir(): raise UsageError(f'--save {file}: cannot be written (not a regular file)')
+    if not new and not file.is_file() and not file.is_dir():
+        raise UsageError(f'--save {file}: cannot be written (not a regular file)')
     try:
         with open(file, 'ab'): pass
         if new: file.unlink()
     except OSError as e: raise UsageError(f'--save {file}: cannot be written ({e.strerror})') from None
 
 
+# --- command lines of 2019 ---
+
+SWITCHES_OF_2019 = {'--woof', '--sa', '--sym', '--dump', '--lrfinder'}
+NAMES_OF_2019 = {'--epoch', '--run', '--sched_type'}
+DEFAULTS_OF_2019 = {'--lr': 0.001, '--bs': 256}
+
+
+def notes_on_2019(argv, args):
+    "Returns what a reader of a command line of 2019 must know: in which of its flags this command differs."
+    words = [part for word in argv for part in word.split('=', 1)]
+    notes = []
+    missing = [name for name in DEFAULTS_OF_2019 if name not in words]
+    if missing and is_of_2019(words):
+        then = ' '.join(f'{name} {DEFAULTS_OF_2019[name]}' for name in missing)
+        here = ' '.join(f'{name} {getattr(Config, name[2:])}' for name in missing)
+        notes.append(f'in 2019 the default was {then}; here it is {here}, as in the documented results')
+    if args.sym and args.attention == 'none': notes.append('--sym does nothing without --sa')
+    elif args.sym: notes.append('--sym 1 makes W symmetric; in 2019 it had no effect')
+    return notes
+
+
+def is_of_2019(words):
+    """Returns whether a command line is written as for the script of 2019.
+
+    There each switch was followed by 0 or 1 (--sa 1), and some flags had another name. Command lines of today have
+    neither, so that only those who bring one of 2019 read what has changed.
+    """
+    if NAMES_OF_2019 & set(words): return True
+    return any(word in SWITCHES_OF_2019 and value in ('0', '1') for word, value in pairwise(words))
+
+
+# --- what the command does ---
+
 def train(cfg, args):
     "Does what the command line asks for."
-    from training import distributed, run  # torch and fastai take seconds: not before the command line is known to be good
+    # torch and fastai take seconds to import: not before the command line is known to be good
+    from training import distributed, run
     from training.machine import get_device
     n = distributed.n_processes()
     if n > 1 and (args.dump or args.lrfinder): raise UsageError('--dump, --lrfinder: in one process')
@@ -123,7 +207,7 @@ def train(cfg, args):
         run.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume, args.checkpoint_every)
 
 
-def main(argv=None): return exit_code('train_imagenette.py', lambda: train(*parse(argv)))
+def main(argv=None): return exit_code(PROGRAM, lambda: train(*parse(argv)))
 
 
 if __name__ == '__main__': sys.exit(main())

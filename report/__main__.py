@@ -14,7 +14,7 @@ from command import Parser, UsageError, exit_code, nearest
 from experiments import EXPERIMENTS
 from report import figures, tables
 from report.compare import gaps, has_runs
-from report.published import load_published, set_right
+from report.published import load_published, set_right, source_against_fork, source_against_fork_text
 
 MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of table -->'
 
@@ -34,7 +34,7 @@ def write_readme(table, file=runlog.RESULTS.parent / 'README.md'):
 
 
 def write(rows, runs, results, published):
-    """Writes results/tables (gaps and set_right, .csv and .md) and results/figures (.png and .svg).
+    """Writes results/tables (.csv and .md) and results/figures (.png and .svg).
 
     The same rows give the same bytes. What depends on the predictions, which are not in git, is left out.
     """
@@ -43,6 +43,8 @@ def write(rows, runs, results, published):
     lasting = frame[[column for column in frame if 'images' not in column]]
     _write_table(results, 'gaps', lasting, tables.markdown(rows))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
+    _write_table(results, 'source_against_fork', source_against_fork(),
+                 tables.plain_markdown(source_against_fork_text()))
     figures.save(figures.forest(rows), results / 'figures' / 'forest')
     for name, fig in figures.experiments(rows, runs, published, results).items():
         figures.save(fig, results / 'figures' / name)

@@ -101,10 +101,10 @@ def _decimals(test): return 2 if min(abs(test['low']), abs(test['high'])) < 0.00
 
 
 def published(row):
-    "Returns the published change, with a word where the recipe of its numbers is assumed."
-    recipe = ', assumed recipe' if row['published']['recipe'] == 'assumed' else ''
-    words = change(row['published']['difference'])
-    return words and words + recipe
+    "Returns the published change, with a word where the recipe of its numbers is assumed or not of this source."
+    recipe, words = row['published']['recipe'], change(row['published']['difference'])
+    if recipe == 'other script': return 'no baseline: other script'
+    return f'{words}, assumed recipe' if words and recipe == 'assumed' else words
 
 
 METHODS = {stats.PAIRED: 'paired t', stats.MODEL: 'seed + arm', stats.UNPAIRED: 'Welch'}

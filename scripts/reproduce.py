@@ -1,23 +1,26 @@
 #!/usr/bin/env python
-"""Repeat a published experiment by its name, arms in turn, each turn with one seed; what is already recorded is skipped.
+"""Repeats a published experiment by its name: the arms take turns, a seed a turn, and recorded runs are skipped.
 
-    python scripts/reproduce.py --list                          every experiment: claim, published numbers, runs, verdict so far
-    python scripts/reproduce.py woof-128-5                      as often as published
-    python scripts/reproduce.py woof-128-5 --runs 3 --arms none,simple --split v2       any flag of train_imagenette.py overrides
-    python scripts/reproduce.py woof-128-5 --dry-run            what would run
-    python scripts/reproduce.py woof-128-5 --plan               how many runs each gap needs at the spread seen so far
+    python scripts/reproduce.py --list                          lists every experiment, with its verdicts so far
+    python scripts/reproduce.py woof-128-5                      runs it as often as published
+    python scripts/reproduce.py woof-128-5 --runs 3 --arms none,simple --split v2
+                                                                any flag of train_imagenette.py overrides its settings
+    python scripts/reproduce.py woof-128-5 --dry-run            says what would run
+    python scripts/reproduce.py woof-128-5 --plan               says how many runs each comparison needs
     python scripts/reproduce.py woof-128-5 --until 0.5          goes on until each difference is known to half a point
-    python scripts/reproduce.py woof-128-5 --jobs 2             two runs side by side, on a CPU with one thread each
-    python scripts/reproduce.py woof-128-5 --ray [ADDRESS]      as many runs at once as Ray has room for, here or on the cluster at ADDRESS
+    python scripts/reproduce.py woof-128-5 --jobs 2             trains two runs at once, on a CPU with one thread each
+    python scripts/reproduce.py woof-128-5 --ray [ADDRESS]      trains as many runs at once as Ray has room for, here or
+                                                                on the cluster at ADDRESS
 
-One process for all runs, N with --jobs, or with Ray one a run; a run of either is the run of a fresh process. A failed or diverged run is
-recorded and the loop goes on; after failed ones it ends with exit code 1. Ctrl-C and SIGTERM end it with what is recorded so far; called
-again, it goes on.
+There is one process for all runs, N with --jobs, and one a run with Ray; each run is that of a fresh process. A failed
+or diverged run is recorded, and the loop goes on; after failed ones it ends with exit code 1. Ctrl-C and SIGTERM end it
+with what is recorded so far; called again, it goes on.
 """
 import argparse
 import sys
 from dataclasses import replace
 from pathlib import Path
+from textwrap import wrap
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -30,55 +33,76 @@ from training import loop
 
 
 def parse(argv):
-    "(the flags of this command, the experiment with the overrides of its arms)."
+    "Returns (the flags of this command, the experiment with its overrides); raises UsageError on a mistake."
     ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ap.add_argument('name', nargs='?', help='an experiment, see --list')
     ap.add_argument('--list', action='store_true', help='every experiment with what is published and what is recorded')
     ap.add_argument('--runs', type=int, metavar='N', help='runs of each arm (default: as published)')
     ap.add_argument('--arms', metavar='A,B', help='these arms only, the first one the base')
-    ap.add_argument('--plan', action='store_true', help="print how many runs each gap needs; don't train")
+    ap.add_argument('--plan', action='store_true', help="print how many runs each comparison needs; don't train")
     loop.add_flags(ap)
     args, unknown = ap.parse_known_args(argv)
     if unknown: raise UsageError(f'unknown argument {unknown[0]}, or one that the experiment sets; see --help')
     loop.check_flags(args)
-    if args.list: return args, None
+    return args, None if args.list else chosen(args)
+
+
+def chosen(args):
+    "Returns the experiment that the flags name, with their arms, runs and overrides; raises UsageError on a mistake."
+    if not args.name: raise UsageError('name one, see --list')
     if args.name not in EXPERIMENTS:
-        raise UsageError(f'no experiment {args.name}{nearest(args.name, EXPERIMENTS)}; see --list' if args.name else 'name one, see --list')
+        raise UsageError(f'no experiment {args.name}{nearest(args.name, EXPERIMENTS)}; see --list')
     exp = EXPERIMENTS[args.name]
-    chosen = args.arms.split(',') if args.arms else list(exp.arms)
-    for arm in chosen:
-        if arm not in exp.arms: raise UsageError(f'--arms {arm}: no such arm; there are {", ".join(exp.arms)}')
+    names = args.arms.split(',') if args.arms else list(exp.arms)
+    for name in names:
+        if name not in exp.arms: raise UsageError(f'--arms {name}: no such arm; there are {", ".join(exp.arms)}')
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
-    given = loop.overrides(args)
-    arms = {arm: replace(exp.arms[arm], **given) for arm in chosen}
-    if len(set(arms.values())) < len(chosen): raise UsageError('these flags and --arms leave two arms the same: nothing to compare')
+    overrides = loop.overrides(args)
+    arms = {name: replace(exp.arms[name], **overrides) for name in names}
+    if len(set(arms.values())) < len(names):
+        raise UsageError('these flags and --arms leave two arms the same: nothing to compare')
     if args.until is not None and len(arms) < 2: raise UsageError('--until: needs two arms')
     exp = replace(exp, runs=args.runs or exp.runs, arms=arms)
-    replace(arms[chosen[0]], seed=args.seed0 + max(map(exp.wanted, exp.arms)) - 1)  # the last seed is checked now
-    return args, exp
+    most = max(exp.wanted(name) for name in names)
+    replace(arms[names[0]], seed=args.seed0 + most - 1)  # the last seed is checked now
+    return exp
 
 
 def listing(results):
-    "Prints every experiment and the table of its comparisons."
+    "Prints every experiment: its claim, its command, what all its runs cost, and the table of its comparisons."
     runs = runlog.load(results / 'runs.csv')
     gaps, recipes = compare.gaps(EXPERIMENTS, runs, load_published(), results), compare.by_recipe(runs)
     for name, exp in EXPERIMENTS.items():
-        rows = [row for row in gaps if row['experiment'] == name]
-        counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in compare.done(exp, runs, recipes).items())
-        print(f'{name:24}{exp.claim}; runs done / wanted: {counts}')
-        print(tables.text(rows, indent=4))
+        done = compare.done(exp, runs, recipes)
+        counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in done.items())
+        print_wrapped(f'{name}  {exp.claim}')
+        print_wrapped(exp.command, indent=4)
+        print_wrapped(f'all runs: about {exp.hours:g} hours on one RTX 2080 Ti of 2019', indent=4)
+        print_wrapped(f'runs done / wanted: {counts}', indent=4)
+        print(tables.text([row for row in gaps if row['experiment'] == name], indent=4), end='\n\n')
+
+
+def print_wrapped(text, indent=0):
+    "Prints a text in lines of the width of the tables."
+    margin = ' ' * indent
+    for line in wrap(text, tables.WIDTH, initial_indent=margin, subsequent_indent=margin + '  '): print(line)
 
 
 def work(argv):
+    "Does what the command line asks for; returns the exit code, or None."
     args, exp = parse(argv)
     if args.list: return listing(args.results)
     published = load_published()
-    def so_far(): return compare.gaps({args.name: exp}, runlog.load(args.results / 'runs.csv'), published, args.results)
+
+    def so_far():
+        "Returns the comparisons of the experiment as recorded so far."
+        return compare.gaps({args.name: exp}, runlog.load(args.results / 'runs.csv'), published, args.results)
     if args.plan: return print(tables.plan(so_far()))
     runs = loop.Loop(exp, args, 'reproduce.py')
     todo = runs.todo(exp, args.seed0)
     if args.dry_run:
-        for arm, cfg in todo: print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
+        for arm, cfg in todo:
+            print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
         return print(f'{len(todo)} runs to do, {len(planned_runs(exp)) - len(todo)} recorded')
     runlog.check(args.results)
     stop_on_signals()

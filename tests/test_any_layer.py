@@ -295,9 +295,12 @@ def test_a_checkpoint_older_than_a_knob_ran_with_what_was_before_it(tree, tmp_pa
     old = {key: value for key, value in asdict(cfg).items() if not key.startswith('attention_')}
     (tmp_path / 'checkpoints').mkdir()
     (tmp_path / 'checkpoints' / 'a.pt').touch()
-    monkeypatch.setattr(checkpoint, 'load', lambda *args, **kwargs: state | dict(config=old))
-    assert checkpoint.find(cfg, 'd', tmp_path)
-    assert not checkpoint.find(replace(cfg, attention='simple'), 'd', tmp_path)
+    for read in ('load', 'peek'): monkeypatch.setattr(checkpoint, read, lambda *args: state | dict(config=old))
+    runs = runlog.load(tmp_path / 'runs.csv')
+    assert checkpoint.find(replace(cfg, attention='simple'), 'd', runs, tmp_path) is None
+    found = checkpoint.find(cfg, 'd', runs, tmp_path)
+    found.held.release()
+    assert found.state['run_id'] == 'a'
 
 
 def test_reports_tell_two_sources_apart(file, tmp_path):

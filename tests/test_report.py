@@ -550,8 +550,9 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, published):
         files.append({f.relative_to(tmp_path): f.read_bytes()
                       for d in ('tables', 'figures') for f in sorted((tmp_path / d).iterdir())})
     assert files[0] == files[1]
-    assert {f.name for f in files[0]} == {'gaps.csv', 'gaps.md', 'set_right.csv', 'set_right.md', 'forest.png',
-                                          'forest.svg', 'woof-128-5.png', 'woof-128-5.svg'}
+    written = {f'{name}.{kind}' for name in ('gaps', 'set_right', 'source_against_fork') for kind in ('csv', 'md')}
+    drawn = {f'{name}.{kind}' for name in ('forest', 'woof-128-5') for kind in ('png', 'svg')}
+    assert {f.name for f in files[0]} == written | drawn
     back = pd.read_csv(tmp_path / 'tables' / 'gaps.csv')
     differences = [row['difference']['difference'] for row in rows]
     assert back.difference.tolist() == pytest.approx(differences, rel=1e-5, nan_ok=True)

@@ -149,22 +149,27 @@ def test_ctrl_c_leaves_what_is_done(tree, spawn, tmp_path):
     while not process.stdout.readline().startswith('epoch 2'): assert process.poll() is None
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
-    assert 'none → simple: no runs' in out
+    assert 'none → simple' in out and 'no runs' in out
     assert process.returncode == 130 and rows(tmp_path).status.tolist() == ['interrupted'] and 'Traceback' not in err
 
 
 def test_list_and_plan(tmp_path, capsys):
     assert not reproduce.main(['--list', '--results', str(tmp_path)])
     out = capsys.readouterr().out
-    for name, exp in EXPERIMENTS.items(): assert f'\n{name} ' in '\n' + out and exp.claim in out
+    words = ' '.join(out.split())
+    for name, exp in EXPERIMENTS.items():
+        assert f'\n{name} ' in '\n' + out
+        for text in (exp.claim, exp.command, f'all runs: about {exp.hours:g} hours on one RTX 2080 Ti'): assert text in words
+    assert max(map(len, out.splitlines())) <= 100
     assert 'runs done / wanted: none 0/10, simple 0/10, sagan 0/6, simple_sym 0/6\n' in out
-    assert 'none → simple: no runs; published +5.7 [3.6, 7.8]: 61.9 ± 2.6 (10) → 67.6 ± 1.8 (10); ours' in out
+    assert '61.9 → 67.6 (10, 10), +5.7 [3.6, 7.8]' in out and 'assumed recipe' in words
+    assert '90.2 → 91.0 (?, 1), no baseline: other script' in words
     assert not reproduce.main(['digits', '--arms', 'none', '--plan', '--results', str(tmp_path)])
     assert not reproduce.main(['woof-128-100-r18', '--plan', '--results', str(tmp_path)])
     sd = ((0.00817**2 + 0.0074**2) / 2)**0.5
     n = math.ceil(TTestIndPower().solve_power((0.8634 - 0.8576) / sd, power=0.8, alpha=0.05))
-    needed = f'published +0.6 needs {n} runs an arm, unpaired, at sd 0.8 (published), 80 % power; have 0 and 0'
-    assert needed in capsys.readouterr().out
+    plan = f'published +0.6 needs {n} runs an arm; unpaired, at sd 0.8 (published), 80 % power; have 0 and 0'
+    assert plan in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('argv, words', [

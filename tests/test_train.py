@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,9 +22,9 @@ import train_imagenette
 import training.machine
 import training.run
 from command import UsageError
-from experiments import Config, fields, flag, literal, resolve
+from experiments import EXPERIMENTS, Config, fields, flag, literal, resolve
 from layers import ATTENTION
-from training.learner import Compile, Graphs, SmoothLoss
+from training.learner import Compile, Graphs, SmoothLoss, get_opt_func
 from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
@@ -77,6 +78,44 @@ def test_the_sources_own_command_line():
      dict(sa_at='1,2.0', pool='max', opt='ranger', schedule='flat_cos')),
 ])
 def test_flags(argv, expected): assert config(*argv.split()) == Config(**expected)
+
+
+def test_a_command_line_of_the_replication():
+    "As in its notebook, with the network of its script and the images that it took."
+    line = ('--run 5 --woof 1 --size 128 --bs 64 --mixup 0 --sa 1 --epoch 5 --lr 4e-3 --gpu 0 --opt ranger --mom .95 '
+            '--sched_type flat_and_anneal --ann_start 0.72')
+    cfg, args = train_imagenette.parse([*line.split(), '--arch', 'mxresnet50', '--source', 'full'])
+    assert resolve(cfg) == EXPERIMENTS['woof-128-5-ranger'].arms['simple'] and (args.runs, args.gpu) == (5, 0)
+    assert config(*line.split()) == replace(cfg, act='relu', source='auto')
+
+
+BOTH = 'in 2019 the default was --lr 0.001 --bs 256; here it is --lr 0.003 --bs 64'
+
+
+@pytest.mark.parametrize('argv, note', [
+    ('--woof 1 --sa 1', BOTH), ('--woof=1', BOTH), ('--sa 0', BOTH), ('--epoch 5', BOTH), ('--run 2', BOTH),
+    ('--sched_type one_cycle --bs 64', 'the default was --lr 0.001; here it is --lr 0.003,'),
+    ('--woof 1 --lr=1e-3', 'the default was --bs 256; here it is --bs 64,'),
+    ('--sa 1 --sym 1 --lr 3e-3 --bs 64', '--sym 1 makes W symmetric; in 2019 it had no effect'),
+    ('--sa --sym', '--sym 1 makes W symmetric'), ('--sym 1 --lr 3e-3 --bs 64', '--sym does nothing without --sa'),
+])
+def test_a_reader_of_2019_is_told_what_differs(argv, note, capsys):
+    config(*argv.split())
+    out, err = capsys.readouterr()
+    assert note in err and err.count('\n') == 1 and err.startswith('train_imagenette.py: ') and not out
+
+
+@pytest.mark.parametrize('argv', ['', '--woof --sa --epochs 5', '--woof 1 --sa 1 --bs 64 --lr 3e-3', '--sa simple_sym --runs 2',
+                                  '--meta 1 --woof --resume 1', '--schedule flat_cos --fused 0'])
+def test_nobody_else_is_told(argv, capsys):
+    config(*argv.split())
+    assert capsys.readouterr() == ('', '')
+
+
+def test_the_help_says_what_differs_from_2019(capsys):
+    with pytest.raises(SystemExit): train_imagenette.parse(['--help'])
+    text = capsys.readouterr().out
+    for words in ('1e-3 and 256', '--sym 1 makes W symmetric', 'the step was skipped', '--source full'): assert words in text
 
 
 def test_the_dataset_of_a_folder(tree):
@@ -365,6 +404,13 @@ def test_one_step_is_decoupled_adam(tree, fused):
                       lr=cfg.lr, betas=(cfg.mom, cfg.sqrmom), eps=cfg.eps).step()
     for (name, p), q in zip(learn.model.named_parameters(), model.parameters()):
         assert torch.allclose(p, q, atol=1e-5), name
+
+
+def test_the_epsilon_of_rms_is_passed_on():
+    p = torch.nn.Parameter(torch.tensor([1.]))
+    p.grad = torch.tensor([0.1])
+    get_opt_func(Config(opt='rms', mom=0, eps=0.5))([p], lr=0.2).step()
+    assert p.item() == pytest.approx(1 - 0.2 * 0.1 / ((0.01 * 0.1**2)**0.5 + 0.5))  # the squares' average starts at 0
 
 
 @pytest.mark.slow(4)

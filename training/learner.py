@@ -37,10 +37,17 @@ def get_opt_func(cfg):
         return partial(OptimWrapper, opt=adamw)
     return {
         'adam': partial(Adam, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
-        'rms': partial(RMSProp, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
+        'rms': partial(rms_prop, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
         'sgd': partial(SGD, mom=cfg.mom),
         'ranger': partial(ranger, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
     }[cfg.opt]
+
+
+def rms_prop(params, lr, eps, **kwargs):
+    "Returns fastai's RMSProp with this `eps`: fastai 2.8.12 takes one, and goes on with 1e-8."
+    optimizer = RMSProp(params, lr, **kwargs)
+    optimizer.set_hyper('eps', eps)
+    return optimizer
 
 
 def is_fused(cfg): return cfg.opt == 'adam' and cfg.fused
