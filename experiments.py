@@ -316,7 +316,7 @@ EXPERIMENTS = {
             'none', 'simple', 'sagan', 'simple_sym'),
         runs=12,
         expect={'none': (62.3, 12), 'simple': (65.2, 12), 'sagan': (64.0, 12)},
-        hours=1.8,
+        hours=1.7,
         tables=('main', 'three-way'),
         contrasts=(('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')),
     ),

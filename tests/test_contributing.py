@@ -1,4 +1,4 @@
-"""A new layer, a new flag and a new experiment are one change each: they are made in a copy of the repository and run."""
+"""A new layer, flag or experiment is one change: each is made in a copy of the repository, which then runs."""
 import csv
 import os
 import shutil

@@ -40,7 +40,8 @@ def test_the_first_gpu_or_the_cpu(gpus):
 
 def test_a_gpu_that_the_driver_cannot_serve_is_one_line(gpus, monkeypatch, command):
     def too_old():
-        raise RuntimeError('The NVIDIA driver on your system is too old (found version 12040). Please update\nyour GPU driver')
+        raise RuntimeError('The NVIDIA driver on your system is too old (found version 12040). '
+                           'Please update\nyour GPU driver')
     gpus(1)
     monkeypatch.setattr(torch.cuda, 'init', too_old)
     monkeypatch.setattr(torch.version, 'cuda', '13.0')

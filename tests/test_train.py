@@ -105,7 +105,8 @@ def test_a_reader_of_2019_is_told_what_differs(argv, note, capsys):
     assert note in err and err.count('\n') == 1 and err.startswith('train_imagenette.py: ') and not out
 
 
-@pytest.mark.parametrize('argv', ['', '--woof --sa --epochs 5', '--woof 1 --sa 1 --bs 64 --lr 3e-3', '--sa simple_sym --runs 2',
+@pytest.mark.parametrize('argv', ['', '--woof --sa --epochs 5', '--woof 1 --sa 1 --bs 64 --lr 3e-3',
+                                  '--sa simple_sym --runs 2',
                                   '--meta 1 --woof --resume 1', '--schedule flat_cos --fused 0'])
 def test_nobody_else_is_told(argv, capsys):
     config(*argv.split())
@@ -115,7 +116,8 @@ def test_nobody_else_is_told(argv, capsys):
 def test_the_help_says_what_differs_from_2019(capsys):
     with pytest.raises(SystemExit): train_imagenette.parse(['--help'])
     text = capsys.readouterr().out
-    for words in ('1e-3 and 256', '--sym 1 makes W symmetric', 'the step was skipped', '--source full'): assert words in text
+    said = '1e-3 and 256', '--sym 1 makes W symmetric', 'the step was skipped', '--source full'
+    for words in said: assert words in text
 
 
 def test_the_dataset_of_a_folder(tree):

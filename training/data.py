@@ -129,7 +129,7 @@ def find_set(cfg):
 
 
 def home(folder):
-    "Returns a folder of fastai's home, which its config.ini names; raises UsageError that says what to do if there is none."
+    "Returns a folder of fastai's home, which its config.ini names; raises UsageError if there is none."
     where = Path(os.path.expanduser(os.environ.get('FASTAI_HOME', '~/.fastai')))
     try:
         path = fastai_path(folder)
