@@ -344,7 +344,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=80), 'none', 'simple'),
         runs=10,
         expect={'none': (89.9, 10), 'simple': (90.3, 10)},
-        hours=44,
+        hours=45,
         tables=('main',),
     ),
     'woof-256-400': Experiment(
@@ -362,7 +362,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=128, epochs=5), 'none', 'simple'),
         runs=10,
         expect={'none': (85.5, 10), 'simple': (86.3, 10)},
-        hours=0.71,
+        hours=0.73,
         tables=('main',),
     ),
     'nette-256-5': Experiment(
@@ -380,7 +380,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=20), 'none', 'simple'),
         runs=6,
         expect={'none': (93.6, 6), 'simple': (94.4, 6)},
-        hours=6.8,
+        hours=6.9,
         tables=('main',),
     ),
 
@@ -474,7 +474,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagewoof', split='v1', size=128, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (66.04, 30), 'simple@1,2,3,4': (67.47, 30)},
-        hours=2.3,
+        hours=2.4,
         tables=('fork',),
     ),
     'woof-256-5-stages': Experiment(
@@ -483,7 +483,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (67.47, 30), 'simple@1,2,3,4': (69.29, 30)},
-        hours=9.5,
+        hours=9.6,
         tables=('fork',),
     ),
     'woof-256-20-stages': Experiment(
@@ -492,7 +492,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=20), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (85.26, 30), 'simple@1,2,3,4': (86.13, 30)},
-        hours=38,
+        hours=39,
         tables=('fork',),
     ),
     'woof-256-80-stages': Experiment(
@@ -519,7 +519,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=128, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (85.98, 30), 'simple@1,2,3,4': (87.23, 30)},
-        hours=2.4,
+        hours=2.5,
         tables=('fork',),
     ),
     'nette-256-5-stages': Experiment(
@@ -528,7 +528,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (87.91, 30), 'simple@1,2,3,4': (88.41, 30)},
-        hours=9.8,
+        hours=10,
         tables=('fork',),
     ),
     'nette-256-20-stages': Experiment(
@@ -537,7 +537,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=20), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (94.35, 30), 'simple@1,2,3,4': (94.37, 30)},
-        hours=39,
+        hours=40,
         tables=('fork',),
     ),
 
@@ -598,7 +598,7 @@ EXPERIMENTS = {
             'none', 'simple', 'simple@1.0', 'simple@2.0', 'simple@2', 'simple@3.0', 'simple@3', 'simple@4.0',
             'simple@4'),
         runs=10,
-        hours=0.31,
+        hours=0.32,
         contrasts=(('simple@1.0', 'simple'), ('simple@2.0', 'simple'), ('simple@2', 'simple'), ('simple@3.0', 'simple'),
                    ('simple@3', 'simple'), ('simple@4.0', 'simple'), ('simple@4', 'simple')),
     ),
