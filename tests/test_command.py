@@ -56,7 +56,7 @@ def test_a_command_that_fails_puts_back_what_it_sets(before):
 
 def test_a_handler_that_is_set_once_in_a_process_stays(before):
     def as_torch_does(number, frame): pass
-    assert not exit_code('command', lambda: signal.signal(signal.SIGCHLD, as_torch_does))
+    exit_code('command', lambda: signal.signal(signal.SIGCHLD, as_torch_does))
     assert signal.getsignal(signal.SIGCHLD) is as_torch_does
 
 
