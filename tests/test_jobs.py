@@ -59,7 +59,7 @@ def test_the_rows_are_those_of_the_plain_loop(start, tmp_path):
     assert process.returncode == 0 and set(there.status) == {'ok'} and '4/4 ' in out, err
     assert here[SAME].equals(there[SAME]) and there.run_id.is_unique
     assert list((tmp_path / 'jobs' / 'checkpoints').iterdir()) == []
-    assert re.search(r'^simple seed 1: epoch 2  ', out, re.M) and 'none → simple:' in out
+    assert re.search(r'^simple seed 1: epoch 2  ', out, re.M) and 'none → simple' in out
     assert '0 runs to do, 4 recorded' in start('jobs', '--epochs', 3, '--dry-run').communicate()[0]
 
 
