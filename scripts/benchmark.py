@@ -30,7 +30,7 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import training  # noqa: F401  (first: it silences a warning that torch gives as fastai is imported)
+import training  # noqa: F401, I001  (first: it silences a warning that torch gives as fastai is imported)
 # Read at torch's import: its profiler writes lines for each use.
 os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}
 

@@ -12,7 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-import training  # noqa: F401  (first: it silences a warning that torch gives as fastai is imported)
+import training  # noqa: F401, I001  (first: it silences a warning that torch gives as fastai is imported)
 
 import pandas as pd
 import torch
