@@ -10,7 +10,9 @@ Every layer here
 - is the identity at initialisation: it adds `gamma` times what it attends to, and `gamma` starts at 0
   (`SqueezeExcitation`, a gate, is the exception);
 - keeps the shape, dtype and memory format of its input, and raises ValueError on any other shape;
-- runs under autocast: its products are in autocast's dtype, scaled so that float16 can hold them.
+- runs under autocast: its products are in autocast's dtype, scaled so that float16 can hold them. On a GPU that
+  needs torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False: else cuBLAS may add up parts of
+  a long sum in float16 before it scales them.
 """
 import re
 from functools import partial

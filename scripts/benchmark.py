@@ -64,7 +64,7 @@ from training.data import ImageLoader
 from training.learner import get_learner, keep_memory
 from training.machine import device_name, get_device, settle
 from training.run import get_model, prepare
-from training.timing import PEERS, alternate, peak_mb
+from training.timing import PEERS, alternate, peak_mb, take_turns
 
 LAYERS = [  # name, shape, shape of --quick
     ('simple', (16, 256, 32, 32), (4, 256, 32, 32)),
@@ -156,6 +156,10 @@ def contenders(C, N):
 def cost(args, device):
     """Forward + backward of the `contenders` as in `layer`, about 4,096 positions a call (1,024 with --quick).
 
+    ms, ms_low, ms_high: the median and the quartiles of `rounds` calls, all layers in turn in each round. faster: the
+    median of fastai's time over ours in the same round, faster_low and faster_high its quartiles; memory: ours over
+    fastai's; these where fastai has the layer.
+
     `positions` and fastai's sagan hold four N x N matrices an image: where they would pass SQUARES_MB the row has no
     time and no memory. On CUDA the positions and the bound are 8 times as many.
     """
@@ -173,8 +177,22 @@ def cost(args, device):
             squares_mb = 4 * B * N**2 * x.element_size() / 2**20 if squares else 0
             if squares_mb > scale * SQUARES_MB: yield row
             else: measured.append((row, partial(forward_backward, module.to(device), x, g)))
-        times = alternate([f for _, f in measured], device, 3 if args.quick else 5)
-        yield from (row | dict(ms=1e3 * t, peak_mb=peak_mb(f, device)) for (row, f), t in zip(measured, times))
+        rounds = 3 if args.quick else 9
+        names = [row['layer'] for row, _ in measured]
+        seconds = take_turns([f for _, f in measured], device, rounds)
+        mb = [peak_mb(f, device) for _, f in measured]
+        for i, (row, _) in enumerate(measured):
+            row |= spread('ms', 1e3 * seconds[i]) | dict(rounds=rounds, peak_mb=mb[i])
+            if f'fastai {names[i]}' in names:
+                peer = names.index(f'fastai {names[i]}')
+                row |= spread('faster', seconds[peer] / seconds[i]) | dict(memory=mb[i] / mb[peer])
+            yield row
+
+
+def spread(name, values):
+    "{name, name_low, name_high}: the median and the quartiles."
+    low, median, high = np.percentile(values, [25, 50, 75])
+    return {name: median, f'{name}_low': low, f'{name}_high': high}
 
 
 def equality(C=256, side=32):

@@ -63,6 +63,12 @@ def test_cost_has_every_layer_in_every_order_at_every_shape(monkeypatch, tmp_pat
             assert counts == multiply_adds(C, N, out_conv=out_conv)
     assert (table.B * table.N == 1024).all() and (table.ms > 0).all() and (table.peak_mb > 0).all()
     assert (table.multiply_adds > 0).all() and table.device.nunique() == 1
+    assert (table.ms_low <= table.ms).all() and (table.ms <= table.ms_high).all() and set(table.rounds) == {3}
+    compared = table[table.faster.notna()]
+    assert set(compared.layer) == set(benchmark.PEERS) and (compared.faster_low <= compared.faster).all()
+    for r in compared.itertuples():
+        peer = table[(table.layer == f'fastai {r.layer}') & (table.C == r.C) & (table.N == r.N)].iloc[0]
+        assert r.memory == pytest.approx(r.peak_mb / peer.peak_mb, rel=0.01)
 
 
 def test_cost_skips_what_is_too_large_and_says_so(monkeypatch, tmp_path, capsys):

@@ -18,6 +18,7 @@ import layers
 from layers import ATTENTION, SelfAttention, SimpleSelfAttention, SpectralWeight, multiply_adds
 
 VARIANTS = [name for name in ATTENTION if name != 'none']
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
 GATES = ['se']  # no gamma, not the identity at the start
 FORMATS = [torch.contiguous_format, torch.channels_last]
 
@@ -609,7 +610,7 @@ def test_wrong_options(kwargs, word):
     with pytest.raises(ValueError, match=word): SimpleSelfAttention(16, **kwargs)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@needs_cuda
 @pytest.mark.parametrize('name', VARIANTS)
 def test_cuda_autocast_is_close_to_the_cpu_and_keeps_no_matrix_of_positions(name):
     layer = trained(name, 64)
@@ -622,3 +623,42 @@ def test_cuda_autocast_is_close_to_the_cpu_and_keeps_no_matrix_of_positions(name
     y.sum().backward()
     assert error(y.cpu(), expected) < 0.01 and y.stride() == x.stride()
     assert torch.cuda.max_memory_allocated() - before < 2 * 4 * 4096**2
+
+
+@pytest.fixture
+def long_sums(monkeypatch):
+    "As training sets it, see layers.py."
+    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_fp16_reduced_precision_reduction', False)
+
+
+@needs_cuda
+@pytest.mark.parametrize('name', REFERENCES)
+@pytest.mark.parametrize('n_channels', [256, 512])  # 512: two heads of sagan; on Hopper cuDNN's kernel is asked first
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('autocast', [None, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('side', [8, 24])  # N < C, N > C
+def test_cuda_gradients_are_those_of_the_reference(name, n_channels, memory_format, autocast, side, long_sums):
+    layer = trained(name, n_channels).cuda()
+    x = torch.randn(2, n_channels, side, side, device='cuda').to(memory_format=memory_format)
+    double = copy.deepcopy(layer).double()
+    expected = grads(double, x.double(), reference(double, name))
+
+    def forward(x):
+        with torch.autocast('cuda', autocast or torch.float16, enabled=autocast is not None): return layer(x)
+    bound = {None: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.2 if name == 'channel' else 0.1}[autocast]
+    assert max(map(error, grads(layer, x, forward), expected)) < bound
+
+
+@needs_cuda
+@pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('correlated', [False, True])
+@pytest.mark.parametrize('side', [4, 64])  # N < C; a sum of 4,096 terms
+def test_cuda_finite_in_float16_up_to_a_root_mean_square_of_255(name, correlated, side, long_sums):
+    layer = ATTENTION[name](64).cuda()
+    if name not in GATES: layer.gamma.data.fill_(0.1)
+    x = torch.randn(1, 1 if correlated else 64, side, side, device='cuda').expand(1, 64, side, side)
+    for dim in 5 * [(2, 3), 1]: x = 254 * x / x.square().mean(dim, keepdim=True).sqrt()
+    x = x.half().requires_grad_()
+    with torch.autocast('cuda', torch.float16): y = layer(x)
+    (y.float().mean() / 100).backward()
+    assert y.isfinite().all() and x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())

@@ -90,6 +90,12 @@ def test_float32_is_float32_on_a_gpu_too():
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
 
 
+def test_long_sums_of_float16_are_held_in_float32():
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = True  # torch's default
+    machine.prepare_device(Config(), CPU)
+    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction
+
+
 @pytest.mark.parametrize('kind', ['none', 'without headers'])
 def test_compile_without_a_compiler_is_one_line(kind, tree, command, tmp_path, monkeypatch):
     compiler = tmp_path / 'g++'

@@ -82,6 +82,7 @@ def prepare_device(cfg, device):
     "Sets what torch keeps for the whole process; raises UsageError where torch.compile is asked for and does not work."
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # So --precision fp32 is float32.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # layers.py tells why.
     if cfg.compile: check_compiler(device.type)
 
 

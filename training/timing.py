@@ -19,7 +19,12 @@ PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.Sel
 
 
 def alternate(functions, device, rounds):
-    "Returns the median seconds of each function, called in turn `rounds` times after one call to warm up."
+    "Returns the median seconds of each function, called as `take_turns` does."
+    return [float(np.median(seconds)) for seconds in take_turns(functions, device, rounds)]
+
+
+def take_turns(functions, device, rounds):
+    "Returns the seconds (functions, rounds) of the functions, called in turn `rounds` times after one call to warm up."
     seconds = [[] for _ in functions]
     for n in range(rounds + 1):
         for times, f in zip(seconds, functions):
@@ -27,7 +32,7 @@ def alternate(functions, device, rounds):
             f()
             if device.type == 'cuda': torch.cuda.synchronize(device)
             if n: times.append(time.perf_counter() - start)
-    return [float(np.median(times)) for times in seconds]
+    return np.array(seconds)
 
 
 def peak_mb(f, device):
