@@ -96,7 +96,9 @@ def make_plan(args, runs, arms, arm):
 def measure(arms, arm, device, threads):
     "Returns {arm: what its layer costs}, that of fastai's own layer among them where there is one."
     from training import layer, timing
-    arms = arms | ({f"fastai's {arm}": arms[arm]} if arm in timing.PEERS else {})
+    if arm in timing.PEERS:
+        peer = f'fastai.layers:{timing.PEERS[arm].__name__}'
+        arms = arms | {f"fastai's {arm}": replace(arms[arm], attention=peer)}
     print(f'measuring a training step of {", ".join(arms)} ...', flush=True)
     steps, costs = timing.measure_steps(arms, device, threads), {}
     for name, cfg in arms.items():
@@ -116,6 +118,8 @@ def the_plan(args, runs, arms, arm):
     if before is None: return make_plan(args, runs, arms, arm)
     arms = settled(runs, arms)
     trial.check_same(before, arms[arm].attention, arms, args.results)
+    if args.seed0 not in (0, before['seed0']):
+        raise UsageError(f'--seed0 {args.seed0}: the plan begins with seed {before["seed0"]}; give another --name')
     plan = deepcopy(before) | dict(runs=args.runs or before['runs'], until=args.until or before['until'])
     for name, planned in plan['arms'].items():  # where files are, and how fast it goes, may be another today
         plan['arms'][name] = asdict(arms[name.partition(trial.EQUAL_TIME)[0]]) | dict(epochs=planned['epochs'])

@@ -93,6 +93,9 @@ def test_a_trial_from_plan_to_page_and_on(call, file, tmp_path):
     moved.write_text(LAYER + '# edited')
     code, out, err = call(layer=f'{moved}:Gate')
     assert code == 2 and 'has another plan (attention_source ' in err
+    moved.write_text(LAYER)
+    code, out, err = call('--seed0', 3, layer=f'{moved}:Gate')
+    assert code == 2 and '--seed0 3: the plan begins with seed 0; give another --name' in err
     code, out, err = call(layer='simple')
     assert code == 2 and 'is a trial of my_layers.py:Gate; give this one another --name' in err
     assert len(rows(tmp_path)) == 9
@@ -185,7 +188,7 @@ def test_defaults(file):
 
 def test_steps_are_measured_in_turn():
     cfg = Config(dataset='digits', size=32, arch='xresnet18', bs=4, precision='fp32', attention='simple')
-    arms = {'simple': cfg, "fastai's simple": cfg}
+    arms = {'simple': cfg, "fastai's simple": trial.replace(cfg, attention='fastai.layers:SimpleSelfAttention')}
     costs = timing.measure_steps(arms, torch.device('cpu'), threads=1, rounds=1)
     assert set(costs) == set(arms)
     assert all(0 < cost['step_ms'] < 60_000 and cost['peak_mb'] > 1 for cost in costs.values())

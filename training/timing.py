@@ -13,7 +13,6 @@ from fastai.losses import LabelSmoothingCrossEntropy
 from training.layer import DTYPES, ready
 from training.learner import decay_groups, get_opt_func, keep_memory
 from training.run import get_model
-from xresnet import xresnet
 
 PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}  # fastai's own layers
 
@@ -48,14 +47,13 @@ def peak_mb(f, device):
     return float(np.cumsum([e.nbytes() for e in events]).max()) / 2**20
 
 
-def training_step(cfg, device, peer=None, n_classes=10):
+def training_step(cfg, device, n_classes=10):
     """Returns a function of one training step of a settled `cfg` on one batch of random numbers, which gives its loss.
 
-    A step is forward, loss, backward and optimizer; nothing is loaded. `peer` is a layer in place of that of `cfg`.
+    A step is forward, loss, backward and optimizer; nothing is loaded.
     """
-    if peer: model = xresnet(cfg.arch, n_classes, peer, cfg.places, cfg.stem, cfg.act, cfg.pool)
-    else: model = get_model(cfg, n_classes)
-    model, x = ready(cfg.channels_last, device, model.train(), torch.randn(cfg.bs, 3, cfg.size, cfg.size))
+    x = torch.randn(cfg.bs, 3, cfg.size, cfg.size)
+    model, x = ready(cfg.channels_last, device, get_model(cfg, n_classes).train(), x)
     y = torch.randint(n_classes, (cfg.bs,), device=device)
     loss_func, opt = LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg)(decay_groups(model), lr=cfg.lr)
     autocast = torch.autocast(device.type, DTYPES.get(cfg.precision, torch.bfloat16), enabled=cfg.precision != 'fp32')
@@ -72,13 +70,12 @@ def training_step(cfg, device, peer=None, n_classes=10):
 def measure_steps(arms, device, threads=None, rounds=None):
     """Returns {arm: dict(step_ms, peak_mb)} of training steps of {arm: settled Config}, measured in turn.
 
-    An arm named "fastai's ..." has the layer of fastai in place of ours. `threads`: of a CPU, as many as a run has.
+    `threads`: of a CPU, as many as a run has.
     """
     rounds = rounds or (30 if device.type == 'cuda' else 9)
     with on_threads(threads if device.type == 'cpu' else None), torch.random.fork_rng(devices=[]):
         if device.type == 'cpu': keep_memory(bool(next(iter(arms.values())).keep_memory))
-        peers = {arm: PEERS[cfg.attention] if arm.startswith("fastai's ") else None for arm, cfg in arms.items()}
-        steps = {arm: training_step(cfg, device, peers[arm]) for arm, cfg in arms.items()}
+        steps = {arm: training_step(cfg, device) for arm, cfg in arms.items()}
         seconds = alternate(list(steps.values()), device, rounds)
         memory = [peak_mb(step, device) for step in steps.values()]
     return {arm: dict(step_ms=1e3 * s, peak_mb=mb) for arm, s, mb in zip(steps, seconds, memory)}
