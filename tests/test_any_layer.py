@@ -358,7 +358,7 @@ def test_several_processes_train_a_layer_from_a_file(file, tree, spawn, tmp_path
 
 
 @pytest.mark.parametrize('attention', ['fastai.layers:SimpleSelfAttention', 'timm.layers:EcaModule',
-                                       'timm.layers:CbamModule'])
+                                       'timm.layers.cbam:CbamModule'])
 def test_layers_of_other_packages(attention):
     pytest.importorskip(attention.partition('.')[0])
     cfg = with_layer(attention)

@@ -7,6 +7,7 @@ import pytest
 from conftest import REPO
 
 import runlog
+from training import jobs
 
 TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
 SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint',
@@ -42,6 +43,12 @@ def children(process):
     return found
 
 
+def is_running(pid):
+    "Returns whether a process runs; one that has ended stays as a zombie where nobody asks for its exit code."
+    try: return open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[0] not in 'ZX'
+    except OSError: return False
+
+
 def read_to_two_under_way(process):
     "Reads until two runs have a checkpoint."
     begun = set()
@@ -74,7 +81,7 @@ def test_the_end_of_the_command_ends_the_runs_with_their_rows_and_they_go_on(how
     if how == 'kill -9': process.kill()
     out, err = process.communicate(timeout=600)  # until the last process with this end of the pipe has ended
     assert process.returncode == {'ctrl-c': 130, 'sigterm': 143, 'kill -9': -9}[how] and 'Traceback' not in err, err
-    assert not any(os.path.exists(f'/proc/{pid}') for pid in workers)
+    assert not any(map(is_running, workers))
     left = rows(tmp_path / 'results')
     assert left.attention.tolist() == ['none', 'simple']
     assert set(left.status) == {'interrupted'} and left.epochs_done.min() >= 1
@@ -96,6 +103,15 @@ def test_a_process_that_dies_is_replaced(start, tmp_path):
     assert start('results', '--epochs', 15, '--jobs', 2).wait(600) == 0
     df = rows(tmp_path / 'results')
     assert len(df) == 4 and set(df.status) == {'ok'} and sorted(df.resumed) == [0, 0, 0, 1]
+
+
+@pytest.mark.slow(15)
+def test_the_processes_end_where_ctrl_c_is_ignored(spawn, tree, tmp_path):
+    argv = [*TINY, '--data', tree, '--results', tmp_path / 'results', '--epochs', 1, '--runs', 1, '--jobs', 2]
+    ignore = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as a script's background job is
+    process = spawn(REPO / 'scripts' / 'reproduce.py', *argv, **ignore)
+    out, err = process.communicate(timeout=jobs.PATIENCE)
+    assert process.returncode == 0 and '2/2 ' in out and 'did not end' not in err, err
 
 
 @pytest.mark.slow(15)

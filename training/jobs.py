@@ -122,6 +122,7 @@ def signals_held():
 def work(tasks, answers, results, device, checkpoint_every):
     "Trains the tasks as they come. When the other end of `tasks` is closed, the run under way ends as by Ctrl-C."
     if hasattr(os, 'setsid'): os.setsid()  # Ctrl-C in a terminal is for the first process alone
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `listen` needs it, also where it was ignored
     stop_on_signals()
     if hasattr(signal, 'pthread_sigmask'): signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     try:
