@@ -6,7 +6,7 @@ arms            {arm: the Config as a dict}, their order that of the runs
 contrasts       [[base, arm]]: what is compared, named before the first run
 seed0, runs     the runs of each arm have the seeds seed0 to seed0+runs-1
 until           points: the trial goes on until each difference is known to so many; None: it ends after `runs`
-costs           {arm: parameters and multiply_adds of its layers, step_ms, peak_mb}
+costs           {arm: parameters and multiply_adds of its layers, and what training.timing.measure_steps measured}
 recorded        {arm: runs that were recorded before the plan was saved}
 changes         [dict(saved, arms, runs, until, recorded)]: how the plan was before it was changed, and when
 """
@@ -135,17 +135,17 @@ def text(plan, runs, results):
     return '\n'.join(conclusion(row).replace('**', '') for row in gaps(plan, runs, results))
 
 
-HEAD = ['arm', 'parameters of the layer', 'multiply-adds an image', 'step (ms)', 'step / none',
+HEAD = ['arm', 'parameters of the layer', 'multiply-adds an image', 'step (ms)', 'step / none [quartiles]',
         'memory of a step (MiB)', 'accuracy (%): mean ± sd (runs)']
 
 
 def arms_table(plan, runs):
     "Returns the arms as a Markdown table: what a layer costs, and its accuracy."
-    arms, none = of_arms(plan, runs), plan['costs']['none']
+    arms = of_arms(plan, runs)
     lines = [HEAD, ['---'] + ['---:'] * 6]
     for arm, cost in plan['costs'].items():
         lines.append([arm, f'{cost["parameters"]:,}', f'{cost["multiply_adds"]:,}', f'{cost["step_ms"]:.1f}',
-                      f'{cost["step_ms"] / none["step_ms"]:.3f}', f'{cost["peak_mb"]:,.0f}',
+                      '{ratio:.2f} [{ratio_low:.2f}, {ratio_high:.2f}]'.format(**cost), f'{cost["peak_mb"]:,.0f}',
                       accuracy(arms[arm]) if arm in arms else 'not trained'])
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
@@ -169,7 +169,7 @@ def known(plan, runs):
 
 def equal_time_text(plan):
     "Returns what the arms of equal run time are, in Markdown, or how to get them."
-    steps = step_times(plan)
+    steps = step_ratios(plan)
     fastest = min(steps, key=steps.get)
     slower = [arm for arm in steps if EQUAL_TIME in arm]
     if not slower:
@@ -182,15 +182,16 @@ def equal_time_text(plan):
     return '\n'.join(lines)
 
 
-def step_times(plan):
-    "Returns {arm: milliseconds of a step} of the arms that train."
-    return {arm: cost['step_ms'] for arm, cost in plan['costs'].items() if arm in plan['arms']}
+def step_ratios(plan):
+    "Returns {arm: the time of a step over that of none} of the arms that train."
+    return {arm: cost['ratio'] for arm, cost in plan['costs'].items() if arm in plan['arms']}
 
 
 NOTES = """\
 Parameters and multiply-adds (of products and convolutions, in a forward pass) are those of all its layers together. A \
-step is forward, loss, backward and optimizer on one batch of random numbers, the arms in turn, the median of several; \
-its memory is the peak of the tensors that it allocates.
+step is forward, loss, backward and optimizer on one batch of random numbers. It is the median of several, the arms in \
+turn, and so is its ratio to none in the same turn; on a machine with other work, a few percent are noise. The memory \
+of a step is the peak of the tensors that it allocates.
 
 Intervals are of 95 %. How they are made and how a verdict is reached is written in \
 [results/README.md](../README.md#how-a-verdict-is-reached). P values are of {n_pairs} comparisons, in brackets after \
@@ -255,7 +256,7 @@ def add_equal_time(plan):
 
     Raises UsageError where no arm is slow enough to lose an epoch.
     """
-    steps, at_time = step_times(plan), {}
+    steps, at_time = step_ratios(plan), {}
     fastest = min(steps, key=steps.get)
     for arm in steps:
         epochs = Config(**plan['arms'][arm]).epochs

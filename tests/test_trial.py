@@ -37,6 +37,11 @@ def file(tmp_path):
     return file
 
 
+def step(ms, none=10.):
+    ratio = ms / none
+    return dict(step_ms=ms, ratio=ratio, ratio_low=0.9 * ratio, ratio_high=1.1 * ratio, peak_mb=3.)
+
+
 @pytest.fixture
 def call(file, tree, tmp_path, capfd, monkeypatch):
     """Runs trial.py on the layer and the tree: (exit code, stdout, stderr).
@@ -44,7 +49,7 @@ def call(file, tree, tmp_path, capfd, monkeypatch):
     A step of none takes 10 ms, of conv 12, of all others 20.
     """
     def steps(arms, device, threads=None):
-        return {arm: dict(step_ms={'none': 10., 'conv': 12.}.get(arm, 20.), peak_mb=3.) for arm in arms}
+        return {arm: step({'none': 10., 'conv': 12.}.get(arm, 20.)) for arm in arms}
     monkeypatch.setattr(timing, 'measure_steps', steps)
 
     def run(*argv, layer=f'{file}:Gate'):
@@ -71,7 +76,8 @@ def test_a_trial_from_plan_to_page_and_on(call, file, tmp_path):
     assert 'Stopping: 2 runs of each arm, seeds 0 to 1.' in out and df.attention_source[2] in out
     text = page(tmp_path)
     assert '- **Gate** against none: ' in text and '- **Gate** against conv: ' in text and '(2)' in text
-    assert '| conv | 4,097 | 262,144 | 12.0 | 1.200 | 3 |' in text and '| Gate | 64 | 0 | 20.0 | 2.000 | 3 |' in text
+    assert '| conv | 4,097 | 262,144 | 12.0 | 1.20 [1.08, 1.32] | 3 |' in text
+    assert '| Gate | 64 | 0 | 20.0 | 2.00 [1.80, 2.20] | 3 |' in text
     assert 'Not part of the plan: `--equal-time` adds it. The arm with the fastest step is none.' in text
     assert all((tmp_path / 'results' / 'trials' / f'gate.{end}').stat().st_size > 1000 for end in ('png', 'svg', 'md'))
 
@@ -125,7 +131,7 @@ def test_a_layer_of_ours_beside_fastais_and_what_was_recorded_before(call, tree,
     code, _, err = call('--runs', 1, layer='simple')
     assert code == 0 and len(rows(tmp_path)) == 3, err
     text = page(tmp_path)
-    assert "| fastai's simple | 4,097 | " in text and '| 20.0 | 2.000 | 3 | not trained |' in text
+    assert "| fastai's simple | 4,097 | " in text and '| 20.0 | 2.00 [1.80, 2.20] | 3 | not trained |' in text
     assert 'Recorded before the plan was saved, and counted: 1 of none.' in text
     assert 'too few runs to say' in text
 
@@ -192,6 +198,8 @@ def test_steps_are_measured_in_turn():
     costs = timing.measure_steps(arms, torch.device('cpu'), threads=1, rounds=1)
     assert set(costs) == set(arms)
     assert all(0 < cost['step_ms'] < 60_000 and cost['peak_mb'] > 1 for cost in costs.values())
+    theirs = costs["fastai's simple"]
+    assert costs['simple']['ratio'] == 1 and theirs['ratio_low'] <= theirs['ratio'] <= theirs['ratio_high']
 
 
 @pytest.mark.parametrize('fused', [0, 1])
@@ -207,7 +215,7 @@ def test_a_step_that_is_measured_trains(fused):
 def made_plan(**changes):
     base = dict(dataset='digits', split='v2', size=32, arch='xresnet18', precision='fp32', epochs=10)
     arms = {arm: asdict(Config(**base, attention=arm)) for arm in ('none', 'conv', 'simple')}
-    costs = {arm: dict(parameters=n, multiply_adds=n, step_ms=ms, peak_mb=1.) for arm, n, ms in
+    costs = {arm: dict(parameters=n, multiply_adds=n) | step(ms, 100.) for arm, n, ms in
              (('none', 0, 100.), ('conv', 4097, 103.), ('simple', 4097, 130.), ("fastai's simple", 4097, 150.))}
     return dict(name='made', layer='simple', source='', saved='2026-01-01T00:00:00Z', git_commit='abcdef012',
                 git_dirty=0, device='a CPU', precision='fp32', data_fingerprint='d', arms=arms, costs=costs,
@@ -266,8 +274,8 @@ def test_the_page_says_it_in_numbers_that_follow_from_the_rows(tmp_path):
     runs = made_runs(plan, tmp_path)
     text = report.page(plan, runs, tmp_path)
     mean = 100 * runs.accuracy[runs.attention == 'conv'].mean()
-    assert f'| conv | 4,097 | 4,097 | 103.0 | 1.030 | 1 | {mean:.2f}'.removesuffix('0') in text
-    assert "| fastai's simple | 4,097 | 4,097 | 150.0 | 1.500 | 1 | not trained |" in text
+    assert f'| conv | 4,097 | 4,097 | 103.0 | 1.03 [0.93, 1.13] | 3 | {mean:.2f}'.removesuffix('0') in text
+    assert "| fastai's simple | 4,097 | 4,097 | 150.0 | 1.50 [1.35, 1.65] | 3 | not trained |" in text
     assert 'Recorded before the plan was saved, and counted: 3 of none.' in text
     assert '12 rows of `runs.csv`' in text
     report.write(plan, runs, tmp_path)

@@ -68,17 +68,20 @@ def training_step(cfg, device, n_classes=10):
 
 
 def measure_steps(arms, device, threads=None, rounds=None):
-    """Returns {arm: dict(step_ms, peak_mb)} of training steps of {arm: settled Config}, measured in turn.
+    """Returns {arm: dict(step_ms, ratio, ratio_low, ratio_high, peak_mb)} of training steps of {arm: settled Config}.
 
-    `threads`: of a CPU, as many as a run has.
+    ratio    median over the rounds of the step's time over that of the first arm in the same round, with its quartiles
+    threads  of a CPU, as many as a run has
     """
-    rounds = rounds or (30 if device.type == 'cuda' else 9)
+    rounds = rounds or (30 if device.type == 'cuda' else 15)
     with on_threads(threads if device.type == 'cpu' else None), torch.random.fork_rng(devices=[]):
         if device.type == 'cpu': keep_memory(bool(next(iter(arms.values())).keep_memory))
         steps = {arm: training_step(cfg, device) for arm, cfg in arms.items()}
-        seconds = alternate(list(steps.values()), device, rounds)
+        seconds = take_turns(list(steps.values()), device, rounds)
         memory = [peak_mb(step, device) for step in steps.values()]
-    return {arm: dict(step_ms=1e3 * s, peak_mb=mb) for arm, s, mb in zip(steps, seconds, memory)}
+    low, ratio, high = np.quantile(seconds / seconds[0], (0.25, 0.5, 0.75), axis=1)
+    columns = dict(step_ms=1e3 * np.median(seconds, 1), ratio=ratio, ratio_low=low, ratio_high=high, peak_mb=memory)
+    return {arm: {name: float(values[i]) for name, values in columns.items()} for i, arm in enumerate(arms)}
 
 
 @contextmanager
