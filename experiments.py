@@ -30,7 +30,7 @@ def literal(file, name):
     raise LookupError(f'{file} has no {name}')
 
 
-ARCHS = literal('xresnet.py', 'ARCHS')  # name: (expansion, blocks per stage)
+ARCHS = literal('xresnet.py', 'ARCHS') | literal('training/arch.py', 'FASTAI_ARCHS')  # name: (expansion, blocks)
 STEMS = list(literal('xresnet.py', 'STEMS'))
 ATTENTION, ACTIVATIONS = literal('layers.py', 'ATTENTION'), literal('xresnet.py', 'ACTIVATIONS')
 POOLS = literal('xresnet.py', 'POOLS')
@@ -40,10 +40,12 @@ SWITCH = [0, 1]
 
 # --- one run ---
 
-def knob(default, help, *aliases, choices=None, least=None, above=None, most=None, below=None, role='result',
+def knob(default, help, *aliases, choices=None, also=None, least=None, above=None, most=None, below=None, role='result',
          for_life=None, before=None, flag=True):
     """Makes a field of Config with `least` <= value <= `most` and `above` < value < `below`.
 
+    choices   the values there are; capitals and underscores do not matter
+    also      {another name of a choice: the choice}
     role      result: runs that differ in it are different settings, which are never pooled.
               speed: it says how the same function is computed; runs that differ in it alone repeat one another.
               label: it says which run it is, not what it computes.
@@ -54,9 +56,9 @@ def knob(default, help, *aliases, choices=None, least=None, above=None, most=Non
     assert role in ROLES
     if for_life is None: for_life = role == 'result'
     if before is None: before = default
-    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, least=least, above=above,
-                                                most=most, below=below, role=role, for_life=for_life, before=before,
-                                                flag=flag))
+    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, also=also or {},
+                                                least=least, above=above, most=most, below=below, role=role,
+                                                for_life=for_life, before=before, flag=flag))
 
 
 @dataclass(frozen=True)
@@ -78,20 +80,22 @@ class Config:
     pct_noise: int = knob(0, 'percent of wrong training labels, from the CSV of the archive, which was made for v2: '
                           'with v1 it is about 0.7 times as many', choices=[0, 1, 5, 25, 50])
     # model
-    arch: str = knob('xresnet50', 'network', choices=list(ARCHS))
+    arch: str = knob('xresnet50', "network; all but xresnet18 to 152 are fastai's own", choices=list(ARCHS))
     attention: str = knob('none', 'attention layer: one of ours, or FILE.py:NAME or PACKAGE.MODULE:NAME of any '
                           'callable n_channels -> module', choices=ATTENTION)
     sa_at: str = knob('1', 'where the layer stands: stages (their last block) or stage.block, such as 1,2,3,4 or 2.0')
     attention_file: str = knob('', 'file of a layer that is not ours', role='label', flag=False)
     attention_source: str = knob('', 'hash of the source of a layer that is not ours', flag=False)
     stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=STEMS)
-    act: str = knob('relu', 'activation', '--act-fn', choices=ACTIVATIONS)
-    pool: str = knob('avg', 'pooling in the shortcut', choices=POOLS)
+    act: str = knob('relu', 'activation', '--act-fn', choices=ACTIVATIONS,
+                    also={'Swish': 'silu', 'SwishJit': 'silu', 'MishJit': 'mish'})
+    pool: str = knob('avg', 'pooling in the shortcut', choices=POOLS, also={'AvgPool': 'avg', 'MaxPool': 'max'})
     # training
     epochs: int = knob(5, 'epochs', '--epoch', least=1, most=10_000)
     bs: int = knob(64, 'batch size', least=2, most=65_536)
     lr: float = knob(3e-3, 'peak learning rate', above=0, most=1e30)
-    schedule: str = knob('one_cycle', 'learning rate schedule', '--sched-type', choices=['one_cycle', 'flat_cos'])
+    schedule: str = knob('one_cycle', 'learning rate schedule', '--sched-type', choices=['one_cycle', 'flat_cos'],
+                         also={'flat_and_anneal': 'flat_cos'})
     ann_start: float = knob(0.75, 'with flat_cos: the part of training after which the learning rate falls to almost 0',
                             least=0, below=1)
     opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
@@ -130,6 +134,7 @@ class Config:
         for f in fields(self):
             of_any_name = f.name == 'attention' and outside
             meta = {**f.metadata, 'choices': None} if of_any_name else f.metadata
+            self._set(f.name, _spelled(getattr(self, f.name), meta))
             _check(flag(f), getattr(self, f.name), f.type, meta)
             if f.type is float: self._set(f.name, float(getattr(self, f.name)))  # 1 and 1. are one setting
         found = layer_source.find(self.attention, self.attention_file, self.attention_source)
@@ -211,7 +216,17 @@ def flag(f):
 
 
 LIMITS = {'least': ('at least', ge), 'above': ('above', gt), 'most': ('at most', le), 'below': ('below', lt)}
+MANY = 20  # choices are too many for one line
 KINDS = {int: (int, 'an integer'), float: ((int, float), 'a number'), str: (str, 'a text')}
+
+
+def _spelled(value, meta):
+    "Returns the choice that a text means, as upstream spells it or with other capitals: MaxPool is max, ReLU is relu."
+    choices = meta['choices']
+    if not choices or not isinstance(value, str) or value in choices: return value
+    def plain(name): return str(name).lower().replace('_', '')
+    names = {plain(name): name for name in choices} | {plain(name): choice for name, choice in meta['also'].items()}
+    return names.get(plain(value), value)
 
 
 def _check(name, value, type_, meta):
@@ -224,7 +239,9 @@ def _check(name, value, type_, meta):
     choices = meta['choices']
     if choices and value not in choices:
         names = [str(choice) for choice in choices]
-        raise UsageError(f'{name} {value}: unknown; choose from {", ".join(names)}{nearest(str(value), names)}')
+        hint = nearest(str(value), names)
+        if len(names) > MANY: raise UsageError(f'{name} {value}: unknown{hint}; --help lists all {len(names)}')
+        raise UsageError(f'{name} {value}: unknown; choose from {", ".join(names)}{hint}')
     for key, (words, holds) in LIMITS.items():
         limit = meta[key]
         if limit is not None and not holds(value, limit): raise UsageError(f'{name} {value}: must be {words} {limit}')

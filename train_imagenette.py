@@ -37,11 +37,6 @@ def attention(text):
     return {'0': 'none', '1': 'simple'}.get(text, text)
 
 
-def schedule(text):
-    "Returns the name of a schedule, also from that of 2019."
-    return {'flat_and_anneal': 'flat_cos'}.get(text, text)
-
-
 def add_config_flags(ap, leave_out=(), **default):
     "Adds a flag for each field of Config, with its aliases. `default`, if given, takes the place of all the defaults."
     for f in fields(Config):
@@ -64,7 +59,6 @@ def options_of(f):
     options = dict(type=f.type, default=f.default, metavar=metavar, help=text.replace('%', '%%'))
     if f.name == 'dataset': options |= dict(default=None)  # it depends on --woof and --data
     if f.name == 'attention': options |= dict(nargs='?', const='simple', type=attention)
-    if f.name == 'schedule': options |= dict(type=schedule)
     if choices is SWITCH: options |= dict(nargs='?', const=1, metavar='0|1')
     return options
 

@@ -27,6 +27,23 @@ ACTIVATIONS = {
     'silu': nn.SiLU,
     'mish': nn.Mish,
     'gelu': nn.GELU,
+    'celu': nn.CELU,
+    'elu': nn.ELU,
+    'hardshrink': nn.Hardshrink,
+    'hardsigmoid': nn.Hardsigmoid,
+    'hardswish': nn.Hardswish,
+    'hardtanh': nn.Hardtanh,
+    'log_sigmoid': nn.LogSigmoid,
+    'prelu': nn.PReLU,
+    'relu6': nn.ReLU6,
+    'rrelu': nn.RReLU,
+    'selu': nn.SELU,
+    'sigmoid': nn.Sigmoid,
+    'softplus': nn.Softplus,
+    'softshrink': nn.Softshrink,
+    'softsign': nn.Softsign,
+    'tanh': nn.Tanh,
+    'tanhshrink': nn.Tanhshrink,
 }
 POOLS = {'avg': nn.AvgPool2d, 'max': nn.MaxPool2d}  # of the shortcut
 

@@ -3,9 +3,9 @@ import torch
 from fastai.layers import MaxPool
 from fastai.vision.models import xresnet as fastai_xresnet
 
-from experiments import ARCHS, format_places, parse_places
+from experiments import format_places, parse_places
 from layers import ATTENTION, SimpleSelfAttention
-from xresnet import ACTIVATIONS, POOLS, STEMS, xresnet
+from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS, ResBlock, xresnet
 
 
 @pytest.mark.parametrize('arch', ARCHS)
@@ -100,6 +100,14 @@ def test_one_form_for_a_set_of_places(sa_at, one):
 @pytest.mark.parametrize('act', ACTIVATIONS)
 @pytest.mark.parametrize('pool', POOLS)
 def test_every_activation_and_pool_trains(act, pool):
+    block = ResBlock(1, 8, 16, 2, ATTENTION['simple'], ACTIVATIONS[act], POOLS[pool])
+    for ends in (block.convs[-1][-1].weight, block.attention.gamma): torch.nn.init.constant_(ends, 0.5)
+    block(torch.randn(4, 8, 33, 47)).square().sum().backward()  # odd sizes too
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in block.parameters())
+
+
+@pytest.mark.parametrize('act, pool', [('relu', 'avg'), ('mish', 'max'), ('prelu', 'avg')])
+def test_a_network_trains(act, pool):
     model = xresnet('xresnet18', 4, ATTENTION['simple'], act=act, pool=pool)
-    model(torch.randn(4, 3, 33, 47)).sum().backward()  # odd sizes too
+    model(torch.randn(4, 3, 33, 47)).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())

@@ -15,7 +15,7 @@ import layer_source
 from command import UsageError, is_local_rank_0, nearest
 from layers import ATTENTION
 from training import distributed
-from xresnet import ARCHS
+from training.arch import width
 
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}  # of autocast
 
@@ -188,10 +188,9 @@ def try_gradient(what, module, x, y):
 
 def shapes(cfg):
     "Returns ((C, H, W), ...) of the features that the layers of `cfg` meet, one for each of its places."
-    expansion = ARCHS[cfg.arch][0]
     # stem, pool and each stage but the first halve the side, rounded up
     sides = [-(-cfg.size // 2 ** (stage + 1)) for stage, _ in cfg.places]
-    return tuple((64 * 2 ** (stage - 1) * expansion, side, side) for (stage, _), side in zip(cfg.places, sides))
+    return tuple((width(cfg.arch, stage), side, side) for (stage, _), side in zip(cfg.places, sides))
 
 
 def cost(cfg, device):

@@ -22,18 +22,18 @@ import runlog
 from command import UsageError, is_stop, undisturbed
 from experiments import Config, model_name
 from training import checkpoint, distributed, layer
+from training.arch import network
 from training.data import get_dls
 from training.files import find_images, label_of
 from training.layer import n_parameters
 from training.learner import fit, get_learner, keep_memory
 from training.machine import device_name, get_device, prepare_device, settle
 from training.measure import Heed, Measure
-from xresnet import xresnet
 
 
 def get_model(cfg, n_classes):
     "Returns the network of `cfg`."
-    return xresnet(cfg.arch, n_classes, layer.get_layer(cfg), cfg.places, cfg.stem, cfg.act, cfg.pool)
+    return network(cfg.arch, n_classes, layer.get_layer(cfg), cfg.places, cfg.stem, cfg.act, cfg.pool)
 
 
 def prepare(cfg, device):
