@@ -48,14 +48,20 @@ def nearest(name, names):
 
 
 class Parser(argparse.ArgumentParser):
-    "Parses a command line, and raises UsageError on a mistake."
+    "Parses a command line, with underscores in a flag as good as hyphens; raises UsageError on a mistake."
     def error(self, message): raise UsageError(message)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
         for arg in args:  # Python 3.11 would take --flag=-- for an empty list.
             if arg.startswith('--') and arg.endswith('=--'): raise UsageError(f'{arg}: expected an argument')
-        return super().parse_known_args(args, namespace)
+        return super().parse_known_args([self.hyphenated(arg) for arg in args], namespace)
+
+    def hyphenated(self, arg):
+        "Returns a word of the command line, with hyphens if that makes it a flag: --ann_start=0.7 is --ann-start=0.7."
+        flag, equals, value = arg.partition('=')
+        with_hyphens = flag.replace('_', '-')
+        return with_hyphens + equals + value if with_hyphens in self._option_string_actions else arg
 
 
 def is_local_rank_0():

@@ -34,18 +34,28 @@ ARCHS = literal('xresnet.py', 'ARCHS') | literal('training/arch.py', 'FASTAI_ARC
 STEMS = list(literal('xresnet.py', 'STEMS'))
 ATTENTION, ACTIVATIONS = literal('layers.py', 'ATTENTION'), literal('xresnet.py', 'ACTIVATIONS')
 POOLS = literal('xresnet.py', 'POOLS')
+INSTEAD_OF_ARCH = {  # names of networks in the scripts of others
+    **dict.fromkeys(['presnet18', 'presnet34', 'presnet50', 'presnet101', 'presnet152', 'xresnet34_2', 'xresnet50_2'],
+                    'was in fastai 1 only; take xresnet of the same depth'),
+    **dict.fromkeys(['resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152'],
+                    'is of torchvision and has no place for the layer; take xresnet of the same depth'),
+}
+INSTEAD_OF_OPT = dict.fromkeys(
+    ['novograd', 'ralamb', 'over9000', 'rangervar', 'rangernovo', 'rangerlars', 'radams', 'Adams'],
+    'is not in fastai; take ranger, radam, lamb or lookahead')
 ROLES = 'result', 'speed', 'label'
 SWITCH = [0, 1]
 
 
 # --- one run ---
 
-def knob(default, help, *aliases, choices=None, also=None, least=None, above=None, most=None, below=None, role='result',
-         for_life=None, before=None, flag=True):
+def knob(default, help, *aliases, choices=None, also=None, instead=None, least=None, above=None, most=None, below=None,
+         role='result', for_life=None, before=None, flag=True):
     """Makes a field of Config with `least` <= value <= `most` and `above` < value < `below`.
 
     choices   the values there are; capitals and underscores do not matter
     also      {another name of a choice: the choice}
+    instead   {a name that upstream has and this repository has not: what to take instead, and why}
     role      result: runs that differ in it are different settings, which are never pooled.
               speed: it says how the same function is computed; runs that differ in it alone repeat one another.
               label: it says which run it is, not what it computes.
@@ -57,8 +67,8 @@ def knob(default, help, *aliases, choices=None, also=None, least=None, above=Non
     if for_life is None: for_life = role == 'result'
     if before is None: before = default
     return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, also=also or {},
-                                                least=least, above=above, most=most, below=below, role=role,
-                                                for_life=for_life, before=before, flag=flag))
+                                                instead=instead or {}, least=least, above=above, most=most,
+                                                below=below, role=role, for_life=for_life, before=before, flag=flag))
 
 
 @dataclass(frozen=True)
@@ -80,7 +90,8 @@ class Config:
     pct_noise: int = knob(0, 'percent of wrong training labels, from the CSV of the archive, which was made for v2: '
                           'with v1 it is about 0.7 times as many', choices=[0, 1, 5, 25, 50])
     # model
-    arch: str = knob('xresnet50', "network; all but xresnet18 to 152 are fastai's own", choices=list(ARCHS))
+    arch: str = knob('xresnet50', "network; all but xresnet18 to 152 are fastai's own", choices=list(ARCHS),
+                     instead=INSTEAD_OF_ARCH)
     attention: str = knob('none', 'attention layer: one of ours, or FILE.py:NAME or PACKAGE.MODULE:NAME of any '
                           'callable n_channels -> module', choices=ATTENTION)
     sa_at: str = knob('1', 'where the layer stands: stages (their last block) or stage.block, such as 1,2,3,4 or 2.0')
@@ -89,7 +100,8 @@ class Config:
     stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=STEMS)
     act: str = knob('relu', 'activation', '--act-fn', choices=ACTIVATIONS,
                     also={'Swish': 'silu', 'SwishJit': 'silu', 'MishJit': 'mish'})
-    pool: str = knob('avg', 'pooling in the shortcut', choices=POOLS, also={'AvgPool': 'avg', 'MaxPool': 'max'})
+    pool: str = knob('avg', 'pooling in the shortcut', choices=POOLS, also={'AvgPool': 'avg', 'MaxPool': 'max'},
+                     instead={'MaxBlurPool': 'is of another package (kornia); take MaxPool'})
     # training
     epochs: int = knob(5, 'epochs', '--epoch', least=1, most=10_000)
     bs: int = knob(64, 'batch size', least=2, most=65_536)
@@ -98,12 +110,14 @@ class Config:
                          also={'flat_and_anneal': 'flat_cos'})
     ann_start: float = knob(0.75, 'with flat_cos: the part of training after which the learning rate falls to almost 0',
                             least=0, below=1)
-    opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger'])
+    opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger', 'radam', 'lamb', 'lookahead'],
+                    also={'RMSProp': 'rms'}, instead=INSTEAD_OF_OPT)
     mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05, or (1+mom)/2 if that is less, to '
                       'mom-0.05, but not below 0, and back', least=0, below=1)
     sqrmom: float = knob(0.99, 'decay of the squared gradients (beta2)', '--alpha', least=0, below=1)
     eps: float = knob(1e-6, 'epsilon of the optimizer; sgd has none', above=0)
-    wd: float = knob(1e-2, 'decoupled weight decay; norms and biases have none', least=0)
+    beta: float = knob(0., 'of the softplus of SAdam, in ranger and radam; 0: off', least=0)
+    wd: float = knob(1e-2, 'decoupled weight decay; norms and biases have none', '--weight-decay', least=0)
     label_smoothing: float = knob(0.1, 'label smoothing', least=0, below=1)
     mixup: float = knob(0., 'alpha of mixup; 0: off', least=0)
     sh: float = knob(0., 'random erasing: the largest part of the image that is erased; 0: off', least=0, most=1)
@@ -158,6 +172,8 @@ class Config:
         if self.valid_pct and not self.data: raise UsageError('--valid-pct: with --data only')
         if self.valid_pct and self.split == 'v1': raise UsageError('--valid-pct and --split v1: give one of them')
         if self.dataset == 'custom' and not self.data: raise UsageError('--dataset custom: name its folder with --data')
+        if self.beta and self.opt not in ('ranger', 'radam'):
+            raise UsageError(f'--beta: for --opt ranger and radam only, not {self.opt}')
         if 0 < self.mixup < 1e-3: raise UsageError(f'--mixup {self.mixup}: must be 0 or at least 0.001')
 
     @property
@@ -237,6 +253,7 @@ def _check(name, value, type_, meta):
         raise UsageError(f'{name} {value!r}: has characters that cannot be printed')
     if type_ is float and not math.isfinite(value): raise UsageError(f'{name} {value}: not a finite number')
     choices = meta['choices']
+    if value in meta['instead']: raise UsageError(f'{name} {value}: {meta["instead"][value]}')
     if choices and value not in choices:
         names = [str(choice) for choice in choices]
         hint = nearest(str(value), names)

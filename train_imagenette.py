@@ -41,13 +41,7 @@ def add_config_flags(ap, leave_out=(), **default):
     "Adds a flag for each field of Config, with its aliases. `default`, if given, takes the place of all the defaults."
     for f in fields(Config):
         if f.name in leave_out or not f.metadata['flag']: continue
-        ap.add_argument(*names_of(f), dest=f.name, **options_of(f) | default)
-
-
-def names_of(f):
-    "Returns the flag of a field and its aliases, each also with underscores: --pct-noise, --pct_noise."
-    names = [flag(f), *f.metadata['aliases']]
-    return names + ['--' + name[2:].replace('-', '_') for name in names if '-' in name[2:]]
+        ap.add_argument(flag(f), *f.metadata['aliases'], dest=f.name, **options_of(f) | default)
 
 
 def options_of(f):
@@ -71,6 +65,7 @@ def make_parser():
     on = dict(nargs='?', const=True, default=False, type=switch, metavar='0|1')
     ap.add_argument('--woof', **on | dict(default=None), help='short for --dataset imagewoof')
     ap.add_argument('--sym', **on, help='with --sa: W is symmetric, short for --sa simple_sym')
+    ap.add_argument('--fp16', **on | dict(default=None), help='short for --precision fp16; 0: fp32')
     ap.add_argument('--runs', '--run', type=int, default=1, metavar='N',
                     help='train N times, with seeds seed to seed+N-1 (default 1)')
     ap.add_argument('--resume', **on,
@@ -102,6 +97,7 @@ def parse(argv):
     ap = make_parser()
     args, unknown = ap.parse_known_args(argv)
     if unknown:
+        refuse(unknown[0])
         hint = nearest(unknown[0].split('=')[0], list(ap._option_string_actions))
         raise UsageError(f'unknown argument {unknown[0]}{hint}; see --help')
     if args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
@@ -126,6 +122,10 @@ def config_of(args):
     if args.woof: config['dataset'] = 'imagewoof'
     elif not args.dataset: config['dataset'] = 'custom' if args.data and args.woof is None else 'imagenette'
     if args.arch.startswith('mxresnet'): config |= dict(arch=args.arch[1:], act='mish')  # of the replication of 2019
+    if args.fp16 is not None:
+        config['precision'] = 'fp16' if args.fp16 else 'fp32'
+        if args.precision not in ('auto', config['precision']):
+            raise UsageError(f'--fp16 and --precision {args.precision}: give one of them')
     if args.sym and args.attention != 'none':
         if args.attention not in ('simple', 'simple_sym'):
             raise UsageError(f'--sym: for --sa simple only, not {args.attention}')
@@ -152,23 +152,59 @@ def probe(file):
 
 # --- command lines of 2019 ---
 
+REFUSED = {  # flags of the scripts of others that have no meaning here
+    '--debias': 'adam corrects its averages always, as torch does; leave it out',
+    '--decay': 'the momentum of sgd adds gradients up, as torch does, and that of adam averages them; leave it out',
+    '--pretrained': 'every network is trained from scratch here; leave it out',
+    '--repro': 'every run is reproducible here; --seed N says which one it is',
+    '--blurpool': 'MaxBlurPool is of another package (kornia); leave it out, and take --pool MaxPool',
+}
 SWITCHES_OF_2019 = {'--woof', '--sa', '--sym', '--dump', '--lrfinder'}
 NAMES_OF_2019 = {'--epoch', '--run', '--sched_type'}
 DEFAULTS_OF_2019 = {'--lr': 0.001, '--bs': 256}
+NAMES_OF_2020 = {'--fp16', '--act_fn', '--pct_noise', 'MaxPool', 'AvgPool'}  # fastai's script, up to fastai 2.8.12
+DEFAULTS_OF_2020 = {'--lr': 0.01, '--opt': 'ranger', '--act': 'mish', '--schedule': 'flat_cos', '--split': 'v2',
+                    '--source': '320', '--stem': '32-32-64'}
+
+
+def refuse(word):
+    "Raises UsageError at a flag of another script that has no meaning here."
+    name = word.partition('=')[0]
+    if name in REFUSED: raise UsageError(f'{name}: {REFUSED[name]}')
 
 
 def notes_on_2019(argv, args):
-    "Returns what a reader of a command line of 2019 must know: in which of its flags this command differs."
+    "Returns what a reader of a command line of 2019 or 2020 must know: in which of its flags this command differs."
     words = [part for word in argv for part in word.split('=', 1)]
     notes = []
-    missing = [name for name in DEFAULTS_OF_2019 if name not in words]
-    if missing and is_of_2019(words):
-        then = ' '.join(f'{name} {DEFAULTS_OF_2019[name]}' for name in missing)
-        here = ' '.join(f'{name} {getattr(Config, name[2:])}' for name in missing)
-        notes.append(f'in 2019 the default was {then}; here it is {here}, as in the documented results')
+    if is_of_2020(words):
+        defaults = {name: value for name, value in DEFAULTS_OF_2020.items() if not is_given(name, words)}
+        if args.size > 128: defaults.pop('--source', None)  # it took the archive that is taken here
+        if defaults: notes.append(f"in fastai's script of 2020 the default was {told(defaults)}")
+    elif is_of_2019(words):
+        defaults = {name: value for name, value in DEFAULTS_OF_2019.items() if not is_given(name, words)}
+        if defaults: notes.append(f'in 2019 the default was {told(defaults)}, as in the documented results')
     if args.sym and args.attention == 'none': notes.append('--sym does nothing without --sa')
     elif args.sym: notes.append('--sym 1 makes W symmetric; in 2019 it had no effect')
     return notes
+
+
+def told(defaults):
+    "Returns defaults of another script, and after them those of this one."
+    here = {name: getattr(Config, name[2:]) for name in defaults}
+    then, now = (' '.join(f'{name} {value}' for name, value in values.items()) for values in (defaults, here))
+    return f'{then}; here it is {now}'
+
+
+def is_given(name, words):
+    "Returns whether the words of a command line give a knob, by its flag or one of its aliases."
+    names = {name} | {alias for f in fields(Config) if flag(f) == name for alias in f.metadata['aliases']}
+    return bool(names & {word.replace('_', '-') for word in words})
+
+
+def is_of_2020(words):
+    "Returns whether a command line is written as for fastai's script of 2020 to 2.8.12."
+    return bool(NAMES_OF_2020 & set(words))
 
 
 def is_of_2019(words):

@@ -78,7 +78,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(options, tree, comm
     assert rows == ['interrupted', 'ok']  # both ends stay
 
 
-@pytest.mark.parametrize('options', [{}, dict(fused=0), dict(opt='sgd'), dict(opt='rms'), dict(opt='ranger')])
+@pytest.mark.parametrize('options', [{}, dict(fused=0), *(dict(opt=opt) for opt in (
+    'sgd', 'rms', 'ranger', 'radam', 'lamb', 'lookahead'))])
 def test_the_optimizers_state_takes_the_memory_format_it_is_loaded_into(options):
     "The same gradients move two equal networks alike, one channels last, one continued from the state of the first."
     cfg = Config(**options)

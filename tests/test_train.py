@@ -232,7 +232,8 @@ def test_the_whole_way_on_digits(command, tmp_path):
 
 @pytest.mark.slow(3)
 @pytest.mark.parametrize('options', [
-    '--opt rms', '--opt sgd', '--opt ranger --schedule flat_cos', '--sh 0.3 --act mish --pool max',
+    '--opt rms', '--opt sgd', '--opt ranger --schedule flat_cos --beta 20', '--sh 0.3 --act mish --pool max',
+    '--opt lookahead --arch xse_resnext18 --sa', '--opt lamb --arch xresnet18_deep --sa-at 3,6.0 --sa',
     '--sa sagan --sa-at 1,2.0',
     '--stem 32-32-64 --sa simple_sym', '--split v2 --sa simple_out', '--loader device --fused 0 --channels-last 0',
 ])
@@ -413,6 +414,20 @@ def test_the_epsilon_of_rms_is_passed_on():
     p.grad = torch.tensor([0.1])
     get_opt_func(Config(opt='rms', mom=0, eps=0.5))([p], lr=0.2).step()
     assert p.item() == pytest.approx(1 - 0.2 * 0.1 / ((0.01 * 0.1**2)**0.5 + 0.5))  # the squares' average starts at 0
+
+
+@pytest.mark.parametrize('opt', ['ranger', 'radam'])
+def test_beta_makes_the_steps_of_sadam(opt):
+    "The denominator of a step becomes softplus(beta v) / beta: beta 0 is without it, and a large one nearly so."
+    moved = []
+    for beta in (0., 1e3, 2.):
+        p = torch.nn.Parameter(torch.tensor([1.]))
+        optimizer = get_opt_func(Config(opt=opt, beta=beta, sqrmom=0.9, eps=1e-3))([p], lr=0.01)
+        for _ in range(20):
+            p.grad = torch.tensor([0.1])
+            optimizer.step()
+        moved.append(1 - p.item())
+    assert moved[0] == pytest.approx(moved[1], rel=0.02) and moved[2] < 0.7 * moved[0]
 
 
 @pytest.mark.slow(4)

@@ -22,7 +22,7 @@ from fastai.imports import IN_NOTEBOOK
 from fastai.learner import AvgSmoothLoss, Learner
 from fastai.losses import LabelSmoothingCrossEntropy
 from fastai.metrics import accuracy, top_k_accuracy
-from fastai.optimizer import SGD, Adam, OptimWrapper, RMSProp, ranger
+from fastai.optimizer import SGD, Adam, Lamb, Lookahead, OptimWrapper, RAdam, RMSProp, ranger
 from fastai.torch_core import norm_bias_params, rank_distrib, set_seed
 
 from command import UsageError
@@ -35,11 +35,15 @@ def get_opt_func(cfg):
     if is_fused(cfg):
         adamw = partial(torch.optim.AdamW, betas=(cfg.mom, cfg.sqrmom), eps=cfg.eps, fused=True)
         return partial(OptimWrapper, opt=adamw)
+    moments = dict(mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps)
     return {
-        'adam': partial(Adam, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
-        'rms': partial(rms_prop, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
+        'adam': partial(Adam, **moments),
+        'rms': partial(rms_prop, **moments),
         'sgd': partial(SGD, mom=cfg.mom),
-        'ranger': partial(ranger, mom=cfg.mom, sqr_mom=cfg.sqrmom, eps=cfg.eps),
+        'ranger': partial(ranger, **moments, beta=cfg.beta),
+        'radam': partial(RAdam, **moments, beta=cfg.beta),
+        'lamb': partial(Lamb, **moments),
+        'lookahead': lambda *args, **kwargs: Lookahead(Adam(*args, **moments, **kwargs)),
     }[cfg.opt]
 
 
