@@ -77,8 +77,10 @@ def say_once(line):
 
 # --- signals ---
 
-ENDING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1')
-          if hasattr(signal, name)]  # Windows has two
+ENDING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGBREAK')
+          if hasattr(signal, name)]  # Windows has the first two and the last, which comes when a console is closed.
+CHILD = getattr(signal, 'SIGCHLD', None)  # Windows has none
+SIGPIPE = 13  # its number where there is one
 
 
 def heeded():
@@ -98,7 +100,7 @@ def stop_on_signals():
         Stopped.by = number
         # The signal ends the loader processes too: torch's handler would raise for each of them, and its half-made
         # iterators complain when they are deleted.
-        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        if CHILD: signal.signal(CHILD, lambda number, frame: None)
         sys.unraisablehook = lambda unraisable: None
         raise Stopped
 
@@ -109,11 +111,11 @@ def stop_on_signals():
 def restored():
     "Puts back what `stop_on_signals` changes in the block: the signal handlers, the hook and `Stopped.by`."
     hook = sys.unraisablehook
-    handlers = {number: signal.getsignal(number) for number in (*ENDING, signal.SIGCHLD)}
+    handlers = {number: signal.getsignal(number) for number in (*ENDING, CHILD) if number}
     try: yield
     finally:
         if Stopped.by: gc.collect()  # While torch's iterators are deleted, the hook keeps them silent.
-        else: del handlers[signal.SIGCHLD]  # The handler there may be torch's, which it sets once in a process.
+        else: handlers.pop(CHILD, None)  # The handler there may be torch's, which it sets once in a process.
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler: signal.signal(number, handler)
         sys.unraisablehook, Stopped.by = hook, 0
@@ -136,6 +138,26 @@ def undisturbed():
 
 # --- exit codes ---
 
+def lack_of_memory(e):
+    "Returns a line on an exception that a lack of memory raised, of a GPU or of the computer, and what to do; else ''."
+    text = ' '.join(str(e).split())
+    of_gpu = type(e).__name__ == 'OutOfMemoryError' or text.startswith('MPS backend out of memory')
+    if of_gpu:
+        what = '. '.join(text.split('. ')[:2])
+        return f'{what}; lower --bs or --size, take --loader workers, or end what else uses the GPU'
+    if isinstance(e, MemoryError) or 'DefaultCPUAllocator: ' in text:
+        what = text.partition('DefaultCPUAllocator: ')[2] or text or 'no memory is left'
+        return f'out of memory ({what.rstrip(".")}); lower --bs or --size, or take fewer --workers'
+    if text.startswith('DataLoader worker'): return f'{text} (out of memory? fewer --workers need less)'
+    return ''
+
+
+def shown(path):
+    "Returns a path as it is shown, from the current folder on; Windows has none from one drive to another."
+    try: return os.path.relpath(path)
+    except ValueError: return str(path)
+
+
 def print_anything():
     "Lets no output fail by its encoding: what a terminal or a log has no letter for is printed as its number, \\u2192."
     for stream in (sys.stdout, sys.stderr):
@@ -146,8 +168,8 @@ def exit_code(program, work):
     """Returns the exit code of work(), a whole command; puts back the signal handlers that it sets.
 
     The code is 0 when all is done, 1 after a fault, and 2 after a mistake of the user. After a signal it is 130
-    (Ctrl-C), 143 (SIGTERM) or 129 (SIGHUP), and after a closed pipe 141. A mistake, the death of a loader process and a
-    lack of GPU memory are printed in one line. Any other fault is raised with its traceback.
+    (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP) or 138 (SIGUSR1), and after a closed pipe 141. A mistake, the death of a
+    loader process and a lack of memory are printed in one line. Any other fault is raised with its traceback.
     """
     print_anything()
     with restored():
@@ -157,16 +179,11 @@ def exit_code(program, work):
             return 2
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there.
-            return 128 + signal.SIGPIPE
+            return 128 + SIGPIPE
         except (KeyboardInterrupt, Exception) as e:
             if is_stop(e):
                 by_exception = signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM
                 return 128 + (Stopped.by or by_exception)
-            if type(e).__name__ == 'OutOfMemoryError':  # torch's, of a GPU
-                what = '. '.join(str(e).split('. ')[:2])
-                hint = 'lower --bs or --size, take --loader workers, or end what else uses the GPU'
-                print(f'{program}: {what}; {hint}', file=sys.stderr)
-                return 1
-            if not str(e).startswith('DataLoader worker'): raise
-            print(f'{program}: {str(e).strip()} (out of memory? fewer --workers need less)', file=sys.stderr)
+            if not (what := lack_of_memory(e)): raise
+            print(f'{program}: {what}', file=sys.stderr)
             return 1

@@ -122,7 +122,7 @@ class Config:
     mixup: float = knob(0., 'alpha of mixup; 0: off', least=0)
     sh: float = knob(0., 'random erasing: the largest part of the image that is erased; 0: off', least=0, most=1)
     # machine
-    precision: str = knob('auto', 'auto: fp16 autocast on CUDA, fp32 on a CPU',
+    precision: str = knob('auto', 'auto: fp16 autocast on CUDA, and on a Mac where it works; fp32 on a CPU',
                           choices=['auto', 'fp32', 'fp16', 'bf16'])
     loader: str = knob('auto', 'workers: loader processes decode and crop; device: images are decoded once, kept and '
                        'cropped on the device; auto: device on a GPU that has room for the images',

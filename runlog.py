@@ -16,6 +16,7 @@ import platform
 import secrets
 import subprocess
 import sys
+import time
 import warnings
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -57,7 +58,7 @@ def new_run(results=RESULTS):
         run_id = f'{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}'
         file = curve_file(run_id, results)
         file.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileExistsError), open(file, 'x') as f:
+        with suppress(FileExistsError), open(file, 'x', newline='', encoding='utf-8') as f:
             f.write(','.join(CURVE) + '\n')
             return run_id, timestamp(now)
 
@@ -81,7 +82,7 @@ def commit(repo):
     """
     def git(*args):
         command = ['git', '-C', str(repo), *args]
-        try: return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        try: return subprocess.run(command, capture_output=True, check=True).stdout.decode(errors='replace').strip()
         except (OSError, subprocess.CalledProcessError): return ''
     file = repo / 'SOURCE_COMMIT'
     if file.exists() and not (repo / '.git').exists():
@@ -152,10 +153,20 @@ def replacing(path, mode='w'):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        os.replace(part, path)
+        _replace(part, path)
         with suppress(OSError): _sync_folder(path.parent)  # Some file systems cannot do that.
     finally:
         with suppress(OSError): part.unlink(missing_ok=True)
+
+
+def _replace(part, path, patience=5):
+    "Renames a file onto another; Windows refuses that for as long as somebody reads the other one."
+    end = time.monotonic() + patience
+    while True:
+        try: return os.replace(part, path)
+        except PermissionError as e:
+            if not getattr(e, 'winerror', None) or time.monotonic() > end: raise
+            time.sleep(0.05)
 
 
 def _sync_folder(path):

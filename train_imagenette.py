@@ -11,7 +11,7 @@ from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
-from command import Parser, UsageError, exit_code, is_local_rank_0, nearest, stop_on_signals
+from command import Parser, UsageError, exit_code, is_local_rank_0, nearest, shown, stop_on_signals
 from experiments import SWITCH, Config, fields, flag
 from training.files import find_images
 
@@ -81,7 +81,7 @@ def make_parser():
 
 def add_run_flags(ap):
     "Adds the flags of the commands that train: where, and what is kept."
-    ap.add_argument('--gpu', type=int, metavar='N', help='CUDA device (default: the first, or the CPU)')
+    ap.add_argument('--gpu', type=int, metavar='N', help='GPU, of CUDA or of a Mac (default: the first, or the CPU)')
     ap.add_argument('--results', type=Path, default=Path(__file__).parent / 'results', metavar='DIR',
                     help='results directory')
     ap.add_argument('--checkpoint-every', type=int, metavar='N',
@@ -231,7 +231,7 @@ def train(cfg, args):
     device = get_device(args.gpu)
     if args.lrfinder:
         lr, file = run.find_lr(cfg, args.results, device)
-        return print(f'suggested learning rate {lr:.1e}, plot in {os.path.relpath(file)}')
+        return print(f'suggested learning rate {lr:.1e}, plot in {shown(file)}')
     stop_on_signals()
     for i in range(args.runs):
         run.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume, args.checkpoint_every)

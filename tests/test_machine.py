@@ -3,18 +3,21 @@
 GPUs are there but cannot be used, or are too few; the hardware and torch offer this or that.
 """
 import stat
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._inductor.config
+from conftest import config
 
 import training.distributed
 import training.machine
-from command import UsageError
+from command import UsageError, exit_code, say_once
 from experiments import Config
-from training import machine
+from training import data, host, learner, machine, measure, timing
+from training.readers import ImageFiles
 
-CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
+CUDA, CPU, MPS = torch.device('cuda', 0), torch.device('cpu'), torch.device('mps', 0)
 
 
 @pytest.fixture
@@ -113,3 +116,157 @@ def test_compile_without_a_compiler_is_one_line(kind, tree, command, tmp_path, m
     assert code == 2 and len(lines) == 1 and 'Traceback' not in err, err
     assert '--compile: does not work here' in lines[0] and 'python3-dev' in lines[0]
     assert not (tmp_path / 'results' / 'runs.csv').exists()
+
+
+# --- the GPU of a Mac ---
+
+@pytest.fixture
+def mac(gpus, monkeypatch):
+    "Makes torch see the GPU of a Mac, and fail at each call that needs CUDA; tensors there cannot be made here."
+    gpus(0)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: True)
+    for name in ('driver_allocated_memory', 'empty_cache', 'synchronize'):
+        monkeypatch.setattr(torch.mps, name, lambda: 3 * 2**20)
+    def no_cuda(*args, **kwargs): raise AssertionError('Torch not compiled with CUDA enabled')
+    for name in ('synchronize', 'set_device', 'current_stream', 'mem_get_info', 'get_device_name', 'memory_allocated',
+                 'get_device_capability', 'max_memory_allocated', 'reset_peak_memory_stats'):
+        monkeypatch.setattr(torch.cuda, name, no_cuda)
+    tried = machine.autocast_works
+    tried.cache_clear()
+    yield
+    tried.cache_clear()
+
+
+def test_the_gpu_of_a_mac_is_a_device_like_the_others(mac):
+    assert machine.get_device() == machine.get_device(0) == MPS
+    with pytest.raises(UsageError, match='--gpu 1: the one GPU of a Mac is 0'): machine.get_device(1)
+    assert machine.device_name(MPS) == 'Apple, mps'
+    measure.reset_peak_memory(MPS)
+    assert measure.peak_memory_mb(MPS) == 3 and timing.peak_mb(lambda: None, MPS) == 0
+    assert len(timing.take_turns([lambda: None], MPS, 2)[0]) == 2
+
+
+def test_several_processes_on_a_mac_are_on_its_cpu(mac, monkeypatch):
+    for key in ('RANK', 'LOCAL_RANK'): monkeypatch.setenv(key, '0')
+    for key in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'): monkeypatch.setenv(key, '2')
+    assert machine.get_device() == CPU
+
+
+@pytest.mark.parametrize('works', [True, False])
+def test_the_precision_of_a_mac_is_what_works_there(works, mac, monkeypatch):
+    monkeypatch.setattr(machine, 'autocast_works', lambda device, precision: works and precision == 'fp16')
+    cfg = machine.settle(Config(), MPS)
+    assert cfg.precision == ('fp16' if works else 'fp32')
+    assert cfg.channels_last == 0, 'there the gradient of a batch norm is wrong in channels last'
+    assert machine.settle(Config(precision='fp32'), MPS).precision == 'fp32'
+    with pytest.raises(UsageError, match='--precision bf16: does not work on this Mac'):
+        machine.settle(Config(precision='bf16'), MPS)
+    with pytest.raises(UsageError, match='--cuda-graphs: needs a CUDA device'):
+        machine.settle(Config(cuda_graphs=1), MPS)
+
+
+def test_whether_autocast_works_is_found_by_a_step(mac):
+    before = torch.random.get_rng_state()
+    assert machine.autocast_works(CPU, 'fp16') and machine.autocast_works(CPU, 'bf16')
+    assert not machine.autocast_works(MPS, 'fp16'), 'there is none here'
+    assert torch.random.get_rng_state().equal(before)
+
+
+def test_a_mac_reads_images_in_loader_processes(mac, tree, monkeypatch):
+    loaded = data.get_dls(config(tree), MPS)
+    assert loaded.loader == 'workers' and isinstance(loaded.train.dataset, ImageFiles)
+    assert not loaded.train.pin_memory
+    assert data.memory_format(MPS) == torch.contiguous_format and data.memory_format(CUDA) == torch.channels_last
+    with pytest.raises(UsageError, match='--loader device: needs float64'):
+        data.get_dls(config(tree, loader='device'), MPS)
+
+
+def test_half_precision_on_a_mac_scales_the_loss_there(mac):
+    precision = learner.Precision('fp16')
+    precision.learn = SimpleNamespace(dls=SimpleNamespace(device=MPS))
+    precision.before_fit()
+    assert precision.autocast.device == 'mps' and precision.learn.scaler._device == 'mps'
+
+
+def test_a_lack_of_memory_is_one_line(capsys):
+    cpu = '[enforce fail at alloc_cpu.cpp:128] err == 0. DefaultCPUAllocator: can\'t allocate memory: you tried to ' \
+          'allocate 8000000000 bytes. Error code 12 (Cannot allocate memory)'
+    mps = 'MPS backend out of memory (MPS allocated: 5.12 GB, max allowed: 9.07 GB). Tried to allocate 4.00 GB on pool'
+    for e, words in [(RuntimeError(cpu), 'out of memory (can\'t allocate memory: you tried to allocate 80'),
+                     (RuntimeError(mps), 'Tried to allocate 4.00 GB on pool; lower --bs or --size'),
+                     (MemoryError(), 'out of memory (no memory is left); lower --bs')]:
+        def work(e=e): raise e
+        assert exit_code('train_imagenette.py', work) == 1
+        err = capsys.readouterr().err
+        assert err.count('\n') == 1 and words in err
+
+
+# --- containers ---
+
+def control_groups(folder, own, files):
+    "Writes files {path: content} of control groups and the lines `own` of this process; returns both places."
+    for name, content in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(content + '\n', encoding='utf-8')
+    (folder / 'own').write_text(own + '\n', encoding='utf-8')
+    return folder, folder / 'own'
+
+
+V1 = '12:cpu,cpuacct:/docker/abc\n11:memory:/docker/abc\n0::/'
+@pytest.mark.parametrize('own, files, cores, memory', [
+    ('0::/', {'cpu.max': '150000 100000', 'memory.max': '2147483648'}, 1.5, 2**31),
+    ('0::/', {'cpu.max': 'max 100000', 'memory.max': 'max'}, float('inf'), float('inf')),
+    ('0::/a/b', {'a/cpu.max': '200000 100000', 'a/b/cpu.max': 'max 100000', 'a/b/memory.max': '4096',
+                 'a/memory.max': '8192'}, 2, 4096),
+    (V1, {'cpu,cpuacct/docker/abc/cpu.cfs_quota_us': '50000', 'cpu,cpuacct/docker/abc/cpu.cfs_period_us': '100000',
+          'memory/docker/abc/memory.limit_in_bytes': '1073741824'}, 0.5, 2**30),
+    (V1, {'cpu/cpu.cfs_quota_us': '300000', 'cpu/cpu.cfs_period_us': '100000',  # as a container sees its own
+          'memory/memory.limit_in_bytes': '1073741824'}, 3, 2**30),
+    (V1, {'cpu/cpu.cfs_quota_us': '-1', 'cpu/cpu.cfs_period_us': '100000',
+          'memory/memory.limit_in_bytes': '9223372036854771712'}, float('inf'), float('inf')),
+    (V1, {'cpu/cpu.cfs_quota_us': 'garbage', 'memory/memory.limit_in_bytes': ''}, float('inf'), float('inf')),
+    ('0::/', {}, float('inf'), float('inf')),
+])
+def test_the_limits_of_a_container_are_read(own, files, cores, memory, tmp_path):
+    where = control_groups(tmp_path, own, files)
+    assert (host.core_limit(*where), host.memory_limit(*where)) == (cores, memory)
+    assert host.memory_limit(tmp_path, tmp_path / 'none') == float('inf'), 'a system without control groups'
+
+
+@pytest.fixture
+def container(monkeypatch):
+    "Makes this process see `seen` cores, of which it has `cores`, with so much memory."
+    def see(seen, cores, memory=float('inf')):
+        monkeypatch.setattr(host, 'visible_cores', lambda: seen)
+        monkeypatch.setattr(host, 'core_limit', lambda: cores)
+        monkeypatch.setattr(host, 'memory_limit', lambda: memory)
+        monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+        say_once.cache_clear()
+    before = torch.get_num_threads()
+    yield see
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('seen, cores, workers', [(64, 2., 2), (64, 1.5, 2), (64, 0.5, 1), (4, float('inf'), 4),
+                                                  (64, 32., 8)])
+def test_workers_and_threads_are_those_of_the_container(seen, cores, workers, container, monkeypatch, capsys):
+    container(seen, cores)
+    assert machine.settle(Config(), CPU).workers == workers
+    torch.set_num_threads(8)
+    machine.prepare_device(Config(), CPU)
+    limited = cores < 8
+    assert torch.get_num_threads() == (workers if limited else 8)
+    out = capsys.readouterr().out
+    if limited: assert out.count('\n') == 1 and f'the time of {cores:g} of 64 cores, so torch has {workers}' in out
+    else: assert not out
+    monkeypatch.setenv('OMP_NUM_THREADS', '8')
+    torch.set_num_threads(8)
+    machine.prepare_device(Config(), CPU)
+    assert torch.get_num_threads() == 8, 'what the user says counts'
+
+
+def test_decoded_images_take_a_quarter_of_the_memory_of_the_container(container):
+    container(64, 2., 2**30)
+    assert host.memory_bytes() == 2**30 and data.device_bytes(CPU, 0) == 2**28
+    container(64, 2.)
+    assert data.device_bytes(CPU, 0) == host.psutil.virtual_memory().total // 4

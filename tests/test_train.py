@@ -146,7 +146,7 @@ def test_every_field_is_a_flag_with_help(capsys):
     ('--gpu 99', '--gpu 99'),
     ('--save /no/such/folder/m.pt', 'cannot be written (No such file'),
     ('--seed 2147483647 --runs 2', '--seed 2147483648'),
-    ('--precision fp16 --dataset digits --size 32', 'needs a CUDA device'), ('--mixup 1e-300', '--mixup 1e-300'),
+    ('--precision fp16 --dataset digits --size 32', 'needs a GPU'), ('--mixup 1e-300', '--mixup 1e-300'),
     ('--dataset custom', 'name its folder'), ('--data /', 'no folder train'), ('--mom 1', '--mom 1.0: must be below 1'),
     ('--save /tmp', 'cannot be written (Is a directory)'), ('--save /dev/null', 'not a regular file'),
     ('--runs=--', 'expected an'),

@@ -8,7 +8,6 @@ import multiprocessing
 from dataclasses import replace
 from types import SimpleNamespace
 
-import fastai.callback.fp16
 import pytest
 import torch
 from conftest import config, make_image
@@ -21,10 +20,11 @@ from command import exit_code
 from experiments import Config
 from layers import ATTENTION
 from training import data
-from training.data import Forking, ImageLoader, get_dls
+from training.data import ImageLoader, get_dls
 from training.images import Pixels, crop_boxes, epoch_draws
 from training.learner import get_learner
 from training.measure import FiniteLoss
+from training.readers import START_METHOD
 
 CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
 
@@ -95,9 +95,7 @@ class Overflow(Callback):
 
 
 @pytest.mark.parametrize('options', [dict(fused=1), dict(fused=0), dict(opt='sgd')])
-def test_float16_skips_a_step_that_overflows_halves_the_scale_and_doubles_it_later(options, tree, monkeypatch):
-    monkeypatch.setattr(fastai.callback.fp16, 'GradScaler',
-                        lambda device, **kwargs: torch.amp.GradScaler('cpu', **kwargs))
+def test_float16_skips_a_step_that_overflows_halves_the_scale_and_doubles_it_later(options, tree):
     cfg = config(tree, **options)
     dls = get_dls(cfg)
     overflow = Overflow(at=2)
@@ -135,7 +133,7 @@ def test_a_lack_of_gpu_memory_is_one_line(capsys):
 
 def test_loader_processes_are_forked_whatever_the_default_of_python_is(tree):
     "As Python 3.14's default, each would import torch anew, at each epoch."
-    if Forking.start_method is None: pytest.skip('a system that does not fork')
+    if START_METHOD != 'fork': pytest.skip('a system that does not fork')
     with default_start_method('forkserver'):
         dls = get_dls(config(tree, workers=2))
         assert dls.train.fake_l.multiprocessing_context.get_start_method() == 'fork'

@@ -11,7 +11,6 @@ import gzip
 import multiprocessing
 import os
 import shutil
-import sys
 import tarfile
 import tempfile
 import zlib
@@ -31,7 +30,7 @@ from PIL import Image
 
 from command import UsageError, say_once
 from experiments import N_IMAGES
-from training import check
+from training import check, host, readers
 from training.files import (
     fingerprint,
     label_of,
@@ -42,7 +41,8 @@ from training.files import (
     split_files,
     unused_folders,
 )
-from training.images import Pixels, crop_boxes, epoch_draws, read_image, stack_valid_images, train_image, valid_image
+from training.images import Pixels, crop_boxes, stack_valid_images
+from training.readers import ImageFiles, Images
 
 ARCHIVES = {  # (dataset, source): URL
     ('imagenette', '160'): URLs.IMAGENETTE_160,
@@ -164,43 +164,7 @@ def digits():
     return path
 
 
-# --- datasets ---
-
-class Images:
-    """Holds the order of labelled images, and the crops and flips of an epoch; an image is uint8 (3, size, size).
-
-    labels  classes (n,), as integers
-    seed    that of training images, whose order, crops and flips are random; None: validation images
-    share   (rank, number n of processes): a process has every n-th image of the order; all have as many training images
-    """
-    def __init__(self, labels, size, seed=None, share=(0, 1)):
-        self.labels, self.size, self.seed = labels, size, seed
-        self.rank, self.n_processes = share
-        self.order = range(len(labels))[self.rank::self.n_processes]
-        self.set_epoch(0)
-
-    def __len__(self): return len(self.order)
-
-    def set_epoch(self, epoch):
-        "Draws order, crops and flips of `epoch`; without a seed nothing is random."
-        if self.seed is None: return
-        n = len(self.labels)
-        order, self.u, self.flip = epoch_draws(self.seed, epoch, n)
-        self.order = order[self.rank:n - n % self.n_processes:self.n_processes]
-
-
-class ImageFiles(Images, torch.utils.data.Dataset):
-    "Reads its images from `files` in the folder `path`, one (image, label) at a time."
-    def __init__(self, path, files, labels, size, seed=None, share=(0, 1)):
-        super().__init__(labels, size, seed, share)
-        self.path, self.files = path, files
-
-    def __getitem__(self, i):
-        im = read_image(self.path / self.files[i])
-        if self.seed is None: im = valid_image(im, self.size)
-        else: im = train_image(im, self.size, self.u[i], self.flip[i])
-        return torch.from_numpy(np.array(im)).permute(2, 0, 1), self.labels[i]  # (H, W, C) -> (C, H, W)
-
+# --- batches ---
 
 class DeviceImages(Images):
     """Makes batches of decoded images on their device.
@@ -225,36 +189,46 @@ class DeviceImages(Images):
         return self.pixels.crops(i, self.boxes[i], self.flip[i], self.size), labels
 
 
-# --- batches ---
-
 class Forking(_FakeLoader):
-    """Stands in for torch's DataLoader, as fastai's own does, and forks the loader processes where the system can.
+    """Stands in for torch's DataLoader, as fastai's own does, and forks the loader processes.
 
-    Python 3.14 no longer does so by default. Each process would import torch and fastai anew, at each epoch.
+    Python 3.14 no longer does so by default.
     """
-    start_method = 'fork' if sys.platform == 'linux' else None  # None is Python's default.
-
     @property
-    def multiprocessing_context(self):
-        return multiprocessing.get_context(self.start_method) if self.num_workers else None
+    def multiprocessing_context(self): return multiprocessing.get_context('fork') if self.num_workers else None
 
 
 class ImageLoader(DataLoader):
-    "Loads in the order that the dataset draws, and normalises batches (B, 3, H, W) on their device."
-    def __init__(self, dataset, sh=0., **kwargs):
+    """Loads in the order that the dataset draws, and normalises batches (B, 3, H, W) on their device.
+
+    It forks loader processes at each epoch, or else has them of a `pool`, or none.
+    """
+    def __init__(self, dataset, sh=0., pool=None, **kwargs):
         super().__init__(dataset, **kwargs)
-        self.fake_l.__class__ = Forking
+        self.fake_l.__class__, self.pool = Forking, pool
         self.erase = RandomErasing(p=0.3, max_count=3, sh=sh) if sh else None  # as in fastai's example script
 
     def get_idxs(self): return list(self.dataset.order)
+
+    @property
+    def n_workers(self): return self.pool.n if self.pool else self.fake_l.num_workers
+
+    def create_batches(self, samples):
+        if self.pool: return self.pool.batches(self.dataset, self.bs, self.drop_last)
+        return super().create_batches(samples)
 
     def after_batch(self, b):
         x, y = b
         mean, std = _statistics(x.device)
         x = (x.float() / 255 - mean) / std
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=memory_format(x.device))
         if self.erase: x = self.erase(TensorImage(x), split_idx=0).as_subclass(torch.Tensor)
         return x, y
+
+
+def memory_format(device):
+    "Returns the memory format of batches: channels last, but on the GPU of a Mac (machine.settle tells why)."
+    return torch.contiguous_format if device.type == 'mps' else torch.channels_last
 
 
 @lru_cache
@@ -286,12 +260,13 @@ def device_bytes(device, batch_pixels):
     """Returns the bytes that decoded images may take, in training with batches of `batch_pixels` pixels.
 
     On a GPU they are half of the free memory, or what training leaves of it where that is less. Training is taken to
-    need 1.5 KiB a pixel of a batch: xresnet50 took 0.6 in float16. On a CPU they are a quarter of the machine's memory.
+    need 1.5 KiB a pixel of a batch: xresnet50 took 0.6 in float16. On a CPU they are a quarter of the memory that this
+    computer has, or this container.
     """
     if device.type == 'cuda':
         free = torch.cuda.mem_get_info(device)[0]
         return max(0, min(free // 2, free - 1536 * batch_pixels))
-    return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') // 4
+    return host.memory_bytes() // 4
 
 
 def n_workers(cfg, shm=Path('/dev/shm')):
@@ -320,6 +295,8 @@ def loaders(cfg, path, train, valid, data_fingerprint, device):
     valid, valid_labels = map(tuple, zip(*valid))
     share = rank_distrib(), cfg.processes
     kind = cfg.loader
+    if kind == 'device' and device.type == 'mps':
+        raise UsageError("--loader device: needs float64, which a Mac's GPU has not; take --loader workers")
     if kind == 'auto': kind = 'device' if device.type == 'cuda' else 'workers'
     if kind == 'device':
         try: pixels = _decoded(path, train, data_fingerprint, device, cfg.bs * cfg.size**2)
@@ -335,7 +312,10 @@ def loaders(cfg, path, train, valid, data_fingerprint, device):
     else:
         train_set = ImageFiles(path, train, train_labels, cfg.size, cfg.seed, share)
         valid_set = ImageFiles(path, valid, valid_labels, cfg.size, share=share)
-        make, options = ImageLoader, dict(bs=cfg.bs, num_workers=n_workers(cfg), pin_memory=device.type == 'cuda')
+        make, options = ImageLoader, dict(bs=cfg.bs, pin_memory=device.type == 'cuda')
+        n = n_workers(cfg)
+        if readers.START_METHOD == 'fork': options['num_workers'] = n
+        elif n: options['pool'] = readers.Pool([train_set, valid_set], n)
     return make(train_set, cfg.sh, drop_last=True, **options), make(valid_set, **options), kind
 
 
@@ -367,7 +347,7 @@ def get_dls(cfg, device='cpu'):
     for line in remarks(cfg, path, skipped, looks, others, train, valid): say_once(f'{path}: {line}')
     dls = DataLoaders(train_loader, valid_loader, path=path, device=device)
     dls.vocab, dls.valid_files, dls.fingerprint, dls.loader, dls.skipped = vocab, valid, data_fingerprint, kind, skipped
-    dls.workers = dls.train.fake_l.num_workers
+    dls.workers = dls.train.n_workers
     return dls
 
 

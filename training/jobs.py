@@ -16,6 +16,7 @@ from dataclasses import replace
 from multiprocessing.connection import wait
 
 from command import ENDING, Busy, UsageError, is_stop, stop_on_signals, undisturbed
+from training.host import n_cores
 
 PATIENCE = 120  # seconds for the runs under way to write their rows at the end by a signal
 
@@ -54,8 +55,7 @@ class Jobs:
     def with_share(self, cfg):
         "Returns `cfg` with this process's part of the cores as loader processes, where it does not say how many."
         if cfg.workers >= 0: return cfg
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        return replace(cfg, workers=min(8, max(1, cores // self.n)))
+        return replace(cfg, workers=min(8, max(1, n_cores() // self.n)))
 
     def stop(self, workers):
         "Ends the processes: at once those that are idle, the others when they have written their rows."
@@ -130,7 +130,9 @@ def work(tasks, answers, results, device, checkpoint_every):
         given = queue.SimpleQueue()
         threading.Thread(target=listen, args=(tasks, given), daemon=True).start()
         while True:
-            arm, cfg = given.get()
+            task = given.get()
+            if task is None: return
+            arm, cfg = task
             with labelled(f'{arm} seed {cfg.seed}: '):
                 error = None
                 try: run(cfg, results, device, resume=True, checkpoint_every=checkpoint_every)
@@ -149,8 +151,9 @@ def listen(tasks, given):
         while True: given.put(tasks.recv())
     except (EOFError, OSError):
         main = threading.main_thread().ident
-        if hasattr(signal, 'pthread_kill'): signal.pthread_kill(main, signal.SIGINT)  # it may be waiting
-        else: signal.raise_signal(signal.SIGINT)
+        if hasattr(signal, 'pthread_kill'): return signal.pthread_kill(main, signal.SIGINT)  # it may be waiting
+        given.put(None)  # No signal wakes a thread of Windows that waits for a queue.
+        signal.raise_signal(signal.SIGINT)
 
 
 class Labelled:

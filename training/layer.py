@@ -16,8 +16,7 @@ from command import UsageError, is_local_rank_0, nearest
 from layers import ATTENTION
 from training import distributed
 from training.arch import width
-
-DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}  # of autocast
+from training.machine import DTYPES
 
 
 def get_layer(cfg):

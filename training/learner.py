@@ -23,7 +23,7 @@ from fastai.learner import AvgSmoothLoss, Learner
 from fastai.losses import LabelSmoothingCrossEntropy
 from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import SGD, Adam, Lamb, Lookahead, OptimWrapper, RAdam, RMSProp, ranger
-from fastai.torch_core import norm_bias_params, rank_distrib, set_seed
+from fastai.torch_core import L, norm_bias_params, rank_distrib, set_seed
 
 from command import UsageError
 from training import distributed
@@ -68,12 +68,12 @@ def decay_groups(model):
 
 
 class Precision(MixedPrecision):
-    "Trains in fastai's mixed precision, on a CPU too; a fused optimizer skips a step that overflows by itself."
+    "Trains in fastai's mixed precision, on any device; a fused optimizer skips a step that overflows by itself."
     def before_fit(self):
-        super().before_fit()
-        device = self.dls.device.type
-        if device != 'cuda': self.autocast = torch.autocast(device, AMP_DTYPES[self.amp_mode])
-        self.on = False
+        "Does as fastai's, which knows CUDA alone."
+        device, dtype = self.dls.device.type, AMP_DTYPES[self.amp_mode]
+        self.autocast, self.on, self.scales = torch.autocast(device, dtype), False, L()
+        self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
     def before_batch(self):
         super().before_batch()
@@ -253,7 +253,7 @@ def choose_progress(learn):
     elif not (sys.stdout.isatty() or IN_NOTEBOOK):
         learn.remove_cb(ProgressCallback)
         learn.logger = partial(print_epoch, learn)
-    elif learn.dls.device.type == 'cuda': learn.remove_cb(ProgressCallback).add_cb(Progress())
+    elif learn.dls.device.type != 'cpu': learn.remove_cb(ProgressCallback).add_cb(Progress())
 
 
 def print_epoch(learn, values):

@@ -1,20 +1,16 @@
 """What a run measures of itself: losses, accuracies, seconds and memory; and the callbacks that end it early."""
 import collections
-import contextlib
 import gc
 import math
-import resource
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import ProgressCallback
 
 from command import Stopped
-from training import distributed
+from training import distributed, host
 from training.branch import Branch
 
 METRICS = 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'  # the names that the Learner gives them
@@ -140,19 +136,17 @@ def reset_peak_memory(device):
     On a CPU the peak starts anew only where Linux lets a process do so.
     """
     gc.collect()
-    if device.type == 'cuda': return torch.cuda.reset_peak_memory_stats(device)
-    with contextlib.suppress(OSError): Path('/proc/self/clear_refs').write_text('5')
+    if device.type == 'cuda': torch.cuda.reset_peak_memory_stats(device)
+    elif device.type == 'mps': torch.mps.empty_cache()
+    else: host.reset_peak()
 
 
 def peak_memory_mb(device):
     """Returns the peak memory in MiB: on a CUDA device, what was allocated there.
 
-    On a CPU it is what was resident in this process, without its loader processes.
+    On an Apple GPU it is what torch holds there, which does not shrink during a run. On a CPU it is what was resident
+    in this process, without its loader processes.
     """
     if device.type == 'cuda': return torch.cuda.max_memory_allocated(device) / 2**20
-    with contextlib.suppress(OSError, StopIteration):
-        lines = Path('/proc/self/status').read_text().splitlines()
-        peak = next(line for line in lines if line.startswith('VmHWM'))  # 'VmHWM:   123456 kB'
-        return int(peak.split()[1]) / 2**10
-    unit = 2**20 if sys.platform == 'darwin' else 2**10  # bytes there, KiB elsewhere
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
+    if device.type == 'mps': return torch.mps.driver_allocated_memory() / 2**20
+    return host.peak_bytes() / 2**20

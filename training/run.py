@@ -5,7 +5,6 @@
 """
 import contextlib
 import json
-import os
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -19,7 +18,7 @@ from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import set_seed
 
 import runlog
-from command import UsageError, is_stop, undisturbed
+from command import UsageError, is_stop, shown, undisturbed
 from experiments import Config, model_name
 from training import checkpoint, distributed, layer
 from training.arch import network
@@ -159,11 +158,11 @@ def record(row, results):
     file = checkpoint.path(results, row['run_id'])
     try:
         written_to = append(row, results)
-        print(f'{summary(row)}  -> {os.path.relpath(written_to)}', flush=True)
+        print(f'{summary(row)}  -> {shown(written_to)}', flush=True)
         if row['status'] in runlog.DONE: checkpoint.remove(file)
     finally:
         if file.exists():
-            print(f'the checkpoint is kept, and --resume continues from it ({os.path.relpath(file)})', flush=True)
+            print(f'the checkpoint is kept, and --resume continues from it ({shown(file)})', flush=True)
 
 
 def append(row, results):

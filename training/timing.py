@@ -10,8 +10,9 @@ import torch
 from fastai import layers as fastai_layers
 from fastai.losses import LabelSmoothingCrossEntropy
 
-from training.layer import DTYPES, ready
+from training.layer import ready
 from training.learner import decay_groups, get_opt_func, keep_memory
+from training.machine import DTYPES, wait_for
 from training.run import get_model
 
 PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}  # fastai's own layers
@@ -29,7 +30,7 @@ def take_turns(functions, device, rounds):
         for times, f in zip(seconds, functions):
             start = time.perf_counter()
             f()
-            if device.type == 'cuda': torch.cuda.synchronize(device)
+            wait_for(device)
             if n: times.append(time.perf_counter() - start)
     return np.array(seconds)
 
@@ -41,6 +42,11 @@ def peak_mb(f, device):
         before = torch.cuda.memory_allocated(device)
         f()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if device.type == 'mps':
+        torch.mps.empty_cache()
+        before = torch.mps.driver_allocated_memory()
+        f()
+        return (torch.mps.driver_allocated_memory() - before) / 2**20
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile: f()
     events = profile.profiler.kineto_results.events()
     events = sorted((e for e in events if e.name() == '[memory]'), key=lambda e: e.start_ns())
