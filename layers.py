@@ -127,6 +127,11 @@ def _transpose(x): return x.transpose(1, 2)  # x.mT, which ONNX's old exporter d
 def _is_channels_last(x): return x.stride(1) == 1 and x.shape[1] > 1  # of (B, C, N)
 
 
+def _columns(x):
+    "(C, B N) of x (B, C, N): a view where x is channels last, else a copy of whole rows."
+    return x.mT.flatten(0, 1).mT if _is_channels_last(x) else x.transpose(0, 1).flatten(1)
+
+
 def _wide(dtype): return torch.float32 if dtype == torch.float16 else dtype  # of the small matrices
 
 
@@ -194,7 +199,7 @@ class _Linear(_Function):
     def backward(ctx, g, g_y):
         if g_y is None: return g, None
         z, w = ctx.saved_tensors
-        g_w = _product(g_y.transpose(0, 1).flatten(1)[None], z.mT.flatten(0, 1)[None], w.dtype)[0]  # (K, B N) (B N, C)
+        g_w = _product(_columns(g_y)[None], _columns(z).mT[None], w.dtype)[0]  # (K, B N) (B N, C)
         return _product_like(z, _fit(w, z.dtype).mT.expand(z.shape[0], -1, -1), g_y, g), g_w
 
 
@@ -289,11 +294,10 @@ class SimpleSelfAttention(_Attention):
         self.out = SpectralWeight(n_channels, n_channels) if out_conv else None
 
     def attend(self, x, dtype):
-        C, N = x.shape[1:]
-        z, wide = x.to(dtype), _wide(dtype)
+        N, z, wide = x.shape[2], x.to(dtype), _wide(dtype)
         w, u = self.conv(), self.out().to(wide) if self.out is not None else None
         gamma = self.gamma / N if self.mean else self.gamma
-        order = self.order if self.order != 'auto' else _cheapest(multiply_adds(C, N, self.ks, u is not None))
+        order = self.order_at(N)
         if order == 'positions':
             z, values = (z, z) if u is None else _Linear.call(z, u)
             z, wz = self._conv(z, w.to(wide))
@@ -305,9 +309,13 @@ class SimpleSelfAttention(_Attention):
         z, wz = self._conv(z, w.to(wide))
         return _add_product(x, z, (gamma * mix).to(wide), wz)
 
-    def multiply_adds(self, n_positions):
-        counts = multiply_adds(self.n_channels, n_positions, self.ks, self.out is not None)
-        return min(counts.values()) if self.order == 'auto' else counts[self.order]
+    def counts(self, n_positions): return multiply_adds(self.n_channels, n_positions, self.ks, self.out is not None)
+
+    def order_at(self, n_positions):
+        "The order in which a pass evaluates the product."
+        return _cheapest(self.counts(n_positions)) if self.order == 'auto' else self.order
+
+    def multiply_adds(self, n_positions): return self.counts(n_positions)[self.order_at(n_positions)]
 
     def _conv(self, z, w):
         "(z, W z) for z (B, C, N), `w` (C, C*ks) along the positions."
@@ -318,52 +326,64 @@ class SimpleSelfAttention(_Attention):
 
 
 class _BlockedSoftmax(_Function):
-    """softmax(q k) v for q (B, N, D), k (B, D, N), v (B, N, C), a block of rows or of images at a time.
+    """x + h softmax(f^T g) for x (B, C, N) and fgh (B, D + D + C, N), a block of images or of columns at a time.
 
-    For CPUs: their fused kernel wants D = C, which doubles the products where D is C/8.
+    No N x N matrix is kept: backward makes the blocks anew, and writes the gradients of f, g and h into one tensor.
     """
     generate_vmap_rule = False
-    BLOCK = 2**19  # scores at once: they stay in the cache
+    BLOCK = 2**19  # scores at once: half as many take longer on a CPU, twice as many take more memory
 
     @staticmethod
-    def blocks(q):
-        "(images, rows) of each block: rows of one image, or all rows of some images."
-        B, N = q.shape[:2]
+    def blocks(x):
+        "(images, columns) of each block: columns of one image, or all columns of some images."
+        B, _, N = x.shape
         images = max(1, _BlockedSoftmax.BLOCK // N**2)
-        rows = -(-N // -(-N**2 // _BlockedSoftmax.BLOCK))
-        return [(slice(b, b + images), slice(i, i + rows)) for b in range(0, B, images) for i in range(0, N, rows)]
+        width = -(-N // -(-N**2 // _BlockedSoftmax.BLOCK))
+        return [(slice(b, b + images), slice(j, j + width)) for b in range(0, B, images) for j in range(0, N, width)]
 
     @staticmethod
-    def forward(q, k, v):
-        blocks = _BlockedSoftmax.blocks(q)
-        if len(blocks) == 1 or _is_plain(): return _product_like(v, torch.softmax(q @ k, 2), v)
-        o = torch.empty_like(v)
-        for b, rows in blocks: _add_into(o[b, rows], torch.softmax(q[b, rows] @ k[b], 2), v[b], 0)
-        return o
+    def split(x, fgh):
+        "f (B, D, N), g (B, D, N), h (B, C, N)."
+        C = x.shape[1]
+        D = (fgh.shape[1] - C) // 2
+        return fgh.split([D, D, C], dim=1)
+
+    @staticmethod
+    def softmax(f, g): return torch.softmax(_transpose(g) @ f, 2)  # transposed: its rows are the columns of f^T g
+
+    @staticmethod
+    def forward(x, fgh):
+        f, g, h = _BlockedSoftmax.split(x, fgh)
+        if _is_plain(): return x + h @ _transpose(_BlockedSoftmax.softmax(f, g))
+        y = x.clone()
+        for b, j in _BlockedSoftmax.blocks(x): _add_into(y[b, :, j], h[b], _BlockedSoftmax.softmax(f[b], g[b, :, j]).mT)
+        return y
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(inputs[1])
 
     @staticmethod
-    def scores(q, k, v, g):
-        "softmax(q k), and the gradient of q k where g is that of softmax(q k) v."
-        p = torch.softmax(q @ k, 2)
-        return p, torch.ops.aten._softmax_backward_data(g @ v.mT, p, 2, p.dtype)
+    def scores(f, g, h, g_y):
+        "The softmax, transposed, and the gradient of what it is taken of."
+        p = _BlockedSoftmax.softmax(f, g)
+        return p, torch.ops.aten._softmax_backward_data(g_y.mT @ h, p, 2, p.dtype)
 
     @staticmethod
-    def backward(ctx, g):
-        q, k, v = ctx.saved_tensors
+    def backward(ctx, g_y):
+        fgh, = ctx.saved_tensors
+        f, g, h = _BlockedSoftmax.split(g_y, fgh)
         if torch.is_grad_enabled():  # for second derivatives: without blocks, as nothing may be written in place
-            p, g_s = _BlockedSoftmax.scores(q, k, v, g)
-            return g_s @ k.mT, q.mT @ g_s, p.mT @ g
-        g_q, g_k, g_v = (torch.empty_like(t) for t in (q, k, v))
-        for b, rows in _BlockedSoftmax.blocks(q):
-            p, g_s = _BlockedSoftmax.scores(q[b, rows], k[b], v[b], g[b, rows])
-            _add_into(g_q[b, rows], g_s, k[b].mT, 0)
-            _add_into(g_k[b], q[b, rows].mT, g_s, min(rows.start, 1))  # over the blocks of an image
-            _add_into(g_v[b], p.mT, g[b, rows], min(rows.start, 1))
-        return g_q, g_k, g_v
+            p, g_s = _BlockedSoftmax.scores(f, g, h, g_y)
+            return g_y, torch.cat([g @ g_s, f @ g_s.mT, g_y @ p], 1)
+        g_fgh = torch.zeros_like(fgh)
+        g_f, g_g, g_h = _BlockedSoftmax.split(g_y, g_fgh)
+        for b, j in _BlockedSoftmax.blocks(g_y):
+            p, g_s = _BlockedSoftmax.scores(f[b], g[b, :, j], h[b], g_y[b, :, j])
+            _add_into(g_f[b], g[b, :, j], g_s)
+            _add_into(g_g[b, :, j], f[b], g_s.mT)
+            _add_into(g_h[b], g_y[b, :, j], p)
+        return g_y, g_fgh
 
     @staticmethod
     def vmap(info, dims, *inputs):
@@ -372,10 +392,10 @@ class _BlockedSoftmax(_Function):
         return _BlockedSoftmax.apply(*(t.flatten(0, 1) for t in inputs)).unflatten(0, (info.batch_size, -1)), 0
 
 
-def _add_into(out, a, b, beta):
-    "Writes beta * out + a b, (B, ., .) each, into `out`."
+def _add_into(out, a, b):
+    "Adds a b to `out` in place, (B, ., .) each."
     if _is_channels_last(out): out, a, b = out.mT, b.mT, a.mT
-    out.baddbmm_(a, b, beta=beta)
+    torch.baddbmm(out, a, b, out=out)
 
 
 class SelfAttention(_Attention):
@@ -385,8 +405,9 @@ class SelfAttention(_Attention):
     Through `scaled_dot_product_attention`: memory O(N) an image where a fused kernel exists, never N x N.
     Its kernels want one head size for f, g and h, at most 256: f and g are padded with zeros to that of h,
     and h is split into heads that share f and g. In float32 on a CPU, where that padding costs more than the
-    kernel saves, through `_BlockedSoftmax`. The fused kernels have no second derivatives and say so: run the layer
-    under `torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)` where they are needed.
+    kernel saves at most shapes (measured: "sagan fused" in results/benchmarks), through `_BlockedSoftmax`.
+    The fused kernels have no second derivatives and say so: run the layer under
+    `torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)` where they are needed.
     """
     def __init__(self, n_channels):
         super().__init__(n_channels)
@@ -396,16 +417,18 @@ class SelfAttention(_Attention):
 
     def attend(self, x, dtype):  # SAGAN's "query" f is what is attended to
         weights = [self.query(), self.key(), self.value()]
-        in_blocks = x.device.type == 'cpu' and dtype in (torch.float32, torch.float64)
-        blocked = in_blocks and not torch.compiler.is_compiling()
-        if not blocked and not _is_plain():
+        if not self._in_blocks(x, dtype) and not _is_plain():
             fgh = F.linear(x.mT.to(dtype), torch.cat(weights).to(dtype))  # (B, C, N) -> (B, N, C/8 + C/8 + C)
             attended = self._fused(*fgh.split([len(w) for w in weights], dim=2))
             return x + self.gamma * attended.mT  # (B, N, C) -> (B, C, N)
-        z, fg = _Linear.call(x.to(dtype), torch.cat(weights[:2]).to(dtype))
-        z, h = _Linear.call(z, (self.gamma * weights[2]).to(dtype))
-        f, g = fg.split(self.n_inner, dim=1)
-        return z + _transpose(_BlockedSoftmax.call(_transpose(g), f, _transpose(h)))
+        weights[2] = self.gamma * weights[2]
+        return _BlockedSoftmax.call(*_Linear.call(x.to(dtype), torch.cat(weights).to(dtype)))
+
+    @staticmethod
+    def _in_blocks(x, dtype):
+        "Returns whether `x` goes through _BlockedSoftmax; torch.compile makes one graph of the other way alone."
+        full = dtype in (torch.float32, torch.float64)
+        return x.device.type == 'cpu' and full and not torch.compiler.is_compiling()
 
     def _fused(self, f, g, h):
         n_heads = -(-self.n_channels // 256)

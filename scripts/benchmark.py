@@ -10,7 +10,7 @@
     python scripts/benchmark.py run [--quick] [FLAGS]          whole runs of train_imagenette.py FLAGS, with and
                                                                without attention
     python scripts/benchmark.py cost [--quick]                 every layer in every order, against N and against C;
-                                                               about 5 minutes
+                                                               about 8 minutes
 
 Prints a table and writes it with the hardware and the versions to results/benchmarks/<what>.csv. Without --data step
 and loader use random JPEGs of Imagewoof's usual size, 213x160, so that nothing is downloaded.
@@ -58,7 +58,7 @@ import runlog
 import train_imagenette
 from command import UsageError
 from experiments import Config
-from layers import ATTENTION, SimpleSelfAttention, multiply_adds
+from layers import ATTENTION, SelfAttention, SimpleSelfAttention, multiply_adds
 from training import run as training_run
 from training.data import ImageLoader
 from training.learner import get_learner, keep_memory
@@ -75,6 +75,8 @@ LAYERS = [  # name, shape, shape of --quick
 # (C, side), N = side^2
 COST = [(256, side) for side in (8, 12, 16, 24, 32, 48, 64)] + [(C, 32) for C in (64, 128, 512)]
 QUICK_COST = [(256, 8), (256, 16), (256, 32), (64, 32), (128, 32)]
+COUNTERPARTS = {'simple': 'fastai simple', 'simple_sym': 'fastai simple', 'sagan': 'fastai sagan',  # fastai's sym does
+                'sagan fused': 'fastai sagan'}                                                       # nothing
 SQUARES_MB = 1024  # a layer that holds N x N matrices of more than that is skipped
 
 
@@ -138,27 +140,36 @@ def forward_backward(module, x, g):
     return torch.autograd.grad(y, [x, *module.parameters()], g.to(y.dtype))
 
 
-def contenders(C, N):
-    """Yields (layer, order, multiply-adds an image, module) of our layers in every order and of fastai's.
+class Fused(SelfAttention):
+    "sagan in float32 on a CPU as it is in half precision or on a GPU: what it takes instead has to be faster."
+    @staticmethod
+    def _in_blocks(x, dtype): return False
 
-    The order is None where there is but one.
+
+def contenders(C, N):
+    """Yields (layer, order, whether the layer takes it of itself, multiply-adds an image, module).
+
+    Our layers in every order, and fastai's. The order is None where there is but one.
     """
     for name, make in ATTENTION.items():
         module = make(C)
         if isinstance(module, SimpleSelfAttention):
-            counts = multiply_adds(C, N, module.ks, module.out is not None)
-            yield from ((name, order, counts[order], make(C, order=order)) for order in counts)
-        elif name != 'none': yield name, None, module.multiply_adds(N), module
-    yield 'fastai simple', 'source', multiply_adds(C, N)['source'], PEERS['simple'](C)
-    yield 'fastai sagan', None, ATTENTION['sagan'](C).multiply_adds(N), PEERS['sagan'](C)
+            taken = module.order_at(N)
+            yield from ((name, order, order == taken, count, make(C, order=order))
+                        for order, count in module.counts(N).items())
+        elif name != 'none': yield name, None, True, module.multiply_adds(N), module
+    sagan = ATTENTION['sagan'](C).multiply_adds(N)
+    yield 'sagan fused', None, False, sagan, Fused(C)
+    yield 'fastai simple', 'source', True, multiply_adds(C, N)['source'], PEERS['simple'](C)
+    yield 'fastai sagan', None, True, sagan, PEERS['sagan'](C)
 
 
 def cost(args, device):
     """Forward + backward of the `contenders` as in `layer`, about 4,096 positions a call (1,024 with --quick).
 
-    ms, ms_low, ms_high: the median and the quartiles of `rounds` calls, all layers in turn in each round. faster: the
-    median of fastai's time over ours in the same round, faster_low and faster_high its quartiles; memory: ours over
-    fastai's; these where fastai has the layer.
+    auto: whether the layer takes this order of itself. ms, ms_low, ms_high: the median and the quartiles of `rounds`
+    calls, all layers in turn in each round. faster: the median of fastai's time over ours in the same round,
+    faster_low and faster_high its quartiles; memory: ours over fastai's; these where fastai has the layer.
 
     `positions` and fastai's sagan hold four N x N matrices an image: where they would pass SQUARES_MB the row has no
     time and no memory. On CUDA the positions and the bound are 8 times as many.
@@ -171,20 +182,21 @@ def cost(args, device):
         g = torch.randn(B, C, side, side, device=device)
         print(f'C = {C}, N = {N}, {B} images a call', file=sys.stderr)
         measured = []
-        for name, order, count, module in contenders(C, N):
-            row = dict(layer=name, order=order, B=B, C=C, N=N, multiply_adds=count)
+        for name, order, auto, count, module in contenders(C, N):
+            row = dict(layer=name, order=order, auto=auto, B=B, C=C, N=N, multiply_adds=count)
             squares = order == 'positions' or name == 'fastai sagan'
             squares_mb = 4 * B * N**2 * x.element_size() / 2**20 if squares else 0
             if squares_mb > scale * SQUARES_MB: yield row
             else: measured.append((row, partial(forward_backward, module.to(device), x, g)))
-        rounds = 3 if args.quick else 9
+        rounds = 3 if args.quick else 25
         names = [row['layer'] for row, _ in measured]
         seconds = take_turns([f for _, f in measured], device, rounds)
         mb = [peak_mb(f, device) for _, f in measured]
         for i, (row, _) in enumerate(measured):
             row |= spread('ms', 1e3 * seconds[i]) | dict(rounds=rounds, peak_mb=mb[i])
-            if f'fastai {names[i]}' in names:
-                peer = names.index(f'fastai {names[i]}')
+            peer = COUNTERPARTS.get(names[i])
+            if peer in names:
+                peer = names.index(peer)
                 row |= spread('faster', seconds[peer] / seconds[i]) | dict(memory=mb[i] / mb[peer])
             yield row
 
