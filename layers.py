@@ -376,13 +376,14 @@ class _BlockedSoftmax(_Function):
         if torch.is_grad_enabled():  # for second derivatives: without blocks, as nothing may be written in place
             p, g_s = _BlockedSoftmax.scores(f, g, h, g_y)
             return g_y, torch.cat([g @ g_s, f @ g_s.mT, g_y @ p], 1)
-        g_fgh = torch.zeros_like(fgh)
+        g_fgh = torch.empty_like(fgh)
         g_f, g_g, g_h = _BlockedSoftmax.split(g_y, g_fgh)
         for b, j in _BlockedSoftmax.blocks(g_y):
             p, g_s = _BlockedSoftmax.scores(f[b], g[b, :, j], h[b], g_y[b, :, j])
-            _add_into(g_f[b], g[b, :, j], g_s)
-            _add_into(g_g[b, :, j], f[b], g_s.mT)
-            _add_into(g_h[b], g_y[b, :, j], p)
+            later = min(j.start, 1)  # the blocks of an image are added up
+            _add_into(g_f[b], g[b, :, j], g_s, later)
+            _add_into(g_g[b, :, j], f[b], g_s.mT, 0)
+            _add_into(g_h[b], g_y[b, :, j], p, later)
         return g_y, g_fgh
 
     @staticmethod
@@ -392,10 +393,10 @@ class _BlockedSoftmax(_Function):
         return _BlockedSoftmax.apply(*(t.flatten(0, 1) for t in inputs)).unflatten(0, (info.batch_size, -1)), 0
 
 
-def _add_into(out, a, b):
-    "Adds a b to `out` in place, (B, ., .) each."
+def _add_into(out, a, b, beta=1):
+    "Writes beta * out + a b, (B, ., .) each, into `out`."
     if _is_channels_last(out): out, a, b = out.mT, b.mT, a.mT
-    torch.baddbmm(out, a, b, out=out)
+    torch.baddbmm(out, a, b, beta=beta, out=out)
 
 
 class SelfAttention(_Attention):

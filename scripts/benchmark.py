@@ -7,6 +7,8 @@
                                                                loading included
     python scripts/benchmark.py loader [--quick] [--data DIR]  each loader: alone, in the step, and the step on one
                                                                batch over and over
+    python scripts/benchmark.py switches [--quick]             a training step of xresnet18 + simple at 64 px with each
+                                                               speed-up switched the other way
     python scripts/benchmark.py run [--quick] [FLAGS]          whole runs of train_imagenette.py FLAGS, with and
                                                                without attention
     python scripts/benchmark.py cost [--quick]                 every layer in every order, against N and against C;
@@ -77,6 +79,7 @@ COST = [(256, side) for side in (8, 12, 16, 24, 32, 48, 64)] + [(C, 32) for C in
 QUICK_COST = [(256, 8), (256, 16), (256, 32), (64, 32), (128, 32)]
 COUNTERPARTS = {'simple': 'fastai simple', 'simple_sym': 'fastai simple', 'sagan': 'fastai sagan',  # fastai's sym does
                 'sagan fused': 'fastai sagan'}                                                       # nothing
+SWITCHES = dict(fused=0, channels_last=0, keep_memory=0, compile=1)
 SQUARES_MB = 1024  # a layer that holds N x N matrices of more than that is skipped
 
 
@@ -122,15 +125,20 @@ def floor(cfg, model, device):
 # --- the benchmarks: each gives the rows of its table ---
 
 def layer(args, device):
-    "Forward + backward of a layer, gamma not 0, float32 on a CPU, float16 autocast on CUDA."
+    """Forward + backward of a layer, gamma not 0, float32 on a CPU, float16 autocast on CUDA.
+
+    faster: the median of fastai's time over ours in the same round, faster_low and faster_high its quartiles.
+    """
+    rounds = 3 if args.quick else 15
     for name, full, quick in LAYERS:
         shape = quick if args.quick else full
         x, g = torch.randn(shape, device=device, requires_grad=True), torch.randn(shape, device=device)
         steps = [partial(forward_backward, make(shape[1]).to(device), x, g) for make in (PEERS[name], ATTENTION[name])]
-        theirs, ours = alternate(steps, device, 3 if args.quick else 9)
+        theirs, ours = take_turns(steps, device, rounds)
         their_mb, our_mb = (peak_mb(f, device) for f in steps)
-        yield dict(layer=name, shape='x'.join(map(str, shape)), fastai_ms=1e3 * theirs, ours_ms=1e3 * ours,
-                   faster=theirs / ours, fastai_mb=their_mb, ours_mb=our_mb, memory=our_mb / their_mb)
+        yield dict(layer=name, shape='x'.join(map(str, shape)), rounds=rounds, fastai_ms=1e3 * np.median(theirs),
+                   ours_ms=1e3 * np.median(ours), **spread('faster', theirs / ours),
+                   fastai_mb=their_mb, ours_mb=our_mb, memory=our_mb / their_mb)
 
 
 def forward_backward(module, x, g):
@@ -201,6 +209,20 @@ def cost(args, device):
             yield row
 
 
+def beside_fastai(table):
+    "Returns the rows of cost.csv that have a counterpart, in the order that the layer takes, as a Markdown table."
+    names = list(COUNTERPARTS)
+    lines = ['| C | N | images | ' + ' | '.join(f'{name} | memory' for name in names) + ' |',
+             '|---:|---:|---:|' + '---|---:|' * len(names)]
+    taken = table[(table.auto | (table.layer == 'sagan fused')) & table.layer.isin(names)]
+    for (C, N, B), rows in taken.groupby(['C', 'N', 'B'], sort=False):
+        rows = rows.set_index('layer')
+        cells = [f'{r.faster:.2f} [{r.faster_low:.2f}, {r.faster_high:.2f}] | {r.memory:.2f}'
+                 for r in (rows.loc[name] for name in names)]
+        lines.append(f'| {C} | {N:,} | {B} | ' + ' | '.join(cells) + ' |')
+    return '\n'.join(lines) + '\n'
+
+
 def spread(name, values):
     "{name, name_low, name_high}: the median and the quartiles."
     low, median, high = np.percentile(values, [25, 50, 75])
@@ -252,17 +274,17 @@ def steps(args, device):
     return (6 if args.quick else 8) if device.type == 'cpu' else 52
 
 
-def clocked(learners, args, device, lr, keep=(True, True)):
-    "Median seconds of a step of each Learner, which take turns, with or without keep_memory()."
+def clocked(learners, args, device, lr, keep=(True, True), turns=3):
+    "Seconds (learners, steps) of the steps of each Learner, which take `turns`, with or without keep_memory()."
     n = steps(args, device)
     clocks = [Clock(n) for _ in learners]
-    for _ in range(1 if args.quick else 3):
+    for _ in range(1 if args.quick else turns):
         for learn, clock, kept in zip(learners, clocks, keep):
             keep_memory(kept and device.type == 'cpu')
             with learn.no_bar(), learn.no_logging(): learn.fit(1, lr, cbs=clock)
     if not all(clock.seconds for clock in clocks):
         raise UsageError(f'--data: has fewer than {n} batches, which a measurement takes')
-    return [float(np.median(clock.seconds)) for clock in clocks]
+    return np.array([clock.seconds for clock in clocks])
 
 
 def plain_learner(cfg, device):
@@ -299,7 +321,7 @@ def step(args, device):
     with tempfile.TemporaryDirectory() as folder:
         cfg, dls, model = prepare(step_config(args, device, folder), device)
         learners = [plain_learner(cfg, device), get_learner(cfg, dls, model)]
-        theirs, ours = clocked(learners, args, device, cfg.lr, keep=(False, True))
+        theirs, ours = np.median(clocked(learners, args, device, cfg.lr, keep=(False, True)), axis=1)
         multiply_adds, floor_seconds = floor(cfg, model, device)
         yield dict(model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, loader=cfg.loader,
                    fastai_images_per_second=cfg.bs / theirs, ours_images_per_second=cfg.bs / ours, faster=theirs / ours,
@@ -326,7 +348,7 @@ def loader(args, device):
             if device.type == 'cuda': torch.cuda.synchronize(device)
             alone = n / (time.perf_counter() - start)
             learners = [get_learner(cfg, d, m) for d, m in ((dls, model), (get_one_batch(dls), copy.deepcopy(model)))]
-            seconds = clocked(learners, args, device, cfg.lr)
+            seconds = np.median(clocked(learners, args, device, cfg.lr), axis=1)
             yield dict(loader=kind, model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision,
                        workers=cfg.workers, loader_images_per_second=alone,
                        step_images_per_second=cfg.bs / seconds[0],
@@ -338,6 +360,25 @@ def get_one_batch(dls):
     one = DataLoaders(OneBatch(dls.train), dls.valid, path=dls.path, device=dls.device)
     one.vocab = dls.vocab
     return one
+
+
+def switches(args, device):
+    """A training step on one batch over and over, with each of the SWITCHES the other way than by default.
+
+    time: the median of the step's time over that of the default's in the same turn, time_low and time_high its
+    quartiles, over `steps` steps. The first two steps of a turn are left out, so what compiling takes is not in it.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        cfg, dls, model = prepare(step_config(args, device, folder, arch='xresnet18', size=64), device)
+        arms = [('default', cfg)] + [(f'--{name.replace("_", "-")} {value}', replace(cfg, **{name: value}))
+                                     for name, value in SWITCHES.items()]
+        one = get_one_batch(dls)
+        learners = [get_learner(arm, one, copy.deepcopy(model)) for _, arm in arms]
+        seconds = clocked(learners, args, device, cfg.lr, [arm.keep_memory for _, arm in arms], turns=5)
+        for (switch, _), times in zip(arms, seconds):
+            yield dict(switch=switch, model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision,
+                       steps=len(times), images_per_second=cfg.bs / np.median(times),
+                       **spread('time', times / seconds[0]))
 
 
 def run(args, device):
@@ -365,7 +406,7 @@ def run(args, device):
             yield {k: row[k] for k in columns} | dict(seconds=seconds, floor_seconds=steps * step_seconds)
 
 
-BENCHMARKS = {'layer': layer, 'step': step, 'loader': loader, 'run': run, 'cost': cost}
+BENCHMARKS = {'layer': layer, 'step': step, 'loader': loader, 'switches': switches, 'run': run, 'cost': cost}
 
 
 def main(argv=None):
@@ -385,6 +426,7 @@ def main(argv=None):
         print(f'benchmark.py: {e}', file=sys.stderr)
         return 2
     print(table.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
+    if args.what == 'cost': print(beside_fastai(table))
     file = args.results / 'benchmarks' / f'{args.what}{"-quick" * args.quick}.csv'
     file.parent.mkdir(parents=True, exist_ok=True)
     table = table.round(4).assign(device=device_name(device), started=runlog.timestamp(), **runlog.provenance())

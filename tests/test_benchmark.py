@@ -39,7 +39,8 @@ def test_layer(monkeypatch, tmp_path, capsys):
     assert not benchmark.main(['layer', '--quick', '--results', str(tmp_path)])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'layer-quick.csv')
     assert table.layer.tolist() == ['simple', 'sagan'] and table['shape'].tolist() == ['1x16x8x8'] * 2
-    assert (table.faster - table.fastai_ms / table.ours_ms).abs().max() < 0.05
+    assert (table.faster_low <= table.faster).all() and (table.faster <= table.faster_high).all()
+    assert (table.fastai_ms > 0).all() and (table.ours_ms > 0).all() and set(table.rounds) == {3}
     assert table.torch[0] == torch.__version__.split('+')[0]
 
 
@@ -197,6 +198,20 @@ def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
     assert benchmark.main(['run', '--quick', '--results', str(tmp_path), '--size', '31']) == 2
     assert capfd.readouterr().err.count('\n') == 1
     assert sorted((REPO / 'results').rglob('*')) == record
+
+
+@pytest.mark.slow(5)
+def test_switches_are_measured_beside_the_default(tree, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(benchmark, 'SWITCHES', dict(keep_memory=0))
+    monkeypatch.setattr(benchmark, 'step_config', lambda args, device, folder, arch, size: Config(
+        dataset='custom', data=str(tree), split='v2', attention='simple', arch=arch, bs=4, size=32, workers=0))
+    kept = []
+    monkeypatch.setattr(benchmark, 'keep_memory', kept.append)
+    assert not benchmark.main(['switches', '--quick', '--results', str(tmp_path)])
+    table = pd.read_csv(tmp_path / 'benchmarks' / 'switches-quick.csv')
+    assert table.switch.tolist() == ['default', '--keep-memory 0'] and table.time[0] == 1
+    assert (table.time_low <= table.time).all() and (table.time <= table.time_high).all()
+    assert set(table.steps) == {4} and [bool(k) for k in kept] == [True, False]
 
 
 @pytest.mark.skipif(not unchanged('results/benchmarks'), reason='benchmarks of your own are in results/benchmarks')

@@ -288,8 +288,8 @@ def n_workers(cfg, shm=Path('/dev/shm')):
 def loaders(cfg, path, train, valid, data_fingerprint, device):
     """Returns (training loader, validation loader, the name of their kind) for lists of (file, label).
 
-    `auto` is `device` on a GPU that holds the images. On a CPU it is `workers`, since Pillow is several times faster
-    there.
+    `auto` is `device` on a GPU that holds the images. On a CPU it is `workers`: there the crops of `device` take the
+    step's own threads.
     """
     train, train_labels = map(tuple, zip(*train))
     valid, valid_labels = map(tuple, zip(*valid))

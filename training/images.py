@@ -157,7 +157,7 @@ def inspect(file):
 
     Raises what Pillow raises if it cannot be read whole.
 
-    A JPEG is decoded at an eighth of its sides, which is faster and finds what is cut off just as well.
+    A JPEG is decoded at an eighth of its sides, which finds what is cut off just as well.
     """
     with opened(file) as im:
         orientation = im.getexif().get(ExifTags.Base.Orientation) if im.format == 'TIFF' else None

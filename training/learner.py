@@ -1,9 +1,9 @@
 """The recipe of a Config as a fastai Learner, and what makes its step fast.
 
 No speed-up changes the function that is computed, and each can be switched off: `--fused 0`, `--channels-last 0`,
-`--keep-memory 0`, `--compile 0` and `--cuda-graphs 0` (the defaults), `--loader workers`. On a GPU no step waits for
-the host: the optimizer decides on the device whether float16 overflowed, and the smoothed loss stays there. Only mixup
-and the loader processes still wait.
+`--keep-memory 0`, `--compile 0` and `--cuda-graphs 0` (the defaults), `--loader workers`. What each is worth on a CPU
+is measured in results/benchmarks. On a GPU the optimizer decides on the device whether float16 overflowed, and the
+smoothed loss stays there, so that the host may start the next step before a step has ended.
 """
 import contextlib
 import copy
@@ -137,10 +137,9 @@ class Compile(Callback):
 class Graphs(Callback):
     """Trains through CUDA graphs: the kernels of both passes are recorded once, and each step replays them.
 
-    A step of a small batch spends more time starting its thousand kernels than running them; a replay starts all at
-    once. The network computes the same function with the same kernels. It validates without graphs, since the last
-    batch has a size of its own. Raises UsageError where a module waits for the host in its pass, as it cannot be
-    recorded.
+    A step starts a thousand kernels one by one; a replay starts all at once (measured: results/benchmarks). The network
+    computes the same function with the same kernels. It validates without graphs, since the last batch has a size of
+    its own. Raises UsageError where a module waits for the host in its pass, as it cannot be recorded.
     """
     order = TrainEvalCallback.order + 1
     def __init__(self, size): self.size = size
@@ -214,8 +213,7 @@ def keep_memory(on=True):
     """Lets glibc keep freed memory for as long as the process lives, or give it back; without glibc nothing happens.
 
     By itself, glibc gives blocks above 32 MiB back to the system at once, and trims the rest. A training step takes
-    the same blocks each time, and so gets them page by page again. xresnet18 at 64 px trains 14 % faster on a CPU
-    without that.
+    the same blocks each time, and so gets them page by page again.
     """
     if sys.platform != 'linux': return
     mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)

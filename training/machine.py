@@ -154,7 +154,7 @@ def check_compiler(device):
 
 
 def has_bf16(cpuinfo=Path('/proc/cpuinfo')):
-    """Returns whether the CPU multiplies bfloat16 in hardware, since emulated it is slower than float32.
+    """Returns whether the CPU multiplies bfloat16 in hardware; elsewhere it is emulated in float32.
 
     Linux says it in a file, macOS by a command. Elsewhere it is not known, and not assumed.
     """
