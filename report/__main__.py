@@ -13,7 +13,7 @@ import runlog
 from command import Parser, UsageError, exit_code, nearest
 from experiments import EXPERIMENTS
 from report import figures, tables
-from report.compare import gaps, has_runs
+from report.compare import gaps, has_runs, on_own_images
 from report.published import load_published, set_right, source_against_fork, source_against_fork_text
 
 MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of table -->'
@@ -85,8 +85,8 @@ def work(argv):
     if args.names: return print(tables.text(rows, details=True))
     try: write(rows, runs, args.results, published)
     except OSError as e: raise UsageError(f'cannot write the tables and figures ({e})') from None
-    shown = [row for row in rows if has_runs(row)]
-    print(tables.text(shown) if shown else f'{len(runs)} runs, but no experiment has runs of two arms')
+    shown = [row for row in rows + gaps(on_own_images(runs), runs, published, args.results) if has_runs(row)]
+    print(tables.text(shown) if shown else f'{len(runs)} runs, but none of two arms to compare')
 
 
 def main(argv=None): return exit_code('report', lambda: work(argv))

@@ -13,7 +13,7 @@ import pandas as pd
 
 import runlog
 from command import UsageError
-from experiments import EXPERIMENTS, N_IMAGES, SETTINGS, knobs, resolve, setting
+from experiments import EXPERIMENTS, N_IMAGES, SETTINGS, Config, Experiment, fields, knobs, resolve, setting
 from report import stats
 from report.published import published_mean, weakest_recipe
 
@@ -100,6 +100,35 @@ def is_whole(dataset, key):
     "Returns whether a set (or a row of `gaps`) is on the full archive, where there is one."
     full = N_IMAGES.get((dataset, key['split']))
     return full is None or pd.isna(key['n_train']) or full == (key['n_train'], key['n_val'])
+
+
+def on_own_images(runs):
+    """Returns {name: Experiment} of the runs on images of the user's (--data) that differ in the layer alone.
+
+    Such an Experiment has no plan: as many runs are wanted as there are.
+    """
+    found = {}
+    alike = [name for name in RECIPE if name not in ('attention', 'attention_source', 'sa_at')]
+    for key, group in runlog.by_setting(runs[runs.dataset == 'custom'], alike).items():
+        arms, wanted = {}, {}
+        for of_arm in runlog.by_setting(group, RECIPE).values():
+            row = of_arm.iloc[0]
+            try: cfg = Config(**{f.name: f.type(row[f.name]) for f in fields(Config)})
+            except UsageError: continue  # a layer that is no more
+            name = cfg.attention + (f'@{cfg.sa_at}' if cfg.sa_at != Config.sa_at else '')
+            if name in arms: name += f' {cfg.attention_source[:6]}'  # another version of the user's layer
+            arms[name], wanted[name] = cfg, int(of_arm.data_fingerprint.value_counts().max())
+        if len(arms) < 2: continue
+        arms = {name: arms[name] for name in sorted(arms, key=lambda name: name != 'none')}
+        found[_own_name(dict(zip(alike, key)))] = Experiment(claim='', arms=arms, runs=wanted)
+    return found
+
+
+def _own_name(settings):
+    "Returns a name for runs on images of the user's, with the settings that are not the defaults."
+    words = [f'own images, {settings.pop("size")} px', f'{settings.pop("epochs")} epochs', settings.pop('arch')]
+    return ', '.join(words + [f'{name} {value}' for name, value in settings.items()
+                              if name != 'dataset' and value != getattr(Config, name)])
 
 
 def ended_ok(runs, metric='last'):

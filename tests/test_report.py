@@ -56,6 +56,21 @@ def gap(name, *runs, **overrides):
 
 # --- comparisons ---
 
+def test_runs_on_images_of_ones_own_that_differ_in_the_layer_are_compared():
+    own = dict(dataset='custom', data='pets', size=64, bs=32, arch='xresnet18')
+    base, arm = make_runs('none', [0.5, 0.52, 0.51], **own), make_runs('simple', [0.6, 0.61, 0.63], **own)
+    others = [make_runs('simple', [0.7], sa_at='2', **own), make_runs('simple', [0.6], **own | dict(size=128)),
+              base.assign(data_fingerprint='other', run_id=base.run_id + 'x'), make_runs('simple', [0.6], size=64)]
+    runs = pd.concat([arm, base, *others], ignore_index=True)
+    (name, exp), = compare.on_own_images(runs).items()
+    assert name == 'own images, 64 px, 5 epochs, xresnet18, bs 32'
+    assert list(exp.arms) == ['none', 'simple', 'simple@2'] and exp.runs == {'none': 3, 'simple': 3, 'simple@2': 1}
+    rows = [row for row in compare.gaps({name: exp}, runs, record.load_published()) if compare.has_runs(row)]
+    row = next(row for row in rows if row['arm'] == 'simple')
+    assert row['difference']['difference'] == pytest.approx(0.1033, abs=1e-3) and row['difference']['n_pairs'] == 3
+    assert name in tables.text(rows) and 'none → simple' in tables.text(rows)
+
+
 def test_a_gap_is_that_of_stats_beside_the_published_one():
     a, b = [0.60, 0.64, 0.62], [0.65, 0.66, 0.70]
     r = gap('woof-128-5', make_runs('none', a), make_runs('simple', b))
