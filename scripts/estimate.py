@@ -31,9 +31,9 @@ COUNTS = N_IMAGES | {('digits', 'v2'): (1_437, 360)}
 # --- the work of a run ---
 
 @lru_cache
-def forward(arch, attention, sa_at, size):
+def forward(arch, attention, sa_at, size, stem=Config.stem):
     "Returns the multiply-adds of one image through the network."
-    model = get_model(Config(arch=arch, attention=attention, sa_at=sa_at), 10).eval()
+    model = get_model(Config(arch=arch, attention=attention, sa_at=sa_at, stem=stem), 10).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as flops: model(torch.zeros(1, 3, size, size))
     return flops.get_total_flops() / 2
 
@@ -46,11 +46,12 @@ def work(epochs, n_train, n_val, *network):
 def multiply_adds(cfg):
     "Returns the multiply-adds of a run."
     cfg = resolve(cfg)
-    return work(cfg.epochs, *COUNTS[cfg.dataset, cfg.split], cfg.arch, cfg.attention, cfg.sa_at, cfg.size)
+    return work(cfg.epochs, *COUNTS[cfg.dataset, cfg.split], cfg.arch, cfg.attention, cfg.sa_at, cfg.size, cfg.stem)
 
 
 # --- what a device does in a second ---
 
+@lru_cache
 def rates(results=runlog.RESULTS):
     "Returns {what was measured: multiply-adds a second}; its name begins with the device."
     return _published_rates() | _step_rates(Path(results)) | _run_rates(Path(results))

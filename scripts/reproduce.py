@@ -53,6 +53,7 @@ def chosen(args):
     if args.name not in EXPERIMENTS:
         raise UsageError(f'no experiment {args.name}{nearest(args.name, EXPERIMENTS)}; see --list')
     exp = EXPERIMENTS[args.name]
+    if exp.needs: raise UsageError(f'{args.name}: cannot be run here, its recipe needs {exp.needs}')
     names = args.arms.split(',') if args.arms else list(exp.arms)
     for name in names:
         if name not in exp.arms: raise UsageError(f'--arms {name}: no such arm; there are {", ".join(exp.arms)}')
@@ -77,6 +78,9 @@ def listing(results):
         counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in done.items())
         print_wrapped(f'{name}  {exp.claim}')
         print_wrapped(exp.command, indent=4)
+        if exp.record:
+            print_wrapped('record of the leaderboard, with the layer: {} % (runs: {})'.format(*exp.record), indent=4)
+        if exp.needs: print_wrapped(f'not run here: its recipe needs {exp.needs}', indent=4)
         print_wrapped(f'all runs: about {exp.hours:g} hours on one RTX 2080 Ti of 2019', indent=4)
         print_wrapped(f'runs done / wanted: {counts}', indent=4)
         print(tables.text([row for row in gaps if row['experiment'] == name], indent=4), end='\n\n')
@@ -85,7 +89,8 @@ def listing(results):
 def print_wrapped(text, indent=0):
     "Prints a text in lines of the width of the tables."
     margin = ' ' * indent
-    for line in wrap(text, tables.WIDTH, initial_indent=margin, subsequent_indent=margin + '  '): print(line)
+    lines = wrap(text, tables.WIDTH, initial_indent=margin, subsequent_indent=margin + '  ', break_on_hyphens=False)
+    for line in lines: print(line)
 
 
 def work(argv):

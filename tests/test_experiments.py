@@ -2,8 +2,9 @@
 import re
 import shlex
 import subprocess
-from dataclasses import replace
+from dataclasses import asdict, replace
 
+import pandas as pd
 import pytest
 from conftest import REPO
 
@@ -53,6 +54,31 @@ def test_every_published_mean_is_an_arm_of_an_experiment(published):
 
 
 def test_no_baseline_is_expected_of_another_script(): assert EXPERIMENTS['woof-256-400'].expect.keys() == {'simple'}
+
+
+BOARD = pd.read_csv(REPO / 'results' / 'published' / 'leaderboard.csv')
+
+
+def test_every_record_of_the_leaderboard_is_an_experiment():
+    "With the layer and without it, by the recipe of the record or, where that needs more, not under its name."
+    names = []
+    for row in BOARD.itertuples():
+        exp = EXPERIMENTS[f'board-{row.dataset.removeprefix("image")}-{row.size}-{row.epochs}']
+        names.append(exp)
+        assert exp.record == (row.accuracy_pct, row.n_runs) and bool(exp.needs) != row.recipe.startswith('fastai')
+        assert list(exp.arms) == ['none', 'simple'] and not exp.tables and not exp.expect
+        for cfg in map(resolve, exp.arms.values()):
+            assert (cfg.dataset, cfg.split, cfg.size, cfg.epochs) == (row.dataset, 'v2', row.size, row.epochs)
+            assert cfg.source == ('320' if row.size <= 224 else 'full') and bool(cfg.mixup) == (row.epochs >= 80)
+            assert flags_of(row.recipe).items() <= asdict(cfg).items() or exp.needs
+    assert len(names) == 24 and names == [exp for exp in EXPERIMENTS.values() if exp.record]
+
+
+def flags_of(recipe):
+    "Returns the knobs that the flags of a recipe set, but for --sa, which one arm has, and --fp16, which no CPU has."
+    words = re.sub(r'--(sa|fp16) 1', '', recipe[recipe.index('--'):].partition(';')[0]) if '--' in recipe else ''
+    given = train_imagenette.parse(words.split())[0]
+    return {name: value for name, value in asdict(given).items() if value != getattr(Config, name)}
 
 
 # --- what is compared ---

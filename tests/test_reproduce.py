@@ -160,10 +160,11 @@ def test_list_and_plan(tmp_path, capsys):
     for name, exp in EXPERIMENTS.items():
         assert f'\n{name} ' in '\n' + out
         hours = f'all runs: about {exp.hours:g} hours on one RTX 2080 Ti'
-        assert exp.claim in words and exp.command in words and hours in words
+        assert exp.claim in words and exp.command in words and hours in words and exp.needs in words
     assert max(map(len, out.splitlines())) <= 100
     assert 'runs done / wanted: none 0/10, simple 0/10, sagan 0/6, simple_sym 0/6\n' in out
     assert '61.9 → 67.6 (10, 10), +5.7 [3.6, 7.8]' in out and 'assumed recipe' in words
+    assert 'record of the leaderboard, with the layer: 90.38 % (runs: 1)' in words
     assert '90.2 → 91.0 (?, 1), no baseline: other' in words  # The cell goes on in its next line.
     assert not reproduce.main(['digits', '--arms', 'none', '--plan', '--results', str(tmp_path)])
     assert not reproduce.main(['woof-128-100-r18', '--plan', '--results', str(tmp_path)])
@@ -174,6 +175,7 @@ def test_list_and_plan(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('argv, words', [
+    ('board-nette-128-20 --dry-run', 'its recipe needs MaxBlurPool of kornia'),
     ('woof-128', 'did you mean woof-128-5?'), ('', 'name one, see --list'),
     ('digits --arms none,x', 'no such arm; there are none, simple'), ('digits --runs 0', 'at least 1'),
     ('digits --until 0', 'above 0'),
