@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from dataclasses import replace
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -73,7 +74,11 @@ def make_parser():
     ap.add_argument('--scale-lr', **on, help='with several processes: multiply lr by their number')
     add_run_flags(ap)
     ap.add_argument('--save', type=Path, metavar='FILE',
-                    help='write the trained model here (with --runs: the last one)')
+                    help='write the trained model here (with --runs: the last one); also its weights as .safetensors')
+    ap.add_argument('--export', type=Path, metavar='FILE',
+                    help='also write the trained model for other tools: *.onnx, or *.pkl for load_learner of fastai')
+    ap.add_argument('--log-to', metavar='NAME',
+                    help=f'show the runs while they train, in results/logs [{", ".join(TOOLS)}]')
     ap.add_argument('--dump', **on, help="print the model with shapes and parameters; don't train")
     ap.add_argument('--lrfinder', **on, help="suggest a learning rate and save the plot; don't train")
     return ap
@@ -107,8 +112,13 @@ def parse(argv):
     try:
         if cfg.data: find_images(Path(cfg.data), cfg.valid_pct)
     except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
+    if args.log_to: check_tool(args.log_to)
+    if args.export: check_export(args.export)
+    if args.save and args.save.suffix == '.safetensors':
+        raise UsageError(f'--save {args.save}: take another suffix, such as .pt; its .safetensors is written beside it')
     if is_local_rank_0():
-        if args.save: probe(args.save)
+        if args.save: probe('--save', args.save)
+        if args.export: probe('--export', args.export)
         for note in notes_on_2019(sys.argv[1:] if argv is None else argv, args):
             print(f'{PROGRAM}: {note}', file=sys.stderr)
     return cfg, args
@@ -139,15 +149,38 @@ def check_run_flags(args):
         raise UsageError(f'--checkpoint-every {args.checkpoint_every}: must be at least 1 (0: none)')
 
 
-def probe(file):
+TOOLS = {'csv': (), 'tensorboard': ('tensorboard',), 'wandb': ('wandb',)}  # of --log-to: the packages that it needs
+EXPORTS = {'.onnx': ('onnx', 'onnxscript', 'onnxruntime'), '.pkl': ()}  # of --export, by the suffix
+
+
+def check_tool(name):
+    "Raises UsageError unless runs can be sent to this tool."
+    if name not in TOOLS:
+        raise UsageError(f'--log-to {name}: unknown; choose from {", ".join(TOOLS)}{nearest(name, TOOLS)}')
+    check_installed(f'--log-to {name}', TOOLS[name])
+
+
+def check_export(file):
+    "Raises UsageError unless the format that the suffix of `file` names can be written."
+    if file.suffix not in EXPORTS: raise UsageError(f'--export {file}: the name must end in {" or ".join(EXPORTS)}')
+    check_installed(f'--export {file}', EXPORTS[file.suffix])
+
+
+def check_installed(what, packages):
+    "Raises UsageError where one of these packages is missing."
+    missing = ' '.join(package for package in packages if not find_spec(package))
+    if missing: raise UsageError(f'{what}: needs what is not installed; pip install {missing}')
+
+
+def probe(what, file):
     "Raises UsageError unless `file` can be written; leaves it as it was."
     new = not os.path.lexists(file)
     if not new and not file.is_file() and not file.is_dir():
-        raise UsageError(f'--save {file}: cannot be written (not a regular file)')
+        raise UsageError(f'{what} {file}: cannot be written (not a regular file)')
     try:
         with open(file, 'ab'): pass
         if new: file.unlink()
-    except OSError as e: raise UsageError(f'--save {file}: cannot be written ({e.strerror})') from None
+    except OSError as e: raise UsageError(f'{what} {file}: cannot be written ({e.strerror})') from None
 
 
 # --- command lines of 2019 ---
@@ -234,7 +267,8 @@ def train(cfg, args):
         return print(f'suggested learning rate {lr:.1e}, plot in {shown(file)}')
     stop_on_signals()
     for i in range(args.runs):
-        run.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume, args.checkpoint_every)
+        run.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume, args.checkpoint_every,
+                log_to=args.log_to, export=args.export)
 
 
 def main(argv=None): return exit_code(PROGRAM, lambda: train(*parse(argv)))

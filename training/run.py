@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import torch
 from fastai.callback.schedule import valley
 from fastai.learner import AvgSmoothLoss
@@ -20,7 +21,7 @@ from fastai.torch_core import set_seed
 import runlog
 from command import UsageError, is_stop, shown, undisturbed
 from experiments import Config, model_name
-from training import checkpoint, distributed, layer
+from training import checkpoint, distributed, layer, trackers
 from training.arch import network
 from training.data import get_dls
 from training.files import find_images, label_of
@@ -48,7 +49,8 @@ def prepare(cfg, device):
     return cfg, dls, get_model(cfg, len(dls.vocab))
 
 
-def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, checkpoint_every=None, hand_over=None):
+def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, checkpoint_every=None, hand_over=None,
+        log_to=None, export=None):
     """Trains once and appends a row to runs.csv; returns the row {column: value}.
 
     save              the file for the trained model
@@ -56,6 +58,8 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
                       is continued from its checkpoint, under its id
     checkpoint_every  epochs, see checkpoint.Checkpoint
     hand_over         is called with the row in place of appending it
+    log_to            a tool that shows the run while it trains, see trackers.py
+    export            another file for the trained model, for other tools, see export.py
 
     Whatever ends the training leaves its row, with the status ok, diverged (a loss was not finite), interrupted or
     failed. The exception behind the last two is raised again after that. Of several processes the first one writes.
@@ -68,8 +72,9 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
     with claimed:
         begun, found = begin(cfg, dls, results, resume)
         if begun['status']:
-            if save and first:
-                print(f'--save {save}: not written, the model of a recorded run is not kept', file=sys.stderr)
+            for what, file in (('--save', save), ('--export', export)):
+                if file and first:
+                    print(f'{what} {file}: not written, the model of a recorded run is not kept', file=sys.stderr)
             return begun
         row = begun | asdict(cfg) | runlog.provenance() | layer.cost(cfg, device) | dict(
             n_train=len(dls.train.dataset.labels), n_val=len(dls.valid_files), n_skipped=dls.skipped,
@@ -78,7 +83,8 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
         file = checkpoint.path(results, row['run_id'])
         saver = checkpoint.Checkpoint(file, checkpoint.identity(cfg, row), checkpoint_every, found)
         hand_over = hand_over or partial(record, results=results)
-        try: return fit_and_hand_over(cfg, dls, model, row, saver, Path(results), save, hand_over)
+        shown = trackers.callbacks(log_to, cfg, row['run_id'], row['resumed'], results)
+        try: return fit_and_hand_over(cfg, dls, model, row, [saver, *shown], Path(results), save, export, hand_over)
         finally: saver.release()
 
 
@@ -121,11 +127,11 @@ def look_up(cfg, dls, results):
     return dict(run_id=run_id, started=state['started'], status='', resumed=1 + int(max(times))), found
 
 
-def fit_and_hand_over(cfg, dls, model, row, saver, results, save, hand_over):
+def fit_and_hand_over(cfg, dls, model, row, cbs, results, save, export, hand_over):
     "Fits `model`, adds what came of it to `row`, whatever ended the fit, and hands the row over; returns it."
     run_id, first = row['run_id'], distributed.is_rank_0()
     measure = Measure(partial(write_curve, run_id, results=results) if first else lambda curve: None)
-    learn = get_learner(cfg, dls, model, [measure, Heed(), saver])
+    learn = get_learner(cfg, dls, model, [measure, Heed(), *cbs])
     row['status'] = 'failed'
     try:
         fit(learn, cfg)
@@ -143,7 +149,10 @@ def fit_and_hand_over(cfg, dls, model, row, saver, results, save, hand_over):
             if first and whole: write_predictions(run_id, results, files=np.array(dls.valid_files), **predictions)
             if first and save:
                 if whole: write_model(save, cfg, dls.vocab, model, run_id)
-                else: say_not_saved(save, row['status'])
+                else: say_not_saved('--save', save, row['status'])
+            if first and export:
+                if whole: write_export(export, cfg, dls.vocab, model)
+                else: say_not_saved('--export', export, row['status'])
             if first: hand_over(row)
     return row
 
@@ -185,17 +194,35 @@ def write_predictions(run_id, results, **arrays):
 
 
 def write_model(file, cfg, vocab, model, run_id):
-    "Writes the model for `load_model`, or prints why it could not be written: the row is worth more."
+    """Writes the model for `load_model`, and its weights as safetensors beside it.
+
+    Prints why they could not be written, if so: the row is worth more.
+    """
     saved = dict(config=asdict(cfg), vocab=vocab, model=model.state_dict(), run_id=run_id)
     try:
         with runlog.replacing(file, 'wb') as f: torch.save(saved, f)
+        with runlog.replacing(Path(file).with_suffix('.safetensors'), 'wb') as f: f.write(safetensors_of(saved))
     except (OSError, RuntimeError) as e: print(f'--save {file}: could not be written ({e})', file=sys.stderr)
 
 
-def say_not_saved(file, status):
+def write_export(file, cfg, vocab, model):
+    "Writes the model for other tools, or prints why it could not be written: the row is worth more."
+    from training.export import export  # Few runs need it.
+    try: export(file, model, cfg, vocab)
+    except Exception as e:  # what torch's exporter raises has no end
+        print(f'--export {file}: could not be written ({" ".join(str(e).split())[:200]})', file=sys.stderr)
+
+
+def safetensors_of(saved):
+    "Returns the weights of what `--save` keeps as the bytes of a safetensors file, with the rest as its metadata."
+    weights = {name: value.detach().cpu().contiguous() for name, value in saved['model'].items()}
+    return safetensors.torch.save(weights, {key: json.dumps(saved[key]) for key in ('config', 'vocab', 'run_id')})
+
+
+def say_not_saved(what, file, status):
     "Says that a run that did not end ok leaves no model; a file of an earlier run could pass for it."
     older = '; the file there is of an earlier run' if Path(file).exists() else ''
-    print(f'--save {file}: not written, as the run is {status}{older}', file=sys.stderr)
+    print(f'{what} {file}: not written, as the run is {status}{older}', file=sys.stderr)
 
 
 def summary(row):

@@ -1,0 +1,178 @@
+"""Other people's tools: a run shown while it trains (--log-to), its model opened elsewhere (--save, --export)."""
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+import runlog
+import train_imagenette
+import training.run
+from command import UsageError
+from experiments import Config
+from layers import ATTENTION
+from training import trackers
+from training.export import export
+
+TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 2)
+METRICS = 'valid_loss', 'accuracy', 'top5_accuracy'
+
+
+def shown(tree, command, tmp_path, tool):
+    "Trains without and with a tool; returns the row, the curve and the folder of the second run, which is the first."
+    assert command('--data', tree, *TINY)[0] == 0
+    code, _, err = command('--data', tree, *TINY, '--log-to', tool)
+    assert code == 0, err
+    first, row = runlog.load(tmp_path / 'results' / 'runs.csv').itertuples()
+    assert row.status == 'ok' and row.valid_loss == first.valid_loss
+    (folder,) = (tmp_path / 'results' / 'logs').iterdir()
+    assert folder.name == row.run_id and json.loads((folder / 'config.json').read_text())['data'] == str(tree)
+    with open(tmp_path / 'results' / 'curves' / f'{row.run_id}.csv') as f: return row, list(csv.DictReader(f)), folder
+
+
+def assert_same_curve(values, curve):
+    "{metric: its value after each epoch} is that of the record."
+    for name in METRICS: assert values[name] == pytest.approx([float(line[name]) for line in curve], abs=2e-6)
+
+
+def test_a_csv_file_has_the_metrics(tree, command, tmp_path):
+    _, curve, folder = shown(tree, command, tmp_path, 'csv')
+    with open(folder / 'history.csv') as f: lines = list(csv.DictReader(f))
+    assert_same_curve({name: [float(line[name]) for line in lines] for name in METRICS}, curve)
+
+
+@pytest.mark.slow(8)
+def test_tensorboard_has_the_metrics_and_the_config(tree, command, tmp_path):
+    pytest.importorskip('tensorboard')
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    _, curve, folder = shown(tree, command, tmp_path, 'tensorboard')
+    events = EventAccumulator(str(folder)).Reload()
+    assert_same_curve({name: [e.value for e in events.Scalars(name)] for name in METRICS}, curve)
+    assert len(events.Scalars('train_loss')) == len(events.Scalars('lr')) == 2 * (30 // 6)
+    (text,) = events.Tensors('config/text_summary')
+    assert b'| arch | xresnet18 |' in text.tensor_proto.string_val[0]
+
+
+@pytest.mark.slow(20)
+def test_wandb_has_the_metrics_and_the_config_without_a_network(tree, command, tmp_path, monkeypatch):
+    wandb = pytest.importorskip('wandb')
+    sent, configs, init = [], [], wandb.init
+
+    def watched(**kwargs):
+        "Starts the run, which puts its own log into the module, and keeps what is logged."
+        configs.append(kwargs['config'])
+        started, log = init(**kwargs), wandb.log
+        monkeypatch.setattr(wandb, 'log', lambda values, **options: sent.append(values) or log(values, **options))
+        return started
+    monkeypatch.setattr(wandb, 'init', watched)
+    row, curve, folder = shown(tree, command, tmp_path, 'wandb')
+    values = {name: [line[name] for line in sent if name in line] for name in METRICS}
+    assert_same_curve(values, curve)
+    assert configs == [{name: getattr(row, name) for name in configs[0]}] and wandb.run is None
+    (file,) = folder.glob('wandb/offline-run-*/*.wandb')
+    assert file.stat().st_size > 1000
+
+
+def test_a_part_of_a_continued_run_has_its_own_folder(tmp_path):
+    trackers.callbacks('csv', Config(), 'run', 0, tmp_path)
+    trackers.callbacks('csv', Config(), 'run', 2, tmp_path)
+    assert sorted(folder.name for folder in (tmp_path / 'logs').iterdir()) == ['run', 'run-2']
+    assert trackers.callbacks(None, Config(), 'other', 0, tmp_path) == []
+
+
+@pytest.mark.parametrize('argv, words', [
+    ('--log-to wandbee', '--log-to wandbee: unknown; choose from csv, tensorboard, wandb (did you mean wandb?)'),
+    ('--log-to wandb', '--log-to wandb: needs what is not installed; pip install wandb'),
+    ('--export m.onnx', '--export m.onnx: needs what is not installed; pip install onnx onnxscript onnxruntime'),
+    ('--export model.tflite', '--export model.tflite: the name must end in .onnx or .pkl'),
+    ('--export /no/folder/m.pkl', '--export /no/folder/m.pkl: cannot be written (No such file or directory)'),
+    ('--save m.safetensors', '--save m.safetensors: take another suffix'),
+])
+def test_a_mistake_is_one_line(argv, words, monkeypatch):
+    monkeypatch.setattr(train_imagenette, 'find_spec', lambda name: None)
+    with pytest.raises(UsageError) as e: train_imagenette.parse(argv.split())
+    assert str(e.value).startswith(words)
+
+
+def saved(tree, command, tmp_path, *argv):
+    "Trains a run that saves its model; returns what `load_model` gives, and a batch of two images."
+    code, _, err = command('--data', tree, *TINY, '--sa', '--save', tmp_path / 'model.pt', *argv)
+    assert code == 0 and not err, err
+    return *training.run.load_model(tmp_path / 'model.pt'), torch.randn(2, 3, 32, 32)
+
+
+@pytest.mark.slow(5)
+def test_a_saved_model_opens_elsewhere(tree, command, tmp_path):
+    "The safetensors file has the weights, the Config and the classes; fastai's load_learner predicts from a file."
+    from fastai.learner import load_learner
+
+    from training.maps import load_images
+    model, vocab, _ = saved(tree, command, tmp_path, '--export', tmp_path / 'model.pkl')
+    with safe_open(tmp_path / 'model.safetensors', 'pt') as f:
+        cfg = Config(**json.loads(f.metadata()['config']))
+        assert json.loads(f.metadata()['vocab']) == vocab and (cfg.arch, cfg.attention) == ('xresnet18', 'simple')
+        model.load_state_dict({name: f.get_tensor(name) for name in f.keys()})
+    learn = load_learner(tmp_path / 'model.pkl')
+    files = sorted(tree.rglob('*.JPEG'))[:3]
+    with torch.no_grad(): expected = model(load_images(files, 32)[1]).softmax(1)
+    for file, p in zip(files, expected):
+        label, index, probabilities = learn.predict(file)
+        assert label == vocab[p.argmax()] and index == p.argmax()
+        assert torch.allclose(probabilities, p, atol=1e-4)
+
+
+def test_a_run_that_does_not_end_ok_exports_nothing(tree, command, tmp_path):
+    code, _, err = command('--data', tree, *TINY, '--opt', 'sgd', '--lr', 1e30, '--export', tmp_path / 'model.pkl')
+    assert code == 0 and f'--export {tmp_path}/model.pkl: not written, as the run is diverged' in err
+    assert not (tmp_path / 'model.pkl').exists()
+
+
+# --- ONNX ---
+
+class Small(torch.nn.Sequential):
+    "A convolution and a layer, as small as an exporter can be tried on."
+    def __init__(self, attention):
+        super().__init__(torch.nn.Conv2d(3, 8, 3, 4, 1), ATTENTION[attention](8), torch.nn.Flatten(),
+                         torch.nn.Linear(8 * 8 * 8, 4))
+
+
+def logits_of(file, x):
+    "Returns the logits of onnxruntime for a batch."
+    import onnxruntime
+    session = onnxruntime.InferenceSession(file, providers=['CPUExecutionProvider'])
+    return session.run(None, {'images': x.numpy()})[0]
+
+
+@pytest.mark.slow(4)
+@pytest.mark.parametrize('attention', ATTENTION)
+def test_every_layer_is_the_same_in_onnxruntime(attention, tmp_path):
+    "For another number of images than it was exported with."
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    model = Small(attention)
+    for name, p in model.named_parameters():
+        if 'gamma' in name: torch.nn.init.constant_(p, 0.5)
+    export(tmp_path / 'model.onnx', model, Config(size=32), ['a', 'b', 'c', 'd'])
+    x = torch.randn(5, 3, 32, 32)
+    with torch.no_grad(): expected = model.eval()(x).numpy()
+    assert np.abs(logits_of(tmp_path / 'model.onnx', x) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.mark.slow(15)
+def test_an_exported_network_predicts_what_the_saved_one_does(tree, command, tmp_path):
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    model, _, x = saved(tree, command, tmp_path, '--export', tmp_path / 'model.onnx')
+    with torch.no_grad(): expected = model(x).numpy()
+    found = logits_of(tmp_path / 'model.onnx', x)
+    assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_logits_that_differ_are_not_written(tmp_path, monkeypatch, capsys):
+    import training.export
+    monkeypatch.setattr(training.export, 'write_onnx', lambda *args: 1 / 0)
+    training.run.write_export(tmp_path / 'model.onnx', Config(), ['a', 'b'], torch.nn.Identity())
+    assert 'model.onnx: could not be written (division by zero)' in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
