@@ -214,15 +214,34 @@ def test_switches_are_measured_beside_the_default(tree, tmp_path, monkeypatch, c
     assert set(table.steps) == {4} and [bool(k) for k in kept] == [True, False]
 
 
-@pytest.mark.skipif(not unchanged('results/benchmarks'), reason='benchmarks of your own are in results/benchmarks')
+ours = pytest.mark.skipif(not unchanged('results/benchmarks'), reason='results/benchmarks holds your own')
+
+
+def measured(what): return pd.read_csv(REPO / 'results' / 'benchmarks' / f'{what}.csv')
+
+
+@ours
+def test_every_layer_is_as_fast_as_fastais_and_takes_no_more_memory_at_every_shape():
+    table = measured('cost')
+    rows = table[table.layer.isin(['simple', 'simple_sym', 'sagan']) & table.auto]
+    assert len(rows) == 3 * len(benchmark.COST) and set(zip(rows.C, rows.N)) == {(C, n**2) for C, n in benchmark.COST}
+    assert rows.faster.min() >= 1 and rows.memory.max() <= 1 and set(rows.git_dirty) == {0}
+
+
+@ours
 def test_the_speeds_in_the_readme_are_those_measured():
     text = (REPO / 'results' / 'benchmarks' / 'README.md').read_text()
-    layers, step = (pd.read_csv(REPO / 'results' / 'benchmarks' / f'{what}.csv') for what in ('layer', 'step'))
-    for r in layers.itertuples():
+    assert benchmark.beside_fastai(measured('cost')) in text
+    for r in measured('layer').itertuples():
         shape = r.shape.replace('x', ', ')
-        assert (f'| {r.layer}, forward + backward, ({shape}) | {r.fastai_ms:,.0f} ms, {r.fastai_mb:.0f} MiB | '
-                f'{r.ours_ms:,.0f} ms, {r.ours_mb:.0f} MiB | {r.faster:.1f}x |') in text
-    r = step.iloc[0]
-    assert (f'| {r.fastai_images_per_second:.1f} images/s | {r.ours_images_per_second:.1f} images/s | '
-            f'{r.faster:.1f}x |') in text
+        assert (f'| {r.layer}, ({shape}) | {r.fastai_ms:,.0f} ms, {r.fastai_mb:.0f} MiB | {r.ours_ms:,.0f} ms, '
+                f'{r.ours_mb:.0f} MiB | {r.faster:.2f} [{r.faster_low:.2f}, {r.faster_high:.2f}] |') in text
+    for r in measured('switches').itertuples():
+        assert (f'| `{r.switch}` | {r.images_per_second:.0f} | '
+                f'{r.time:.2f} [{r.time_low:.2f}, {r.time_high:.2f}] |') in text
+    fused = measured('switches').set_index('switch').loc['--fused 0']
+    assert f"fastai's own\nAdam took {fused.time - 1:.0%} longer".replace('%', ' %') in text
+    r = measured('step').iloc[0]
+    assert f'{r.fastai_images_per_second:.1f} images/s with\nfastai, {r.ours_images_per_second:.1f} with ours' in text
+    assert f'{r.faster:.1f} times as fast' in text
     assert f'{r.matrix_share:.0%}'.replace('%', ' %') in text
