@@ -7,6 +7,7 @@ nor fastai.
 import ast
 import math
 import os
+import re
 from dataclasses import dataclass, field, fields, replace
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -212,12 +213,17 @@ def parse_places(sa_at, blocks):
 def format_places(places, blocks):
     """Returns the one setting that stands for `places`: for xresnet50, of '2,1.2' as of '1,2.3' it is '1,2'.
 
-    Blocks 10, 20 and 30 are written 3b10, as a spreadsheet would make 3.1, another place, of 3.10.
+    Blocks 0, 10, 20 and 30 are written 3b0, 3b10: a spreadsheet would make 3 and 3.1, other places, of 3.0 and 3.10.
     """
     def name(stage, block):
         if block == blocks[stage - 1] - 1: return str(stage)
-        return f'{stage}b{block}' if block and block % 10 == 0 else f'{stage}.{block}'
+        return f'{stage}b{block}' if block % 10 == 0 else f'{stage}.{block}'
     return ','.join(name(*place) for place in places)
+
+
+def as_written_now(sa_at):
+    "Returns a setting of places as `format_places` writes it: older rows have 3.0 for 3b0."
+    return re.sub(r'\b(\d)\.(\d?0)\b', r'\1b\2', sa_at)
 
 
 N_IMAGES = {  # (dataset, split): numbers of training and validation images of a full archive

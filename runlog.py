@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock
 
 from command import Parser, UsageError, exit_code
-from experiments import SETTINGS, Config, fields, setting
+from experiments import SETTINGS, Config, as_written_now, fields, setting
 
 RESULTS = Path(__file__).parent / 'results'
 STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
@@ -373,7 +373,7 @@ def load(path=RESULTS / 'runs.csv'):
     for name, kind in COLUMNS.items():
         values = df[name].fillna('')
         df[name] = (values if kind is str else pd.to_numeric(values)).astype(dtypes[kind])
-    df['resumed'] = df.resumed.fillna(0)
+    df['resumed'], df['sa_at'] = df.resumed.fillna(0), df.sa_at.map(as_written_now)
     if df.run_id.is_unique: return df
     return df.loc[sorted(df.groupby('run_id').resumed.idxmax())].reset_index(drop=True)
 

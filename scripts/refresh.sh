@@ -9,14 +9,21 @@ if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
 "$python" -m report --readme
 "$python" scripts/estimate.py
 "$python" - notebooks/results.ipynb <<'PY'
+import os
 import sys
+import tempfile
+from pathlib import Path
 
 import nbformat
+from ipykernel.kernelspec import write_kernel_spec
 from nbclient import NotebookClient
 
 file = sys.argv[1]
 notebook = nbformat.read(file, as_version=4)
 where = {'metadata': {'path': 'notebooks'}}
-NotebookClient(notebook, record_timing=False, kernel_name='python3', resources=where).execute()
+with tempfile.TemporaryDirectory() as folder:  # The kernel is this Python, whatever kernel python3 the user has.
+    write_kernel_spec(Path(folder) / 'kernels' / 'python3')
+    os.environ['JUPYTER_PATH'] = folder
+    NotebookClient(notebook, record_timing=False, kernel_name='python3', resources=where).execute()
 nbformat.write(notebook, file)
 PY

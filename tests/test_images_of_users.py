@@ -552,10 +552,19 @@ def test_a_place_of_attention_survives_a_spreadsheet():
         cfg = Config(arch=arch, sa_at='3.10,3.1,3.20')
         assert cfg.places == [(3, 1), (3, 10), (3, 20)]
         assert cfg.sa_at == '3.1,3b10,3b20' and Config(arch=arch, sa_at=cfg.sa_at) == cfg
-        for block in range(1, ARCHS[arch][1][2] - 1):
+        for block in range(ARCHS[arch][1][2] - 1):
             text = Config(arch=arch, sa_at=f'3.{block}').sa_at
             read_back = f'{float(text):g}' if text.replace('.', '').isdigit() else text
             assert Config(arch=arch, sa_at=read_back).places == [(3, block)]
+
+
+def test_an_older_row_has_the_place_that_it_had(tmp_path):
+    (tmp_path / 'runs.csv').write_text('run_id,status,arch,attention,sa_at\na,ok,xresnet101,simple,"1.0,3.10,3.2"\n'
+                                       'b,ok,xresnet101,simple,3\nc,ok,xresnet101,simple,3.0\n', encoding='utf-8')
+    runs = runlog.load(tmp_path / 'runs.csv')
+    assert runs.sa_at.tolist() == ['1b0,3b10,3.2', '3', '3b0']
+    cfg = Config(arch='xresnet101', sa_at='3.0')
+    assert (cfg.sa_at, cfg.places) == ('3b0', [(3, 0)])
 
 
 # --- homes and file systems ---

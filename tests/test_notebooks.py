@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import nbformat
 import pytest
 from conftest import REPO
@@ -34,3 +38,18 @@ def test_runs_top_to_bottom_and_its_outputs_are_not_stale(path):
         record, text = SHOWN[path.name]
         assert text() in texts(notebook)
         if unchanged(record): assert stored == texts(notebook)
+
+
+@pytest.mark.slow(5)
+def test_refresh_runs_the_notebook_with_its_own_python_whatever_kernel_the_user_has(tmp_path):
+    spec = tmp_path / 'share' / 'kernels' / 'python3' / 'kernel.json'
+    spec.parent.mkdir(parents=True)
+    spec.write_text('{"argv": ["/bin/false"], "display_name": "another", "language": "python"}', encoding='utf-8')
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell('import sys; print(sys.executable)')])
+    (tmp_path / 'notebooks').mkdir()
+    nbformat.write(notebook, tmp_path / 'notebooks' / 'x.ipynb')
+    script = (REPO / 'scripts' / 'refresh.sh').read_text(encoding='utf-8').split("<<'PY'\n")[1].removesuffix('PY\n')
+    subprocess.run([sys.executable, '-', 'notebooks/x.ipynb'], input=script, encoding='utf-8', cwd=tmp_path, check=True,
+                   env=os.environ | dict(JUPYTER_DATA_DIR=str(tmp_path / 'share')))
+    (cell,) = nbformat.read(tmp_path / 'notebooks' / 'x.ipynb', as_version=4).cells
+    assert cell.outputs[0].text.strip() == sys.executable
