@@ -2,8 +2,8 @@
 # Trains N times with the seeds 0 to N-1, each run in its own process. Several command lines, separated by --, take turns:
 #   scripts/repeat.sh N FLAGS... [-- FLAGS...]...
 #   scripts/repeat.sh 12 --woof --size 128 -- --woof --size 128 --sa
-# A run that fails does not stop the others; the script then ends with exit code 1. A mistake in the flags, Ctrl-C or SIGTERM end it at
-# once.
+# A run that fails does not stop the others; the script then ends with exit code 1. A mistake in the flags, Ctrl-C and the other
+# signals that end a run end it at once.
 set -euo pipefail
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: scripts/repeat.sh N FLAGS... [-- FLAGS...]...   (N: how many runs of each)" >&2
@@ -25,7 +25,7 @@ for ((seed = 0; seed < n; seed++)); do
       "$python" "$repo/train_imagenette.py" ${arm[@]+"${arm[@]}"} --seed "$seed" || code=$?
       case $code in
         0) ;;
-        2 | 130 | 143) exit "$code" ;;
+        2 | 129 | 130 | 138 | 143) exit "$code" ;;
         *) failed=$((failed + 1)) ;;
       esac
       arm=()

@@ -3,6 +3,7 @@
 Nothing here has run on either of them.
 """
 import ast
+import csv
 import multiprocessing
 import os
 import queue
@@ -147,3 +148,31 @@ def test_jobs_end_with_the_first_process_where_no_signal_wakes_a_thread(monkeypa
     given = queue.SimpleQueue()
     jobs.listen(tasks, given)
     assert (given.get(), given.get()) == ('a task', None) and raised == [signal.SIGINT]
+
+
+# --- a cluster by SLURM ---
+
+@pytest.mark.slow(20)
+def test_a_job_of_slurm_ends_with_its_row_and_goes_on_when_it_is_requeued(tree, tmp_path):
+    "The script of scripts/README.md, with a scontrol that writes down how it is called."
+    text = (REPO / 'scripts' / 'README.md').read_text(encoding='utf-8')
+    (script,) = [block.split('```')[0] for block in text.split('```bash\n') if block.startswith('#!/usr/bin/env bash')]
+    line = next(line for line in script.splitlines() if line.startswith('python '))
+    argv = ['--data', tree, '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--checkpoint-every', 1,
+            '--epochs', 12, '--results', tmp_path / 'results', '--resume']
+    ours = f'{sys.executable} {REPO / "train_imagenette.py"} {" ".join(map(str, argv))} &'
+    (tmp_path / 'job.sh').write_text(script.replace(line, ours), encoding='utf-8')
+    (tmp_path / 'scontrol').write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "requeued"}\n', encoding='utf-8')
+    (tmp_path / 'scontrol').chmod(0o755)
+    environment = os.environ | dict(SLURM_JOB_ID='17', PATH=f'{tmp_path}{os.pathsep}{os.environ["PATH"]}')
+    codes = []
+    for turn in range(2):
+        job = subprocess.Popen(['bash', tmp_path / 'job.sh'], env=environment, stdout=subprocess.PIPE, encoding='utf-8')
+        for said in job.stdout:
+            if turn == 0 and said.startswith('epoch 3 '): job.send_signal(signal.SIGUSR1)
+        codes.append(job.wait(100))
+    assert codes == [138, 0] and (tmp_path / 'requeued').read_text(encoding='utf-8') == 'requeue 17\n'
+    with open(tmp_path / 'results' / 'runs.csv', newline='', encoding='utf-8') as f:
+        interrupted, whole = csv.DictReader(f)
+    assert (interrupted['status'], whole['status'], whole['resumed']) == ('interrupted', 'ok', '1')
+    assert interrupted['run_id'] == whole['run_id'] and int(interrupted['epochs_done']) >= 2
