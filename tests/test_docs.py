@@ -3,7 +3,10 @@ import re
 import shlex
 
 import pytest
+import yaml
 from conftest import REPO, script
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import train_imagenette
 
@@ -80,3 +83,38 @@ def test_the_readme_starts_with_commands_that_start_from_nothing():
     blocks = [block for block in re.findall(r'(?:^ {4}.+\n)+', start, re.MULTILINE) if '-m venv' in block]
     assert len(blocks) == 2 and all('-r requirements.txt' in block for block in blocks)
     assert 'train_imagenette.py --dataset digits' in blocks[0] and blocks[1].rstrip().endswith('-m pytest')
+
+
+# --- how it is installed ---
+
+def first_commands():
+    "Returns the commands of the first two blocks of README.md, which install, train and test, each once."
+    blocks = re.findall(r'\n\n((?:    .*\n)+)', TEXTS['README.md'].partition('## Start')[2])[:2]
+    return list(dict.fromkeys(re.sub(r'\s*&&\s*', '\n', '\n'.join(blocks)).split('\n')))
+
+
+def test_the_dockerfile_does_what_the_readme_says():
+    text = (REPO / 'Dockerfile').read_text(encoding='utf-8')
+    parts = re.findall(r'^(?:RUN|CMD) (.+)$', text, re.MULTILINE)
+    found = {command for part in parts for command in part.split(' && ')}
+    assert found == {command.strip() for command in first_commands() if command.strip()} and len(found) == 4
+
+
+def pins():
+    lines = (REPO / 'constraints.txt').read_text(encoding='utf-8').splitlines()
+    return dict(line.split('==') for line in lines if not line.startswith('#'))
+
+
+@pytest.mark.parametrize('file', sorted(REPO.glob('requirements*.txt')), ids=lambda file: file.name)
+def test_the_constraints_are_versions_of_what_is_required(file):
+    exact = pins()
+    lines = [line.partition('#')[0].strip() for line in file.read_text(encoding='utf-8').splitlines()]
+    for requirement in map(Requirement, filter(None, lines)):
+        assert requirement.specifier.contains(exact[canonicalize_name(requirement.name)]), requirement
+
+
+def test_the_citation_can_be_read():
+    cited = yaml.safe_load((REPO / 'CITATION.cff').read_text(encoding='utf-8'))
+    assert cited['license'] == 'Apache-2.0' and TEXTS['README.md'].startswith(f'# {cited["title"]}\n')
+    assert {'cff-version', 'message', 'authors'} <= cited.keys()
+    assert cited['references'][0]['url'] in TEXTS['README.md']

@@ -1,3 +1,4 @@
+import io
 import math
 from types import SimpleNamespace
 
@@ -7,6 +8,7 @@ import torch
 import torchvision.transforms.transforms as tv_transforms
 from conftest import make_image
 from PIL import Image
+from tqdm import tqdm
 
 from command import UsageError
 from training import images
@@ -183,3 +185,14 @@ def test_an_unreadable_file_of_a_set_is_named(files):
     files[2].write_bytes(files[2].read_bytes()[:200])
     for read in (lambda: Pixels(files, 'cpu'), lambda: stack_valid_images(files, 32)):
         with pytest.raises(UsageError, match=r'2\.png: cannot be read'): read()
+
+
+def test_decoding_shows_a_bar_in_a_terminal_only(monkeypatch, capsys):
+    "And only where it takes longer than two seconds."
+    class Terminal(io.StringIO):
+        def isatty(self): return True
+    for stream, delay, shown in ((Terminal(), 0, True), (Terminal(), 2, False), (io.StringIO(), 0, False)):
+        monkeypatch.setattr(images, 'tqdm', lambda *args, file=stream, wait=delay, **kwargs: tqdm(
+            *args, **kwargs | dict(file=file, delay=wait)))
+        assert list(images.bar(iter('abc'), 3, 'decoding')) == ['a', 'b', 'c']
+        assert ('decoding' in stream.getvalue()) == shown

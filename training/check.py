@@ -17,7 +17,7 @@ import PIL
 
 from command import UsageError
 from training.files import label_of
-from training.images import KINDS, inspect, why_not
+from training.images import KINDS, bar, inspect, why_not
 
 FORMAT = f'images 1, Pillow {PIL.__version__}'  # another version of Pillow may read other files
 KNOWN = {  # fingerprint of paths and content: that of paths and sizes, under which the record has the images
@@ -58,7 +58,8 @@ def look_at_all(path, files, memory=None):
     stamps = {f: _stamp(path / f) for f in files}
     looks = {f: Look(*known[f][1]) for f in files if f in known and known[f][0] == stamps[f] is not None}
     new = [f for f in files if f not in looks]
-    with ThreadPoolExecutor() as pool: looks |= zip(new, pool.map(lambda f: look(path / f), new))
+    with ThreadPoolExecutor() as pool:
+        looks |= zip(new, bar(pool.map(lambda f: look(path / f), new), len(new), 'opening each image once'))
     if new or len(known) > len(files): _remember(file, {f: (stamps[f], looks[f]) for f in files})
     return {f: looks[f] for f in files}
 

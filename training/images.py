@@ -20,8 +20,9 @@ from PIL.Image import Transpose
 from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as TF
+from tqdm import tqdm
 
-from command import UsageError
+from command import UsageError, is_local_rank_0
 
 SCALE, RATIO, ATTEMPTS = (0.35, 1.), (3 / 4, 4 / 3), 10  # of the random resized crop
 VALID_MARGIN = 32  # pixels by which a validation image is larger than its centre crop
@@ -190,7 +191,13 @@ def valid_image(im, size):
 def stack_valid_images(files, size):
     "Returns the validation images of `files`, decoded in parallel: uint8 (n, size, size, 3)."
     def decode(file): return np.asarray(valid_image(read_image(file), size))
-    with ThreadPoolExecutor() as pool: return torch.from_numpy(np.stack(list(pool.map(decode, files))))
+    with ThreadPoolExecutor() as pool:
+        return torch.from_numpy(np.stack(list(bar(pool.map(decode, files), len(files), 'decoding'))))
+
+
+def bar(items, n, what):
+    "Returns `n` items as they come, with a bar and the time left in a terminal, unless they are there in 2 seconds."
+    return tqdm(items, what, n, delay=2, leave=False, disable=None if is_local_rank_0() else True)
 
 
 class Pixels:
@@ -207,7 +214,8 @@ class Pixels:
             data = np.empty((self.start[-1], 3), np.uint8)
 
             def decode(file, start, stop): data[start:stop] = np.asarray(read_image(file)).reshape(-1, 3)
-            for _ in pool.map(decode, files, self.start, self.start[1:]): pass  # So what decode raises is raised here.
+            decoded = pool.map(decode, files, self.start, self.start[1:])
+            for _ in bar(decoded, len(files), 'decoding'): pass  # So what decode raises is raised here.
         self.data = torch.from_numpy(data).to(device)
 
     def crops(self, i, boxes, flips, size):
