@@ -105,13 +105,18 @@ def fixed_seed():
 def spawn():
     """Starts python with these arguments as a process with pipes, in a group of its own, as in a terminal.
 
-    No process outlives the test.
+    A script starts warm, see warm.py, unless the call has options of subprocess.Popen. No process outlives the test.
     """
     started = []
 
-    def call(*argv, **options):
-        options = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) | options
-        started.append(subprocess.Popen([sys.executable, *map(str, argv)], **options))
+    def call(*argv, env=None, **options):
+        argv = list(map(str, argv))
+        if argv[0].endswith('.py') and not options:
+            from warm import Warm  # It needs torch.
+            started.append(Warm(argv, dict(env or os.environ)))
+        else:
+            options = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) | options
+            started.append(subprocess.Popen([sys.executable, *argv], env=env, **options))
         return started[-1]
     yield call
     for process in started:

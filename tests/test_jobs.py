@@ -58,16 +58,16 @@ def read_to_two_under_way(process):
 
 @pytest.mark.slow(40)
 def test_the_rows_are_those_of_the_plain_loop(start, tmp_path):
-    plain = start('plain', '--epochs', 3)
+    plain = start('plain', '--epochs', 2)
     assert plain.wait(600) == 0
-    process = start('jobs', '--epochs', 3, '--jobs', 2)
+    process = start('jobs', '--epochs', 2, '--jobs', 2)
     out, err = process.communicate(timeout=600)
     here, there = rows(tmp_path / 'plain'), rows(tmp_path / 'jobs')
     assert process.returncode == 0 and set(there.status) == {'ok'} and '4/4 ' in out, err
     assert here[SAME].equals(there[SAME]) and there.run_id.is_unique
     assert list((tmp_path / 'jobs' / 'checkpoints').iterdir()) == []
     assert re.search(r'^simple seed 1: epoch 2  ', out, re.M) and 'none → simple' in out
-    assert '0 runs to do, 4 recorded' in start('jobs', '--epochs', 3, '--dry-run').communicate()[0]
+    assert '0 runs to do, 4 recorded' in start('jobs', '--epochs', 2, '--dry-run').communicate()[0]
 
 
 @pytest.mark.slow(40)
@@ -86,6 +86,7 @@ def test_the_end_of_the_command_ends_the_runs_with_their_rows_and_they_go_on(how
     assert left.attention.tolist() == ['none', 'simple']
     assert set(left.status) == {'interrupted'} and left.epochs_done.min() >= 1
     assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
+    if how == 'sigterm': return  # Its rows and checkpoints are those of Ctrl-C.
     out, err = start('results', '--epochs', 15, '--jobs', 2, '--runs', 1).communicate(timeout=600)
     df = rows(tmp_path / 'results')
     assert out.count('continues after epoch') == 2, err
@@ -94,13 +95,13 @@ def test_the_end_of_the_command_ends_the_runs_with_their_rows_and_they_go_on(how
 
 @pytest.mark.slow(40)
 def test_a_process_that_dies_is_replaced(start, tmp_path):
-    process = start('results', '--epochs', 15, '--jobs', 2)
+    process = start('results', '--epochs', 8, '--jobs', 2)
     read_to_two_under_way(process)
     os.kill(children(process)[0], signal.SIGKILL)
     out, err = process.communicate(timeout=600)
     assert process.returncode == 1 and 'failed: its process ended early (exit code -9' in err and '1 runs failed' in err
     assert len(rows(tmp_path / 'results')) == 3 and '4/4 ' in out
-    assert start('results', '--epochs', 15, '--jobs', 2).wait(600) == 0
+    assert start('results', '--epochs', 8, '--jobs', 2).wait(600) == 0
     df = rows(tmp_path / 'results')
     assert len(df) == 4 and set(df.status) == {'ok'} and sorted(df.resumed) == [0, 0, 0, 1]
 
