@@ -61,7 +61,7 @@ def test_a_signal_leaves_an_interrupted_row(number, code, tree, spawn, tmp_path)
     process = spawn(REPO / 'train_imagenette.py', *argv, **cold)
     for _ in range(2): assert process.stdout.readline().startswith('epoch ')
     process.send_signal(number)
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     row = record(tmp_path).iloc[0]
     assert process.returncode == code and row.status == 'interrupted' and 1 <= row.epochs_done < 1000
     assert math.isnan(row.accuracy)
@@ -76,7 +76,7 @@ def test_sigterm_to_the_loader_processes_too_leaves_the_same(tree, spawn, tmp_pa
         assert process.stdout.readline().startswith('epoch ')
         os.killpg(process.pid, signal.SIGTERM)
     for process in processes:
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate()
         assert process.returncode == 143 and 'interrupted after' in out and not err
     assert record(tmp_path).status.tolist() == ['interrupted'] * 3
 
