@@ -375,7 +375,7 @@ EXPERIMENTS = {
             'none', 'simple', 'sagan', 'simple_sym'),
         runs=12,
         expect={'none': (62.3, 12), 'simple': (65.2, 12), 'sagan': (64.0, 12)},
-        hours=1.7,
+        hours=1.8,
         tables=('main', 'three-way'),
         contrasts=(('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')),
     ),
@@ -403,7 +403,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=80), 'none', 'simple'),
         runs=10,
         expect={'none': (89.9, 10), 'simple': (90.3, 10)},
-        hours=45,
+        hours=44,
         tables=('main',),
     ),
     'woof-256-400': Experiment(
@@ -421,7 +421,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=128, epochs=5), 'none', 'simple'),
         runs=10,
         expect={'none': (85.5, 10), 'simple': (86.3, 10)},
-        hours=0.73,
+        hours=0.71,
         tables=('main',),
     ),
     'nette-256-5': Experiment(
@@ -439,7 +439,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=20), 'none', 'simple'),
         runs=6,
         expect={'none': (93.6, 6), 'simple': (94.4, 6)},
-        hours=6.9,
+        hours=6.8,
         tables=('main',),
     ),
 
@@ -533,7 +533,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagewoof', split='v1', size=128, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (66.04, 30), 'simple@1,2,3,4': (67.47, 30)},
-        hours=2.4,
+        hours=2.3,
         tables=('fork',),
     ),
     'woof-256-5-stages': Experiment(
@@ -542,7 +542,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (67.47, 30), 'simple@1,2,3,4': (69.29, 30)},
-        hours=9.6,
+        hours=9.5,
         tables=('fork',),
     ),
     'woof-256-20-stages': Experiment(
@@ -551,7 +551,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=20), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (85.26, 30), 'simple@1,2,3,4': (86.13, 30)},
-        hours=39,
+        hours=38,
         tables=('fork',),
     ),
     'woof-256-80-stages': Experiment(
@@ -578,7 +578,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=128, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (85.98, 30), 'simple@1,2,3,4': (87.23, 30)},
-        hours=2.5,
+        hours=2.4,
         tables=('fork',),
     ),
     'nette-256-5-stages': Experiment(
@@ -587,7 +587,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (87.91, 30), 'simple@1,2,3,4': (88.41, 30)},
-        hours=10,
+        hours=9.8,
         tables=('fork',),
     ),
     'nette-256-20-stages': Experiment(
@@ -596,7 +596,7 @@ EXPERIMENTS = {
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=20), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (94.35, 30), 'simple@1,2,3,4': (94.37, 30)},
-        hours=40,
+        hours=39,
         tables=('fork',),
     ),
 
@@ -657,7 +657,7 @@ EXPERIMENTS = {
             'none', 'simple', 'simple@1.0', 'simple@2.0', 'simple@2', 'simple@3.0', 'simple@3', 'simple@4.0',
             'simple@4'),
         runs=10,
-        hours=0.32,
+        hours=0.31,
         contrasts=(('simple@1.0', 'simple'), ('simple@2.0', 'simple'), ('simple@2', 'simple'), ('simple@3.0', 'simple'),
                    ('simple@3', 'simple'), ('simple@4.0', 'simple'), ('simple@4', 'simple')),
     ),
@@ -681,7 +681,7 @@ EXPERIMENTS = {
         runs=5,
         record=(87.43, 5),
         needs=BLURRED_BS32,
-        hours=0.29,
+        hours=0.28,
     ),
     'board-nette-128-20': Experiment(
         claim=EVERY_RECORD,
@@ -700,7 +700,7 @@ EXPERIMENTS = {
             'none', 'simple'),
         runs=5,
         record=(93.55, 1),
-        hours=4.6,
+        hours=4.5,
     ),
     'board-nette-128-200': Experiment(
         claim=EVERY_RECORD,
@@ -719,7 +719,7 @@ EXPERIMENTS = {
         runs=5,
         record=(86.76, 5),
         needs=BLURRED,
-        hours=0.64,
+        hours=0.63,
     ),
     'board-nette-192-20': Experiment(
         claim=EVERY_RECORD,
@@ -728,7 +728,7 @@ EXPERIMENTS = {
         runs=5,
         record=(92.5, 5),
         needs=BLURRED,
-        hours=2.6,
+        hours=2.5,
     ),
     'board-nette-192-80': Experiment(
         claim=EVERY_RECORD,
@@ -744,7 +744,7 @@ EXPERIMENTS = {
         arms=attentions(replace(BOARD, dataset='imagenette', size=192, epochs=200, mixup=0.2), 'none', 'simple'),
         runs=5,
         record=(95.03, 1),
-        hours=26,
+        hours=25,
     ),
     'board-nette-256-5': Experiment(
         claim=EVERY_RECORD,
@@ -762,7 +762,7 @@ EXPERIMENTS = {
         runs=5,
         record=(93.53, 5),
         needs=BLURRED,
-        hours=4.6,
+        hours=4.5,
     ),
     'board-nette-256-80': Experiment(
         claim=EVERY_RECORD,
@@ -778,7 +778,7 @@ EXPERIMENTS = {
         arms=attentions(replace(BOARD, dataset='imagenette', size=256, epochs=200, mixup=0.2), 'none', 'simple'),
         runs=5,
         record=(95.11, 1),
-        hours=46,
+        hours=45,
     ),
     'board-woof-128-5': Experiment(
         claim=EVERY_RECORD,
@@ -787,7 +787,7 @@ EXPERIMENTS = {
         runs=5,
         record=(76.61, 5),
         needs=SEPARABLE,
-        hours=0.28,
+        hours=0.27,
     ),
     'board-woof-128-20': Experiment(
         claim=EVERY_RECORD,
@@ -807,7 +807,7 @@ EXPERIMENTS = {
         runs=5,
         record=(87.83, 1),
         needs=SEPARABLE,
-        hours=4.4,
+        hours=4.3,
     ),
     'board-woof-128-200': Experiment(
         claim=EVERY_RECORD,
@@ -826,7 +826,7 @@ EXPERIMENTS = {
         runs=5,
         record=(81.15, 5),
         needs=SEPARABLE,
-        hours=0.62,
+        hours=0.61,
     ),
     'board-woof-192-20': Experiment(
         claim=EVERY_RECORD,
@@ -835,7 +835,7 @@ EXPERIMENTS = {
         runs=5,
         record=(88.37, 5),
         needs=SEPARABLE,
-        hours=2.5,
+        hours=2.4,
     ),
     'board-woof-192-80': Experiment(
         claim=EVERY_RECORD,
@@ -844,7 +844,7 @@ EXPERIMENTS = {
         runs=5,
         record=(90.3, 1),
         needs=SEPARABLE,
-        hours=9.9,
+        hours=9.7,
     ),
     'board-woof-192-200': Experiment(
         claim=EVERY_RECORD,
@@ -852,7 +852,7 @@ EXPERIMENTS = {
         arms=attentions(replace(BOARD, dataset='imagewoof', size=192, epochs=200, mixup=0.2), 'none', 'simple'),
         runs=5,
         record=(89.54, 1),
-        hours=25,
+        hours=24,
     ),
     'board-woof-256-5': Experiment(
         claim=EVERY_RECORD,
@@ -870,7 +870,7 @@ EXPERIMENTS = {
         runs=5,
         record=(88.58, 5),
         needs=TRICK,
-        hours=4.4,
+        hours=4.3,
     ),
     'board-woof-256-80': Experiment(
         claim=EVERY_RECORD,
@@ -878,7 +878,7 @@ EXPERIMENTS = {
         arms=attentions(replace(BOARD, dataset='imagewoof', size=256, epochs=80, mixup=0.2), 'none', 'simple'),
         runs=5,
         record=(90.48, 1),
-        hours=18,
+        hours=17,
     ),
     'board-woof-256-200': Experiment(
         claim=EVERY_RECORD,
@@ -886,7 +886,7 @@ EXPERIMENTS = {
         arms=attentions(replace(BOARD, dataset='imagewoof', size=256, epochs=200, mixup=0.2), 'none', 'simple'),
         runs=5,
         record=(90.38, 1),
-        hours=44,
+        hours=43,
     ),
 
 
