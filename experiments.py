@@ -296,6 +296,7 @@ class Experiment:
     runs       how often each arm runs, or {arm: how often}
     tables     the tables of published means (report.published.load_published) that the arms answer to
     contrasts  the comparisons [(base, arm)] that were named before the first run; without any, see `pairs`
+    complete   arms of which a seed counts only once all of them that were to run with it have done so
     command    what trains the second arm once
     expect     {arm: (published accuracy in percent, number of runs)}
     metric     of which epoch `expect` is: 'last', or 'max' for the best one on the validation images
@@ -308,6 +309,7 @@ class Experiment:
     runs: int | dict
     tables: tuple = ()
     contrasts: tuple = ()
+    complete: tuple = ()
     command: str = ''
     expect: dict = field(default_factory=dict)
     metric: str = 'last'
@@ -329,6 +331,21 @@ class Experiment:
         first, *others = self.arms
         pairs = [(first, arm) for arm in others]
         return [*pairs, ('sagan', 'simple')] if {'sagan', 'simple'} <= set(others) else pairs
+
+    def described(self):
+        """Returns the pairs [(first arm, arm)] of the arms that are in no contrast: they are shown, not tested.
+
+        Where the first arm is in none itself, it stands beside each other arm.
+        """
+        pairs, (first, *others) = self.pairs(), self.arms
+        tested = {arm for pair in pairs for arm in pair}
+        return [(first, arm) for arm in others if not {first, arm} <= tested]
+
+    def with_pairs(self, pairs):
+        "Returns the Experiment that tests these pairs, too, in this direction, but for those that it describes."
+        more = [pair for pair in pairs if pair not in self.pairs() + self.described()]
+        kept = [pair for pair in self.pairs() if pair[::-1] not in more]
+        return replace(self, contrasts=(*kept, *more)) if more else self
 
 
 def attentions(base, *names):
@@ -378,6 +395,7 @@ EXPERIMENTS = {
         hours=1.8,
         tables=('main', 'three-way'),
         contrasts=(('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')),
+        complete=('none', 'simple', 'sagan'),
     ),
     'woof-256-5': Experiment(
         claim='The layer helps most where there are many positions',
@@ -648,6 +666,8 @@ EXPERIMENTS = {
         hours=0.55,
         contrasts=(('none', 'conv'), ('conv', 'simple'), ('simple_n', 'simple'), ('swap', 'simple'), ('mean', 'cov'),
                    ('se', 'simple'), ('sagan', 'simple'), ('simple', 'simple_sym')),
+        complete=('none', 'simple', 'conv', 'simple_n', 'swap', 'mean', 'cov', 'sagan', 'simple_sym', 'low_rank',
+                  'channel', 'se'),
     ),
     'woof-64-5-r18-places': Experiment(
         claim='Other positions have been tested with worse results',

@@ -20,8 +20,9 @@ MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of t
 
 
 def readme_table(runs, published):
-    "Returns what README.md shows: every comparison that has all the runs wanted, but for those of digits."
-    rows = [row for row in gaps(EXPERIMENTS, runs, published) if has_runs(row) and row['experiment'] != 'digits']
+    "Returns what README.md shows: every tested comparison that has all the runs wanted, but for those of digits."
+    rows = [row for row in gaps(EXPERIMENTS, runs, published) if has_runs(row) and row['tested']]
+    rows = [row for row in rows if row['experiment'] != 'digits']
     return tables.brief_markdown([row for row in rows if row['verdict']['n_runs'] >= row['verdict']['n_wanted']])
 
 

@@ -30,6 +30,7 @@ CHANCE = dict.fromkeys(('imagenette', 'imagewoof', 'digits'), 0.1)  # the accura
 METRICS = dict(last='accuracy', max='max_accuracy')
 SIDES = 'base', 'arm'
 NO_RUNS, NO_VERDICT = 'no runs', 'no verdict'  # the verdicts that rest on no interval
+DESCRIBED = 'described, not tested'  # of a pair that is no contrast of its experiment
 TEST = 'method', 'n_pairs', 'difference', 'low', 'high', 'p'  # of stats.compare_by_seed, what is kept of other analyses
 NO_TEST = dict.fromkeys(TEST, NAN) | dict(method='', n_pairs=0)
 
@@ -159,14 +160,17 @@ def correct(run_ids, results):
 # --- the comparisons ---
 
 def gaps(experiments, runs, published, results=runlog.RESULTS):
-    """Returns one row per experiment, set and pair of arms (Experiment.pairs): `arm` minus `base`, in fractions.
+    """Returns one row per experiment, set and pair of arms: `arm` minus `base`, in fractions.
 
-    A row is a nested dict; an experiment without runs has one for each of its pairs.
-    experiment, dataset, the SET columns, planned (see `sets`), base, arm, metric ('last' or 'max')
+    The pairs are Experiment.pairs, which are tested, and Experiment.described, which are not. A row is a nested dict; an
+    experiment without runs has one for each of its pairs.
+    experiment, dataset, the SET columns, planned (see `sets`), base, arm, tested, metric ('last' or 'max')
     published    base, arm: mean, sd, n; difference: difference, low, high, p; recipe: documented, assumed, other script
     ours         base, arm: the keys of stats.summary of the runs that `difference` is of; n_ok, diverged, other (ends),
-                 n_wanted, images_share (of the variance, by the validation images); seconds: the median of a run
-    difference   the keys of stats.compare_by_seed; holm_p; runs: 'all' or 'like pairs' (see `_analyses`)
+                 n_done (at seeds that count), n_wanted, images_share (of the variance, by the validation images);
+                 seconds: the median of a run
+    pairs        [(Run of base, Run of arm)] of one seed each, among the runs that `difference` is of
+    difference   the keys of stats.compare_by_seed; holm_p; runs: 'all', 'complete seeds', 'like pairs' (`_analyses`)
     sensitivity  alike, steps, all: the TEST keys, n_base and n_arm of the other analyses; nan where there is none;
                  mixed: whether some runs have no partner that was made alike
     chance       the TEST keys and holm_p with the diverged runs at chance; nan where none diverged
@@ -188,14 +192,30 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
         for key, arms in found:
             comparable = key['split'] == 'v1' and is_whole(dataset, key)
             theirs = said if comparable else dict.fromkeys(said)
-            ours = {arm: _arm(of_arm, metric, exp.wanted(arm)) for arm, of_arm in arms.items()}
+            complete = complete_seeds(exp, arms)
+            ours = {arm: _arm(of_arm, metric, exp.wanted(arm), complete.get(arm)) for arm, of_arm in arms.items()}
             names = dict(experiment=name, dataset=dataset, **key, metric=metric)
-            family = [names | dict(base=base, arm=arm) | _gap(ours[base], ours[arm], theirs[base], theirs[arm], results)
-                      for base, arm in exp.pairs()]
-            _correct_for_many(family, len(exp.pairs()) if exp.contrasts else None)
-            for row in family: row['verdict'] = _verdict(row, apart.get((row['base'], row['arm']), ''))
-            rows += family
+            pairs = [(*pair, True) for pair in exp.pairs()] + [(*pair, False) for pair in exp.described()]
+            of_set = [names | dict(base=base, arm=arm, tested=tested)
+                      | _gap(ours[base], ours[arm], theirs[base], theirs[arm], results) for base, arm, tested in pairs]
+            _correct_for_many([row for row in of_set if row['tested']], len(exp.pairs()) if exp.contrasts else None)
+            for row in of_set: row['verdict'] = _verdict(row, apart.get((row['base'], row['arm']), ''))
+            rows += of_set
     return rows
+
+
+def complete_seeds(exp, arms):
+    """Returns {arm: the seeds that count} of the arms of `exp.complete`, from {arm: its runs} of one set.
+
+    They are the seeds at which all of these arms that were to run are done. An arm without any run is not waited for.
+    """
+    done = {arm: set(arms[arm].seed[arms[arm].status.isin(runlog.DONE)]) for arm in exp.complete
+            if arm in arms and len(arms[arm])}
+    def is_complete(seed):
+        planned = [seeds for arm, seeds in done.items() if seed < exp.wanted(arm)] or done.values()
+        return all(seed in seeds for seeds in planned)
+    whole = {seed for seed in set().union(*done.values()) if is_complete(seed)}
+    return dict.fromkeys(done, whole)
 
 
 def _said(exp, own, arm, published):
@@ -208,7 +228,7 @@ def _apart(exp, found):
     "Returns {(base, arm): why} of the pairs whose arms both have runs, but in no set (of `sets`) together."
     reasons = {}
     done = [(key, {arm for arm, runs in arms.items() if runs.status.isin(runlog.DONE).any()}) for key, arms in found]
-    for pair in exp.pairs():
+    for pair in exp.pairs() + exp.described():
         if any(arms >= set(pair) for _, arms in done): continue
         keys = [next((key for key, arms in done if arm in arms), None) for arm in pair]
         if None in keys: continue
@@ -220,23 +240,29 @@ def _apart(exp, found):
 Run = namedtuple('Run', 'seed run_id value way steps')
 
 
-def _arm(runs, metric, n_wanted):
-    "Returns what `_gap` needs of an arm: its Runs that ended ok, by seed; those that diverged, at chance; counts."
+def _arm(runs, metric, n_wanted, complete=None):
+    """Returns what `_gap` needs of an arm: its Runs that ended ok, by seed; those that diverged, at chance; counts.
+
+    Where not all its seeds count, `complete` are those that do.
+    """
     columns = runs.seed, runs.run_id, runs[METRICS[metric]].astype(float), runs.way, runs.steps
     every = [Run(*values) for values in zip(*(column.tolist() for column in columns))]
     ok = sorted(run for run, status in zip(every, runs.status) if status == 'ok' and not np.isnan(run.value))
-    diverged = {run.seed for run, status in zip(every, runs.status) if status == 'diverged'}
-    n_diverged = int((runs.status == 'diverged').sum())
-    seeds = {run.seed for run in ok}
+    gone = [run.seed for run, status in zip(every, runs.status) if status == 'diverged']
+    def counts_at(seed): return complete is None or seed in complete
+    counted, diverged = [run for run in ok if counts_at(run.seed)], list(filter(counts_at, gone))
+    seeds, n_ok = {run.seed for run in counted}, len({run.seed for run in ok})
     chance = CHANCE.get(runs.dataset.iloc[0]) if len(runs) else None
-    counts = dict(n_ok=len(seeds), diverged=n_diverged, other=len(runs) - len(ok) - n_diverged, n_wanted=n_wanted)
-    return dict(ok=ok, at_chance={} if chance is None else dict.fromkeys(diverged - seeds, chance), counts=counts,
-                seconds=runs.fit_seconds, last_epoch=metric == 'last')
+    counts = dict(n_ok=n_ok, diverged=len(gone), other=len(runs) - len(ok) - len(gone), n_wanted=n_wanted,
+                  n_done=len(seeds) + len(diverged))
+    at_chance = {} if chance is None else dict.fromkeys(set(diverged) - seeds, chance)
+    return dict(ok=ok, counted=counted, at_chance=at_chance, counts=counts, seconds=runs.fit_seconds,
+                last_epoch=metric == 'last')
 
 
 def _gap(base, arm, said_base, said_arm, results):
     "Returns the parts of a row of `gaps`, but for the verdict, from the `_arm`s and the published rows of two arms."
-    which, chosen, sensitivity = _analyses(base['ok'], arm['ok'])
+    which, chosen, sensitivity = _analyses(base, arm)
     values = [{run.seed: run.value for run in ok} for ok in chosen]
     ours, right = {}, []
     for side, ok, of_arm in zip(SIDES, chosen, (base, arm)):
@@ -244,9 +270,11 @@ def _gap(base, arm, said_base, said_arm, results):
         share = NAN if right[-1] is None else stats.validation_noise(right[-1])['share']
         ours[side] = _summary(tuple(run.value for run in ok)) | of_arm['counts'] | dict(images_share=share)
     ours['seconds'] = pd.concat([base['seconds'], arm['seconds']]).median()
-    return dict(published=_published(said_base, said_arm), ours=ours,
-                difference=stats.compare_by_seed(*values) | dict(runs=which), sensitivity=sensitivity,
-                chance=_at_chance(values, base['at_chance'], arm['at_chance']),
+    partner = {run.seed: run for run in chosen[1]}
+    pairs = [(run, partner[run.seed]) for run in chosen[0] if run.seed in partner]
+    return dict(published=_published(said_base, said_arm), ours=ours, pairs=pairs,
+                difference=stats.compare_by_seed(*values) | dict(runs=which, holm_p=NAN), sensitivity=sensitivity,
+                chance=_at_chance(values, base['at_chance'], arm['at_chance']) | dict(holm_p=NAN),
                 welch=_welch(ours['base'], ours['arm']), images=_over_images(*right))
 
 
@@ -263,23 +291,26 @@ def _summary(values): return stats.summary(values)
 def _analyses(base, arm):
     """Returns (which runs the difference is of, these runs of both arms, the other analyses), of runs that ended ok.
 
-    A set can hold runs of several versions of torch, machines and kinds of step. Where it does, the difference is that
-    of the like pairs, runs of one seed that were made alike in all of this, if there are at least LIKE_PAIRS; else that
-    of all runs. Beside it stand `all` runs, those with the most common kind of `steps`, and the pairs that are `alike`,
-    each where it is not what stands there already.
+    Where only complete seeds count, the difference is of these. A set can hold runs of several versions of torch,
+    machines and kinds of step. Where it does, the difference is that of the like pairs, runs of one seed that were made
+    alike in all of this, if there are at least LIKE_PAIRS; else that of all runs that count. Beside it stand `all` runs,
+    those with the most common kind of `steps`, and the pairs that are `alike`, each where it is not what stands there
+    already.
     """
-    everything = _first_of_seeds(base), _first_of_seeds(arm)
+    every, counted = ([of_arm[runs] for of_arm in (base, arm)] for runs in ('ok', 'counted'))
+    everything, chosen = (tuple(map(_first_of_seeds, runs)) for runs in (every, counted))
+    which = 'all' if chosen == everything else 'complete seeds'
     others = dict.fromkeys(('alike', 'steps', 'all'), NO_TEST | dict(n_base=0, n_arm=0)) | dict(mixed=False)
-    if len({run.way for run in base + arm}) <= 1: return 'all', everything, others
-    most = Counter(run.steps for run in base + arm).most_common(1)[0][0]
-    steps = tuple(_first_of_seeds([run for run in runs if run.steps == most]) for runs in (base, arm))
-    alike = _like_pairs(base, arm)
-    chosen = alike if len(alike[0]) >= LIKE_PAIRS else everything
-    others['mixed'] = alike != everything
+    if len({run.way for runs in counted for run in runs}) > 1:
+        most = Counter(run.steps for runs in counted for run in runs).most_common(1)[0][0]
+        steps = tuple(_first_of_seeds([run for run in runs if run.steps == most]) for runs in counted)
+        alike = _like_pairs(*counted)
+        others['mixed'] = alike != chosen
+        if others['mixed'] and len(alike[0]) >= LIKE_PAIRS: which, chosen = 'like pairs', alike
+        if steps not in (chosen, everything): others['steps'] = _beside(*steps)
+        if alike != chosen: others['alike'] = _beside(*alike)
     if everything != chosen: others['all'] = _beside(*everything)
-    if steps not in (chosen, everything): others['steps'] = _beside(*steps)
-    if alike != chosen: others['alike'] = _beside(*alike)
-    return 'all' if chosen == everything else 'like pairs', chosen, others
+    return which, chosen, others
 
 
 def _first_of_seeds(ok): return list({run.seed: run for run in reversed(ok)}.values())[::-1]
@@ -325,20 +356,26 @@ def _over_images(base, arm):
 
 
 def _correct_for_many(family, n):
-    "Adds holm_p to the tests of the rows of one experiment and set, with `n` comparisons (None: those that have a P)."
+    """Sets holm_p in the tests of the rows of one experiment and set, which is nan before.
+
+    `n` is the number of comparisons; None: of those that have a P.
+    """
     for row, p in zip(family, stats.holm([row['difference']['p'] for row in family], n)):
         row['difference']['holm_p'] = float(p)
     ps = [row['difference']['p'] if np.isnan(row['chance']['p']) else row['chance']['p'] for row in family]
-    for row, p in zip(family, stats.holm(ps, n)): row['chance'] = row['chance'] | dict(holm_p=float(p))
+    for row, p in zip(family, stats.holm(ps, n)): row['chance']['holm_p'] = float(p)
 
 
 def _verdict(row, apart):
     "Returns the verdict part of a row of `gaps`; `apart`: why its arms have no runs in common, if so."
     sides, test, said = [row['ours'][side] for side in SIDES], row['difference'], row['published']['difference']
-    n_runs, n_wanted = min(((n_done(side), side['n_wanted']) for side in sides), key=lambda count: count[0] / count[1])
+    n_runs, n_wanted = min(((side['n_done'], side['n_wanted']) for side in sides), key=lambda n: n[0] / n[1])
     found = dict(verdict=NO_RUNS, reason=apart, at_chance='', claim=NAN, half_width=(test['high'] - test['low']) / 2,
                  n_runs=n_runs, n_wanted=n_wanted)
-    if not n_runs: return found
+    if not n_runs:
+        have = all(side['n_ok'] + side['diverged'] for side in sides)
+        return found | dict(reason='no seed is complete') if have else found
+    if not row['tested']: return found | dict(verdict=DESCRIBED)
     if not row['planned'] and not np.isnan(said['difference']):
         return found | dict(verdict=NO_VERDICT, reason=f'{row["source"]} px archive')
     claim = NAN if said['low'] <= 0 <= said['high'] else said['difference']
@@ -349,11 +386,6 @@ def _verdict(row, apart):
     chance = row['chance']
     if chance['method']: found['at_chance'] = stats.verdict(chance['low'], chance['high'], chance['holm_p'], claim)
     return found
-
-
-def n_done(arm):
-    "Returns how many runs of an arm (a row of `gaps`: ours, base or arm) need no repetition."
-    return arm['n_ok'] + arm['diverged']
 
 
 def narrow_enough(pairs, points):
@@ -377,16 +409,20 @@ def known_to(points, pairs, runs, metric):
     Raises UsageError where more runs cannot tell it, as those of each arm all end alike.
     """
     arms = {arm: accuracies(found, metric) for arm, found in runs.items()}
-    if narrow_enough([(arms[base], arms[arm]) for base, arm in pairs], points): return True
     if all(len(arm) >= 10 and len(set(arm.values())) == 1 for arm in arms.values()):
         raise UsageError('--until: all runs of an arm end alike; stopped')
-    return False
+    return narrow_enough([(arms[base], arms[arm]) for base, arm in pairs], points)
 
 
 def done(exp, runs, recipes=None):
     "Returns {arm: runs that need no repetition} of the latest set of an Experiment that is as planned."
     planned = [arms for key, arms in sets(exp, runs, recipes=recipes) if key['planned']]
     return {arm: int(planned[0][arm].status.isin(runlog.DONE).sum()) if planned else 0 for arm in exp.arms}
+
+
+def has_begun(row):
+    "Returns whether an arm of a row of `gaps` has a run, whatever its end."
+    return any(row['ours'][side][ends] for side in SIDES for ends in ('n_ok', 'diverged', 'other'))
 
 
 def has_runs(row):

@@ -367,7 +367,7 @@ def fixed_width_done(a, b, half_width, n_min=10, paired=False):
     """Returns whether runs may stop, along the last axis, for many experiments at once.
 
     They may when both arms have n_min runs and sqrt(1 + 2/n) times the half-width of the interval is at most
-    `half_width`; n: the runs of the smaller arm. The interval is Welch's, or with `paired` that of the paired t test;
+    `half_width`; n: the runs of the smaller arm. Without any spread the half-width is 0, see `_without_spread`. The interval is Welch's, or with `paired` that of the paired t test;
     then the runs are in the order of their seeds. This is the rule of Chow and Robbins (1965) with 2 sd²/n in place of
     their 1/n, which has no unit, and t in place of the normal quantile. Who looks after every pair stops when the sd
     happens to be small; the added term and n_min make up for it: of normal data, difference ± half_width then keeps
@@ -378,7 +378,8 @@ def fixed_width_done(a, b, half_width, n_min=10, paired=False):
     n = min(n_a, n_b)
     if n < max(n_min, 2): return np.zeros(sd_a.shape, bool)[()]
     error, df = (_moments(b - a)[1] / n**0.5, n - 1) if paired else _welch(sd_a, n_a, sd_b, n_b)
-    return (_half(error, df) * (1 + 2 / n)**0.5 <= half_width)[()]
+    half = np.where(error == 0, 0, _half(error, df))
+    return (half * (1 + 2 / n)**0.5 <= half_width)[()]
 
 
 # --- with validation predictions ---
@@ -400,6 +401,17 @@ def validation_noise(correct):
     from_images = float(correct.var(0, ddof=1).sum() / n**2)
     return dict(variance=variance, from_images=from_images, beyond=n / (n - 1) * (variance - from_images),
                 share=from_images / variance if variance else NAN)
+
+
+def share_range(share, runs):
+    """Returns the 95 % interval of `validation_noise`'s share, of this many runs, as far as it is below 1.
+
+    It is that of the variance of normal runs, beside which `from_images` is known well: of 4 runs its ends are a factor
+    of 43 apart, of 10 a factor of 7.
+    """
+    df = runs - 1
+    low, high = (float(share * st.chi2.ppf(end, df) / df) for end in (0.025, 0.975))
+    return min(low, 1.), min(high, 1.)
 
 
 def image_bootstrap(correct_a, correct_b, resamples=4_999):

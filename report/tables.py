@@ -123,7 +123,7 @@ def changes(row):
     """
     test, others = row['difference'], row['sensitivity']
     words = [change(test)]
-    if test['runs'] != 'all': words[0] += f' ({test["n_pairs"]} like pairs)'
+    if test['runs'] != 'all' and words[0]: words[0] += f' ({test["n_pairs"]} {test["runs"]})'
     elif others['mixed'] and not others['alike']['n_base']: words.append('no like pairs')
     names = dict(alike='like pairs', steps='one kind of step', all='all runs')
     for key, name in names.items():
@@ -153,9 +153,9 @@ def verdict(row):
 
 
 def holm(row):
-    "Returns '0.041 (0.12)', P and Holm's P; '' without a test."
+    "Returns '0.041 (0.12)', P and Holm's P; '' without a test, or where the pair is not one that is tested."
     test = row['difference']
-    return '' if np.isnan(test['p']) else f'{test["p"]:.2g} ({test["holm_p"]:.2g})'
+    return '' if np.isnan(test['p']) or not row['tested'] else f'{test["p"]:.2g} ({test["holm_p"]:.2g})'
 
 
 # --- tables ---
@@ -168,7 +168,7 @@ def markdown(rows):
 def _cells(row, title):
     "Returns a row as the texts under HEAD."
     said, ours, test = row['published'], row['ours'], row['difference']
-    permutation_p = '' if np.isnan(test['permutation_p']) else f'{test["permutation_p"]:.2g}'
+    permutation_p = '' if np.isnan(test['permutation_p']) or not row['tested'] else f'{test["permutation_p"]:.2g}'
     return [title, arms(row), percent(said['base']), percent(said['arm']), published(row), percent(ours['base']),
             percent(ours['arm']), '<br>'.join(changes(row)), method(test), holm(row), permutation_p, verdict(row)]
 
@@ -203,7 +203,7 @@ def text(rows, details=False, indent=0):
     lines = []
     for title, group in groups.items():
         lines += [title, *_table(group, WIDTH - indent)]
-        tests = [f'{arms(row)}: {", ".join(_tests(row))}' for row in group if not np.isnan(row['difference']['p'])]
+        tests = [f'{arms(row)}: {", ".join(_tests(row))}' for row in group if holm(row)]
         if details: lines += [line for words in tests for line in wrap(words, WIDTH - indent, subsequent_indent='    ')]
     return '\n'.join(' ' * indent + line for line in lines)
 
@@ -226,10 +226,27 @@ def _tests(row):
              f'permutation P = {test["permutation_p"]:.2g}', f'Hedges g = {test["g"]:.2f}']
     if test['method'] != stats.UNPAIRED: words.append(f'Welch {interval(welch)}, P = {welch["p"]:.2g}')
     if not np.isnan(row['images']['low']): words.append(f'over runs and images {interval(row["images"])}')
-    shares = [row['ours'][side]['images_share'] for side in SIDES]
-    shares = [f'{share:.0%}' for share in shares if not np.isnan(share)]
-    if shares: words.append(f"the validation images' share of the variance: {', '.join(shares)}")
+    shares = [images_share(row['ours'][side]) for side in SIDES]
+    if any(shares): words.append(f"the validation images' share of the variance: {', '.join(filter(None, shares))}")
     return words
+
+
+SHARE_RUNS = 10  # fewer runs do not tell their variance well enough for a share of it
+
+
+def images_share(arm):
+    """Returns the part of the variance of the runs that is of the validation images, with its interval, in words.
+
+    '' without predictions. Of fewer than SHARE_RUNS runs there is no number: it would as often as not pass 100 %.
+    """
+    share, n = arm['images_share'], int(arm['n'])
+    if np.isnan(share): return ''
+    low, high = stats.share_range(share, n)
+    if n < SHARE_RUNS:
+        factor = np.divide(*stats.share_range(1e-9, n)[::-1])
+        return f'it takes {SHARE_RUNS} runs of an arm (of {n} the variance is known to a factor of {factor:.0f})'
+    if share > 1: return f'all of it, as far as {n} runs can tell (at least {low:.0%})'
+    return f'{share:.0%} [{low:.0%}, {high:.0%}] of {n} runs'
 
 
 def frame(rows):
@@ -237,7 +254,7 @@ def frame(rows):
 
     A name is not repeated: row['difference']['difference'] is the column `difference`.
     """
-    return pd.DataFrame([_flat(row) for row in rows])
+    return pd.DataFrame([_flat({key: row[key] for key in row if key != 'pairs'}) for row in rows])
 
 
 def _flat(nested, path=()):
@@ -262,8 +279,8 @@ def plan(rows):
     are those of the planned sets, or all where none is planned: with --split v2, say.
     """
     if not rows: return ONE_ARM
-    singles, planned = load_published_runs(), [row for row in rows if row['planned']]
-    rows = planned or rows
+    singles, rows = load_published_runs(), [row for row in rows if row['tested']]
+    rows = [row for row in rows if row['planned']] or rows
     return '\n'.join(f'{title}  {arms(row)}: {_plan(row, singles)}' for row, title in zip(rows, titles(rows)))
 
 

@@ -69,6 +69,22 @@ def chosen(args):
     return exp
 
 
+def so_far(args, exp):
+    """Returns the comparisons of the arms of `exp` as recorded so far (compare.gaps), of those sets that have runs.
+
+    They are made with all arms of the experiment, so that --arms changes neither which seeds are complete nor over how
+    many comparisons Holm's correction is.
+    """
+    own, overrides = EXPERIMENTS[args.name], loop.overrides(args)
+    arms = {name: replace(cfg, **overrides) for name, cfg in own.arms.items()}
+    whole = replace(own, runs=exp.runs, arms=arms).with_pairs(exp.pairs())
+    rows = compare.gaps({args.name: whole}, runlog.load(args.results / 'runs.csv'), load_published(), args.results)
+    rows = [row for row in rows if {row['base'], row['arm']} <= exp.arms.keys()]
+    def images(row): return tuple(str(row[key]) for key in compare.SET)
+    begun = {images(row) for row in rows if compare.has_begun(row)}
+    return [row for row in rows if images(row) in begun] or rows
+
+
 def listing(results):
     "Prints every experiment: its claim, its command, what all its runs cost, and the table of its comparisons."
     runs = runlog.load(results / 'runs.csv')
@@ -97,12 +113,7 @@ def work(argv):
     "Does what the command line asks for; returns the exit code, or None."
     args, exp = parse(argv)
     if args.list: return listing(args.results)
-    published = load_published()
-
-    def so_far():
-        "Returns the comparisons of the experiment as recorded so far."
-        return compare.gaps({args.name: exp}, runlog.load(args.results / 'runs.csv'), published, args.results)
-    if args.plan: return print(tables.plan(so_far()))
+    if args.plan: return print(tables.plan(so_far(args, exp)))
     runs = loop.Loop(exp, args, 'reproduce.py')
     todo = runs.todo(exp, args.seed0)
     if args.dry_run:
@@ -114,9 +125,9 @@ def work(argv):
     try:
         runs.do(todo)
         if args.until:
-            metric = so_far()[0]['metric']
+            metric = so_far(args, exp)[0]['metric']
             runs.until(lambda found: compare.known_to(args.until, exp.pairs(), found, metric), args.seed0)
-    finally: print(tables.text(so_far(), details=True), flush=True)
+    finally: print(tables.text(so_far(args, exp), details=True), flush=True)
     if runs.failed: print(f'reproduce.py: {runs.failed} runs failed', file=sys.stderr)
     return int(runs.failed > 0)
 

@@ -103,7 +103,24 @@ def test_the_experiment_attention_is_that_of_its_plan():
     assert exp.pairs() == [('none', 'conv'), ('conv', 'simple'), ('simple_n', 'simple'), ('swap', 'simple'),
                            ('mean', 'cov'), ('se', 'simple'), ('sagan', 'simple'), ('simple', 'simple_sym')]
     assert {arm for arm in exp.arms if exp.wanted(arm) == 10} == {'low_rank', 'channel', 'se'}
-    assert {exp.wanted(arm) for arm in exp.arms} == {10, 14}
+    assert {exp.wanted(arm) for arm in exp.arms} == {10, 14} and set(exp.complete) == set(exp.arms)
+    assert exp.described() == [('none', 'low_rank'), ('none', 'channel')]
+
+
+def test_arms_of_no_contrast_are_described_beside_the_first_arm():
+    arms = attentions(Config(), 'none', 'simple', 'sagan')
+    assert Experiment('', arms, 2).described() == []
+    assert Experiment('', arms, 2, contrasts=(('none', 'sagan'),)).described() == [('none', 'simple')]
+    places = Experiment('', arms, 2, contrasts=(('sagan', 'simple'),))  # what each adds to none stands beside
+    assert places.described() == [('none', 'simple'), ('none', 'sagan')]
+
+
+def test_pairs_that_are_asked_for_are_tested_with_the_others():
+    arms = attentions(Config(), 'none', 'simple', 'sagan', 'conv')
+    exp = Experiment('', arms, 2, contrasts=(('none', 'simple'), ('none', 'sagan')))
+    assert exp.with_pairs([('none', 'simple'), ('none', 'conv')]) == exp  # conv is described
+    assert exp.with_pairs([('simple', 'none')]).pairs() == [('none', 'sagan'), ('simple', 'none')]
+    assert exp.with_pairs([('simple', 'sagan')]).pairs() == [*exp.pairs(), ('simple', 'sagan')]
 
 
 # --- arms and runs ---

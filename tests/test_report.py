@@ -35,10 +35,10 @@ def make_runs(attention, accuracies, max_accuracies=None, seed0=0, n=None, **con
     return df.astype({name: 'Int64' for name, kind in runlog.COLUMNS.items() if kind is int})
 
 
-def all_gaps(name, *runs, **overrides):
-    "Returns the rows of compare.gaps of one experiment, with these settings in all arms."
+def all_gaps(name, *runs, complete=(), **overrides):
+    "Returns the rows of compare.gaps of one experiment, with these settings in all arms; every seed counts."
     exp = EXPERIMENTS[name]
-    exp = replace(exp, arms={arm: replace(cfg, **overrides) for arm, cfg in exp.arms.items()})
+    exp = replace(exp, complete=complete, arms={arm: replace(cfg, **overrides) for arm, cfg in exp.arms.items()})
     return compare.gaps({name: exp}, pd.concat(runs), record.load_published())
 
 
@@ -220,11 +220,50 @@ def test_holm_is_over_the_comparisons_of_an_experiment_on_one_set():
 def test_holm_counts_every_contrast_that_was_named_beforehand():
     runs = [make_runs(a, values)
             for a, values in (('none', [0.6, 0.62, 0.64]), ('simple', [0.66, 0.67, 0.69]), ('sagan', [0.7]))]
-    exp = replace(EXPERIMENTS['woof-128-5'],
+    exp = replace(EXPERIMENTS['woof-128-5'], complete=(),
                   contrasts=(('none', 'simple'), ('sagan', 'simple'), ('simple', 'simple_sym')))
     first, *others = compare.gaps({'woof-128-5': exp}, pd.concat(runs), record.load_published())
     assert first['difference']['holm_p'] == 3 * first['difference']['p']  # two of the three have no P yet
     assert all(np.isnan(r['difference']['holm_p']) for r in others)
+
+
+def test_arms_of_no_contrast_are_shown_and_not_tested():
+    spread = np.array([0.60, 0.61, 0.63, 0.62])
+    shifts = dict(none=[0, 0, 0, 0], simple=[0.02, 0.03, 0.03, 0.02], conv=[0.01, 0, 0.01, 0],
+                  low_rank=[0.02, 0.03, 0.02, 0.03])
+    runs = [make_runs(arm, list(spread + shift), **SMALL) for arm, shift in shifts.items()]
+    rows = all_gaps('attention', *runs)
+    (row,) = [row for row in rows if row['arm'] == 'low_rank']
+    test = st.ttest_rel(spread + shifts['low_rank'], spread).confidence_interval()
+    assert row['base'] == 'none' and not row['tested'] and np.isnan(row['difference']['holm_p'])
+    assert [row['difference'][end] for end in ('low', 'high')] == pytest.approx([test.low, test.high])
+    assert tables.verdict(row) == 'described, not tested (± 0.9 points, 4 of 14 runs)' and tables.holm(row) == ''
+    assert not any(line.startswith('none → low_rank: ') for line in tables.text(rows, details=True).splitlines())
+    assert 'none → low_rank' in tables.text(rows) and 'low_rank' not in tables.plan(rows)
+    tested = [row for row in rows if row['tested']]
+    assert [row['difference']['holm_p'] for row in tested] == pytest.approx(
+        stats.holm([row['difference']['p'] for row in tested], 8).tolist(), nan_ok=True)
+
+
+def test_seeds_count_only_where_the_plan_s_arms_have_completed_them():
+    "As in woof-128-5, where simple_sym came later and is not waited for; a run that diverged is complete."
+    runs = [make_runs('none', [0.60, 0.62, 0.61, 0.60]), make_runs('simple', [0.64, 0.65, 0.66, 0.70]),
+            make_runs('sagan', [0.61, 0.63, None])]
+    as_planned = dict(complete=EXPERIMENTS['woof-128-5'].complete)
+    rows = all_gaps('woof-128-5', *runs, make_runs('simple_sym', [0.64, 0.66]), **as_planned)
+    rows = {(r['base'], r['arm']): r for r in rows}
+    first = rows['none', 'simple']
+    test = st.ttest_rel([0.64, 0.65, 0.66], [0.60, 0.62, 0.61])
+    assert (first['difference']['runs'], first['difference']['p']) == ('complete seeds', pytest.approx(test.pvalue))
+    assert [(base.seed, arm.seed) for base, arm in first['pairs']] == [(0, 0), (1, 1), (2, 2)]
+    assert (first['verdict']['n_runs'], first['ours']['arm']['n'], first['ours']['arm']['n_ok']) == (3, 3, 4)
+    assert tables.changes(first) == ['+4.0 [1.5, 6.5] (3 complete seeds)', 'all runs, 4 and 4: +5.5 [0.6, 10.4]']
+    assert rows['none', 'sagan']['chance']['n_pairs'] == 3 and rows['none', 'simple_sym']['difference']['n_pairs'] == 2
+    none_whole = all_gaps('woof-128-5', *runs[:2], make_runs('sagan', [0.61], seed0=7), **as_planned)
+    assert {tables.verdict(r) for r in none_whole if r['arm'] != 'simple_sym'} == {'no runs: no seed is complete'}
+    more = all_gaps('woof-128-5', make_runs('none', [0.6] * 13), make_runs('simple', [0.6] * 13),
+                    make_runs('sagan', [0.6] * 12), **as_planned)
+    assert more[0]['ours']['base']['n'] == 12  # none of them was to run at seed 12: there, too, all or none count
 
 
 def test_a_difference_that_holm_does_not_allow_is_none():
@@ -483,8 +522,18 @@ def test_predictions_give_the_share_of_the_images(tmp_path, published):
     r = compare.gaps(exp, runs, published, tmp_path)[0]
     assert r['ours']['arm']['images_share'] == stats.validation_noise(right['simple'])['share']
     assert r['images']['low'] == stats.image_bootstrap(right['none'], right['simple'])['low']
+    words = 'takes 10 runs of an arm (of 3 the variance is known to a factor of 146)'
+    assert tables.images_share(r['ours']['arm']).endswith(words) and '%' not in words
     (tmp_path / 'predictions' / 'none1285-0.npz').unlink()
     assert np.isnan(compare.gaps(exp, runs, published, tmp_path)[0]['images']['low'])
+
+
+@pytest.mark.parametrize('share, n, words', [
+    (np.nan, 12, ''), (1.4, 4, 'it takes 10 runs of an arm (of 4 the variance is known to a factor of 43)'),
+    (0.67, 12, '67% [23%, 100%] of 12 runs'), (1.3, 12, 'all of it, as far as 12 runs can tell (at least 45%)'),
+])
+def test_the_share_of_the_images_is_never_above_100_percent(share, n, words):
+    assert tables.images_share(dict(images_share=share, n=n)) == words
 
 
 def test_recorded_is_the_same_configuration_seed_and_data():
@@ -527,6 +576,17 @@ def test_until_counts_the_pairs_of_seeds():
     assert compare.narrow_enough([arms], 0.3) and not compare.narrow_enough([apart], 0.3)
     more = [arms[0], arms[1] | {99: 0.9}]  # a run whose partner failed
     assert compare.narrow_enough([more], 0.3)
+
+
+def test_until_ends_where_all_differences_are_equal():
+    values = [0.60, 0.62, 0.61, 0.63, 0.60] * 2
+    runs = {arm: make_runs(arm, [value + shift for value in values])
+            for arm, shift in (('none', 0), ('simple', 0.02))}
+    assert compare.known_to(0.1, [('none', 'simple')], runs, 'last')
+    few = {arm: found[:9] for arm, found in runs.items()}
+    assert not compare.known_to(0.1, [('none', 'simple')], few, 'last')
+    alike = {arm: make_runs(arm, [0.1] * 10) for arm in runs}
+    with pytest.raises(UsageError, match='end alike'): compare.known_to(0.1, [('none', 'simple')], alike, 'last')
 
 
 def test_runs_done_are_those_of_the_latest_planned_set():

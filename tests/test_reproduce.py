@@ -11,7 +11,8 @@ from statsmodels.stats.power import TTestIndPower
 
 import runlog
 from experiments import EXPERIMENTS
-from report import compare
+from report import compare, tables
+from report.published import load_published
 
 reproduce = script('reproduce')
 
@@ -96,6 +97,22 @@ def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
     monkeypatch.setattr(compare, 'accuracies', lambda runs, metric='last': dict.fromkeys(range(10), 0.1))
     code, _, err = loop('--runs', 1, '--until', 5)
     assert code == 2 and '--until: all runs of an arm end alike; stopped' in err
+
+
+def test_fewer_arms_leave_holm_and_the_seeds_of_the_whole_experiment():
+    "As the record has them: the rows of --arms are those of the report, to the last digit."
+    runs, published = runlog.load(), load_published()
+    for name, asked in (('woof-128-5', 'none,simple'), ('attention', 'sagan,simple'), ('attention', 'none,low_rank')):
+        args, exp = reproduce.parse([name, '--plan', '--arms', asked])
+        pair = tuple(asked.split(','))
+        found = reproduce.so_far(args, exp)
+        rows = [row for row in compare.gaps({name: EXPERIMENTS[name]}, runs, published)
+                if (row['base'], row['arm']) == pair and compare.has_runs(row)]
+        assert found and {(row['base'], row['arm']) for row in found} == {pair}
+        assert tables.markdown(rows) == tables.markdown([row for row in found if compare.has_runs(row)])
+    args, exp = reproduce.parse(['woof-64-5-r18', '--plan', '--arms', 'simple,none'])
+    assert {(row['base'], row['arm'], row['tested']) for row in reproduce.so_far(args, exp)} == {
+        ('simple', 'none', True)}
 
 
 @pytest.fixture

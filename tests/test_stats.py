@@ -474,7 +474,14 @@ def test_fixed_width_done_needs_the_least_n_the_width_and_spread():
     half = np.diff(st.ttest_rel(b, a).confidence_interval())[0] / 2 * (1 + 2 / 20)**0.5
     assert stats.fixed_width_done(a, b, half + 1e-9, paired=True)
     assert not stats.fixed_width_done(a, b, half - 1e-9, paired=True)
-    assert not stats.fixed_width_done(a * 0, a * 0, 1) and not stats.fixed_width_done([], [], 1, n_min=0)
+    assert not stats.fixed_width_done([], [], 1, n_min=0)
+
+
+def test_runs_may_stop_where_there_is_no_spread_as_their_interval_is_the_difference():
+    a = np.tile([0.60, 0.62], 5)
+    assert stats.compare_paired(a, a + 0.01)['low'] == stats.compare_paired(a, a + 0.01)['high']
+    assert stats.fixed_width_done(a, a + 0.01, 1e-9, paired=True) and not stats.fixed_width_done(a, a + 0.01, 1e-9)
+    assert stats.fixed_width_done(a * 0, a * 0 + 1, 1e-9) and not stats.fixed_width_done(a[:9], a[:9], 1, paired=True)
 
 
 # --- with validation predictions ---
@@ -509,6 +516,15 @@ def test_validation_noise_finds_the_variance_of_the_true_accuracy(run_sd):
     beyond = np.array([v['beyond'] for v in found])
     assert beyond.mean() == pytest.approx(truth, abs=4 * beyond.std() / len(beyond)**0.5)
     assert (np.mean([v['from_images'] for v in found]) > 20 * beyond.mean()) == (run_sd == 0)
+
+
+@pytest.mark.parametrize('n_runs', [4, 10, 24])
+def test_share_range_holds_the_share_of_normal_runs(n_runs):
+    "Runs of variance 1, of which a quarter is of the images: the share seen is 0.25 over the variance seen."
+    seen = np.random.default_rng(0).normal(size=(600, n_runs)).var(1, ddof=1)
+    ranges = np.array([stats.share_range(0.25 / variance, n_runs) for variance in seen])
+    assert np.mean((ranges[:, 0] <= 0.25) & (0.25 <= ranges[:, 1])) == pytest.approx(0.95, abs=0.025)
+    assert ranges.max() <= 1 and (n_runs > 4) == (np.mean(0.25 / seen > 1) < 0.03)  # of 4 runs it often passes 1
 
 
 @pytest.mark.parametrize('n_runs, run_sd, image_sd', [(3, 0, 0), (12, 0.3, 0), (12, 0, 1)])
