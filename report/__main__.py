@@ -13,7 +13,7 @@ import runlog
 from command import Parser, UsageError, exit_code, nearest
 from experiments import EXPERIMENTS
 from report import figures, tables
-from report.compare import gaps, has_runs, on_own_images
+from report.compare import gaps, on_own_images, shown
 from report.published import load_published, set_right, source_against_fork, source_against_fork_text
 
 MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of table -->'
@@ -21,8 +21,7 @@ MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of t
 
 def readme_table(runs, published):
     "Returns what README.md shows: every tested comparison that has all the runs wanted, but for those of digits."
-    rows = [row for row in gaps(EXPERIMENTS, runs, published) if has_runs(row) and row['tested']]
-    rows = [row for row in rows if row['experiment'] != 'digits']
+    rows = [row for row in shown(gaps(EXPERIMENTS, runs, published)) if row['tested'] and row['experiment'] != 'digits']
     return tables.brief_markdown([row for row in rows if row['verdict']['n_runs'] >= row['verdict']['n_wanted']])
 
 
@@ -46,9 +45,8 @@ def write(rows, runs, results, published):
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
     _write_table(results, 'source_against_fork', source_against_fork(),
                  tables.plain_markdown(source_against_fork_text()))
-    figures.save(figures.forest(rows), results / 'figures' / 'forest')
-    for name, fig in figures.experiments(rows, runs, published, results).items():
-        figures.save(fig, results / 'figures' / name)
+    drawn = figures.forests(rows) | figures.experiments(rows, runs, published, results)
+    for name, fig in drawn.items(): figures.save(fig, results / 'figures' / name)
 
 
 def _write_table(results, name, frame, markdown):
@@ -86,8 +84,8 @@ def work(argv):
     if args.names: return print(tables.text(rows, details=True))
     try: write(rows, runs, args.results, published)
     except OSError as e: raise UsageError(f'cannot write the tables and figures ({e})') from None
-    shown = [row for row in rows + gaps(on_own_images(runs), runs, published, args.results) if has_runs(row)]
-    print(tables.text(shown) if shown else f'{len(runs)} runs, but none of two arms to compare')
+    begun = shown(rows + gaps(on_own_images(runs), runs, published, args.results))
+    print(tables.text(begun) if begun else f'{len(runs)} runs, but none of two arms to compare')
 
 
 def main(argv=None): return exit_code('report', lambda: work(argv))

@@ -162,8 +162,8 @@ def correct(run_ids, results):
 def gaps(experiments, runs, published, results=runlog.RESULTS):
     """Returns one row per experiment, set and pair of arms: `arm` minus `base`, in fractions.
 
-    The pairs are Experiment.pairs, which are tested, and Experiment.described, which are not. A row is a nested dict; an
-    experiment without runs has one for each of its pairs.
+    The pairs are Experiment.pairs, which are tested, and Experiment.described, which are not. A row is a nested dict.
+    An experiment without runs has one for each of its pairs.
     experiment, dataset, the SET columns, planned (see `sets`), base, arm, tested, metric ('last' or 'max')
     published    base, arm: mean, sd, n; difference: difference, low, high, p; recipe: documented, assumed, other script
     ours         base, arm: the keys of stats.summary of the runs that `difference` is of; n_ok, diverged, other (ends),
@@ -292,10 +292,10 @@ def _analyses(base, arm):
     """Returns (which runs the difference is of, these runs of both arms, the other analyses), of runs that ended ok.
 
     Where only complete seeds count, the difference is of these. A set can hold runs of several versions of torch,
-    machines and kinds of step. Where it does, the difference is that of the like pairs, runs of one seed that were made
-    alike in all of this, if there are at least LIKE_PAIRS; else that of all runs that count. Beside it stand `all` runs,
-    those with the most common kind of `steps`, and the pairs that are `alike`, each where it is not what stands there
-    already.
+    machines and kinds of step. Where it does, the difference is that of the like pairs, runs of one seed that were
+    made alike in all of this, if there are at least LIKE_PAIRS; else that of all runs that count. Beside it stand
+    `all` runs, those with the most common kind of `steps`, and the pairs that are `alike`, each where it is not what
+    stands there already.
     """
     every, counted = ([of_arm[runs] for of_arm in (base, arm)] for runs in ('ok', 'counted'))
     everything, chosen = (tuple(map(_first_of_seeds, runs)) for runs in (every, counted))
@@ -420,9 +420,24 @@ def done(exp, runs, recipes=None):
     return {arm: int(planned[0][arm].status.isin(runlog.DONE).sum()) if planned else 0 for arm in exp.arms}
 
 
+def images(row):
+    "Returns what tells the set of a row of `gaps`, or a key of `sets`, from other sets."
+    return tuple(str(row[name]) for name in SET)
+
+
 def has_begun(row):
     "Returns whether an arm of a row of `gaps` has a run, whatever its end."
     return any(row['ours'][side][ends] for side in SIDES for ends in ('n_ok', 'diverged', 'other'))
+
+
+def shown(rows):
+    """Returns the rows of `gaps` that have runs, for readers.
+
+    Those that are only described are left out where no comparison of their experiment has runs on the same images.
+    """
+    with_runs = [row for row in rows if has_runs(row)]
+    begun = {(row['experiment'], images(row)) for row in with_runs if row['tested']}
+    return [row for row in with_runs if (row['experiment'], images(row)) in begun]
 
 
 def has_runs(row):

@@ -1,126 +1,143 @@
-"""Figures of the record, from data frames: every run as a point beside the published mean, curves, time, all
-differences; no torch."""
+"""Draws the record, from data frames: the differences of all comparisons, and the runs of an experiment seed by seed.
+
+What a mark means is written beside it, and no colour is needed to tell two marks apart. Needs no torch.
+"""
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator
 
 import runlog
 from command import UsageError
-from experiments import EXPERIMENTS, knobs
+from experiments import EXPERIMENTS
 from report import compare, stats, tables
 from report.published import published_mean, published_metric
 
-MARKS = 'os^Dv<>'  # an arm each: readable without colour
-STYLES = ['-', '--', ':', '-.']
-WIDEST = 10  # points shown in the forest plot; what goes on beyond ends in an arrow
+INK, OURS, GREY, PALE = '#1a1a1a', '#174a73', '#757575', '#bdbdbd'  # text; our means; published; single seeds
+STYLE = {'font.size': 8, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': INK,
+         'axes.linewidth': 0.6, 'xtick.major.width': 0.6, 'ytick.major.width': 0.6, 'axes.titlesize': 8,
+         'axes.labelsize': 8, 'xtick.labelsize': 7.5, 'ytick.labelsize': 7.5, 'text.color': INK}
+WIDTH = 7.2  # inches: the text width of a page
+LABELS = {'last': 'accuracy (%)', 'max': 'accuracy of the best epoch (%)'}
+ENDS = 'difference', 'low', 'high'
+CLEAR = dict(va='center', fontsize=7.5, path_effects=[withStroke(linewidth=2, foreground='white')])  # over other marks
 
 
 def save(fig, path):
-    "path.png and path.svg; the same figure gives the same bytes."
+    "Writes path.png and path.svg; the same figure gives the same bytes."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with rc_context({'svg.hashsalt': 'simple', 'svg.fonttype': 'none'}):
-        fig.savefig(f'{path}.png', dpi=120, metadata={'Software': None})
+        fig.savefig(f'{path}.png', dpi=160, metadata={'Software': None})
         fig.savefig(f'{path}.svg', metadata={'Date': None, 'Creator': None})
 
 
-def experiments(rows, runs, published, results=runlog.RESULTS):
-    "Returns {name: Figure} of the experiments in the `rows` (compare.gaps) that have runs of two arms."
-    names, recipes = {row['experiment']: None for row in rows if compare.has_runs(row)}, compare.by_recipe(runs)
-    return {name: experiment(name, EXPERIMENTS[name], runs, published, results, recipes) for name in names}
+def in_points(test): return [100 * test[key] for key in ENDS]
 
 
-def experiment(name, exp, runs, published, results, recipes=None):
-    "A row for each set of an experiment: its runs, its learning curves, accuracy against time."
-    found, metric = compare.sets(exp, runs, recipes=recipes), published_metric(exp, published)
-    if not found: raise UsageError(f'{name}: no runs to plot')
-    fig = Figure(figsize=(13, 3.6 * len(found)), layout='constrained')
-    for axes, (key, arms) in zip(fig.subplots(len(found), 3, squeeze=False), found):
-        what = (f'{name}, split {key["split"]}, {key["source"]} px archive, {key["precision"]}, '
-                f'{int(key["n_val"]):,} validation images')
-        points(axes[0], exp, arms, published if key['planned'] else published[:0], metric)
-        curves(axes[1], arms, results)
-        time(axes[2], arms, metric)
-        axes[0].set_title(what, fontsize=8, loc='left')
-    return fig
+# --- all differences ---
+
+WIDEST = 3  # points to each side of 0 that a forest shows, or more where ours is more; beyond are arrows
+LINE = 0.168  # inches of a line of a forest
+AXIS = 2.3, 4.6  # inches from the left, where the axis of a forest begins and ends
+CHANGE, RUNS = 4.75, 5.95  # inches from the left, where its columns of text begin
 
 
-LABELS = {'last': 'accuracy (%)', 'max': 'accuracy of the best epoch (%)'}
+def forests(rows):
+    """Returns {name: Figure} of all differences in `rows` (compare.gaps).
+
+    `forest` has what the layers change, the claims with runs of ours first; `learning_rates` has the search for the
+    learning rate of the baseline.
+    """
+    ours = list(map(id, compare.shown(rows)))
+    shown = [row for row in rows if row['experiment'] != 'digits' and _is_known(row)
+             and (id(row) in ours or not np.isnan(row['published']['difference']['difference']))]
+    of_rates = [row for row in shown if row['experiment'].endswith('-lr')]
+    groups = dict(forest=[row for row in shown if row not in of_rates], learning_rates=of_rates)
+    return {name: forest(group) for name, group in groups.items() if group}
 
 
-def points(ax, exp, arms, published, metric):
-    "Every run as a point, its arm's mean with its 95% interval, the published mean as a star."
-    for x, (arm, found) in enumerate(arms.items()):
-        said = published_mean(exp, arm, published)
-        acc = 100 * np.array(list(compare.accuracies(found, metric).values()))
-        ax.plot([x - 0.1 + 0.05 * (i % 5 - 2) for i in range(len(acc))], acc, MARKS[x % 7], mfc='none', color=f'C{x}',
-                ms=5)
-        s = stats.summary(acc)
-        half = 0 if np.isnan(s['low']) else s['mean'] - s['low']
-        ax.errorbar(x + 0.15, s['mean'], half, fmt='_', color='black', capsize=4,
-                    label=None if x else 'mean, 95 % interval')
-        if said is not None:
-            ax.plot(x + 0.3, 100 * said['mean'], '*', color='black', ms=10, label=None if x else 'published mean')
-    ax.set_xticks(range(len(arms)), [f'{arm}\nn = {len(compare.ended_ok(found))}' for arm, found in arms.items()],
-                  fontsize=8, rotation=90 if len(arms) > 5 else 0)
-    ax.set(xlim=(-0.5, len(arms) - 0.5), ylabel=LABELS[metric])
-    ax.legend(fontsize=7)
-
-
-def curves(ax, arms, results):
-    "Mean validation accuracy after each epoch, with a band of one standard deviation over the runs."
-    for x, (arm, found) in enumerate(arms.items()):
-        files = [Path(results) / 'curves' / f'{i}.csv' for i in compare.ended_ok(found).run_id]
-        tables = [pd.read_csv(f).set_index('epoch').accuracy for f in files if f.exists()]
-        if not tables: continue
-        acc = 100 * pd.concat(tables, axis=1)
-        mean, sd = acc.mean(axis=1), acc.std(axis=1).fillna(0)
-        ax.plot(mean.index, mean, STYLES[x % 4], color=f'C{x}', marker=MARKS[x % 7], ms=4,
-                label=f'{arm} (n = {acc.shape[1]})')
-        ax.fill_between(mean.index, mean - sd, mean + sd, color=f'C{x}', alpha=0.15)
-    ax.set(xlabel='epoch', ylabel='validation accuracy (%), band: ± sd')
-    if ax.lines: ax.legend(fontsize=7)
-
-
-def time(ax, arms, metric):
-    """Accuracy against the minutes of a run, which are comparable where all runs were of one device and the same
-    speed-ups."""
-    for x, (arm, found) in enumerate(arms.items()):
-        minutes = compare.ended_ok(found).fit_seconds / 60
-        acc = 100 * np.array(list(compare.accuracies(found, metric).values()))
-        if len(acc): ax.plot(minutes, acc, MARKS[x % 7], mfc='none', color=f'C{x}', label=f'{arm} (n = {len(acc)})')
-    ways = pd.concat([compare.ended_ok(found) for found in arms.values()])
-    ways = ways[['device', *knobs(role='speed')]].drop_duplicates()
-    note = '\n(different devices or speed-ups: not comparable)' if len(ways) > 1 else ''
-    ax.set(xlabel=f'minutes of a run{note}', ylabel=LABELS[metric])
-    if ax.lines: ax.legend(fontsize=7)
+def _is_known(row):
+    return not np.isnan([row['published']['difference']['difference'], row['difference']['difference']]).all()
 
 
 def forest(rows):
-    "All differences with their 95% intervals: published (where their spread is) hollow, ours filled; n beside them."
-    rows = [row for row in rows
-            if not all(np.isnan(_test(row, whose)['difference']) for whose in ('published', 'ours'))]
+    """Returns a Figure of the differences of `rows` with their 95 % intervals, a group a claim.
+
+    Of a comparison ours stands first, as a disc; below it stands the published one, as a hollow square. A difference
+    whose spread is not known has no bar, and says so.
+    """
+    rows = [row for row in rows if _is_known(row)]
     if not rows: raise UsageError('no differences to plot')
-    fig = Figure(figsize=(9, 1 + 0.42 * len(rows)), layout='constrained')
-    ax = fig.subplots()
-    for y, row in enumerate(rows):
-        for dy, whose, marker, fill in ((-0.12, 'published', 's', 'none'), (0.12, 'ours', 'o', 'black')):
-            d, low, high = (100 * _test(row, whose)[key] for key in ('difference', 'low', 'high'))
-            if np.isnan(d): continue
-            error = None if np.isnan(low) else [[d - low], [high - d]]
-            ax.errorbar(d, y + dy, xerr=error, fmt=marker, mfc=fill, color='black', ms=5, capsize=2)
-            for end, arrow in ((low, '<'), (high, '>'), (d, '<' if d < 0 else '>')):
-                if abs(end) > WIDEST: ax.plot(WIDEST * np.sign(end), y + dy, arrow, color='black', ms=6, clip_on=False)
-    ax.set_yticks(range(len(rows)), [_label(row, title) for row, title in zip(rows, tables.titles(rows))], fontsize=7)
-    ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.axvline(0, color='black', lw=0.8)
-    ax.set_xlim(-WIDEST, WIDEST)
-    ax.set_xlabel('difference in accuracy (points), 95 % interval\n'
-                  'squares: published, circles: ours; (runs: published; ours)',
-                  fontsize=8)
-    return fig
+    lines = list(_lines(rows))
+    gaps = np.cumsum([0.6 if kind == 'claim' else 0 for kind, *_ in lines])  # a claim stands a little apart
+    limits = -WIDEST, max([WIDEST, *(np.ceil(100 * row['difference']['difference']) for row in rows)])
+    with rc_context(STYLE):
+        inches = LINE * (len(lines) + gaps[-1])
+        height = inches + 0.75
+        fig = Figure(figsize=(WIDTH, height))
+        width = AXIS[1] - AXIS[0]
+        ax = fig.add_axes((AXIS[0] / WIDTH, 0.5 / height, width / WIDTH, inches / height))
+        def write(inches, y, words, **style):
+            ax.text((inches - AXIS[0]) / width, y, words, transform=ax.get_yaxis_transform(), va='center',
+                    **dict(fontsize=7.5) | style)
+        for y, (kind, words, row, whose) in zip(np.arange(len(lines)) + gaps, lines):
+            if kind == 'claim': write(0.08, y, words, weight='bold')
+            elif kind == 'title': write(0.08, y, words, color=GREY)
+            else:
+                write(0.2, y, words)
+                test, color = _test(row, whose), INK if whose == 'ours' else GREY
+                ax.plot([0, 0], [y - 0.5, y + 0.5], color=INK, lw=0.6, zorder=0)
+                _bar(ax, in_points(test), y, whose, limits)
+                write(CHANGE, y, tables.change(test) + ('  no interval' if np.isnan(test['low']) else ''), color=color)
+                write(RUNS, y, f'{whose} ({_n(row, whose)})', color=color)
+        for x, head in ((AXIS[0], 'second arm minus first'), (CHANGE, 'points [95 %]'), (RUNS, 'whose (runs)')):
+            write(x, -0.4, head, color=GREY)
+        ax.set(xlim=limits, ylim=(len(lines) + gaps[-1] - 0.4, -0.6), yticks=[],
+               xlabel='difference in accuracy (points)')
+        for side in ('left', 'bottom'): ax.spines[side].set_visible(side == 'bottom')
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        return fig
+
+
+def _lines(rows):
+    "Yields the lines of a forest, from above: (kind, words, row, whose); the claims with runs of ours come first."
+    claims, words = {}, {id(row): title for row, title in zip(rows, tables.titles(rows))}
+    def is_ours(row): return not np.isnan(row['difference']['difference'])
+    for row in rows: claims.setdefault(_claim(row), []).append(row)
+    for claim, group in sorted(claims.items(), key=lambda item: not any(map(is_ours, item[1]))):
+        yield 'claim', claim, None, None
+        titles, pairs = {words[id(row)] for row in group}, {tables.arms(row) for row in group}
+        of_one_pair = len(pairs) == 1 and len(titles) > 1
+        if of_one_pair: yield 'title', pairs.pop(), None, None
+        before = None
+        for row in sorted(group, key=lambda row: not is_ours(row)):
+            title = words[id(row)]
+            if title != before and not of_one_pair: yield 'title', f'{title}, {_images(row)}', None, None
+            before = title
+            label = f'{title}' if of_one_pair else _pair(row)
+            for whose in ('ours', 'published'):
+                if np.isnan(_test(row, whose)['difference']): continue
+                yield 'row', label, row, whose
+                label = ''
+
+
+def _claim(row):
+    name = row['experiment']
+    return EXPERIMENTS[name].claim if name in EXPERIMENTS else name
+
+
+def _images(row):
+    "Returns the split of a row and the number of its validation images, where that is known, in words."
+    if pd.isna(row['n_val']): return f'split {row["split"]}'
+    words = f'{int(row["n_val"]):,} validation images'
+    return f'split {row["split"]}, {words}' if row['planned'] else words
+
+
+def _pair(row): return tables.arms(row) + ('' if row['tested'] else ' (described)')
 
 
 def _test(row, whose):
@@ -128,16 +145,168 @@ def _test(row, whose):
     return row['published']['difference'] if whose == 'published' else row['difference']
 
 
-def _label(row, title):
-    "Returns what stands beside a row of the forest."
-    split = f', split {row["split"]}' if row['planned'] else ''
-    return f'{title}{split}: {row["base"]} → {row["arm"]}  ({_n(row["published"])}; {_n(row["ours"])})'
+def _n(row, whose):
+    "Returns the runs of both arms, '12, 12'; ? where their number is not published."
+    counts = [row[whose][side]['n'] for side in compare.SIDES]
+    return ', '.join('?' if pd.isna(n) else f'{n:.0f}' for n in counts)
 
 
-def _n(whose):
-    "Returns the runs of both arms, 12/12; ? where their number is not published, – where nothing is."
-    counts = []
-    for arm in (whose[side] for side in compare.SIDES):
-        n = '?' if pd.isna(arm['n']) else str(int(arm['n']))
-        counts.append('–' if pd.isna(arm['mean']) else n)
-    return '/'.join(counts)
+def _bar(ax, ends, y, whose, limits):
+    "Draws a difference with its interval at height `y`; what lies beyond the limits of the axis ends in an arrow."
+    d, low, high = ends
+    color, fill, mark, width = (OURS, OURS, 'o', 1.6) if whose == 'ours' else (GREY, 'white', 's', 0.9)
+    if not np.isnan(low): ax.plot(np.clip([low, high], *limits), [y, y], color=color, lw=width)
+    if limits[0] <= d <= limits[1]: ax.plot(d, y, mark, mfc=fill, mec=color, ms=4.2, mew=0.9, label=whose)
+    for beyond, end, arrow in ((min(ends) < limits[0], limits[0], '<'), (max(ends) > limits[1], limits[1], '>')):
+        if beyond: ax.plot(end, y, arrow, color=color, ms=4, clip_on=False)
+
+
+# --- the runs of an experiment ---
+
+def experiments(rows, runs, published, results=runlog.RESULTS):
+    "Returns {name: Figure} of the experiments in the `rows` (compare.gaps) that have runs of two arms in common."
+    names = {row['experiment']: None for row in compare.shown(rows) if _has_runs_of_both(row)}
+    recipes = compare.by_recipe(runs)
+    return {name: experiment(name, EXPERIMENTS[name], rows, runs, published, results, recipes) for name in names}
+
+
+def _has_runs_of_both(row): return not np.isnan(row['difference']['difference'])
+
+
+def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes=None):
+    """Returns a Figure of an experiment: of each set of images the runs, the differences, and these after each epoch.
+
+    Arms without runs are left out. The planned sets come first, and of these the one with most runs. Run times are not
+    drawn: the record does not say which runs shared their machine with others.
+    """
+    metric, parts = published_metric(exp, published), []
+    for key, arms in compare.sets(exp, runs, recipes=recipes):
+        of_set = [row for row in rows if row['experiment'] == name and compare.images(row) == compare.images(key)]
+        of_set = [row for row in of_set if _has_runs_of_both(row)]
+        arms = {arm: found for arm, found in arms.items() if compare.accuracies(found, metric)}
+        if compare.shown(of_set): parts.append((key, arms, of_set))
+    if not parts: raise UsageError(f'{name}: no runs of two arms to plot')
+    parts.sort(key=lambda part: (not part[0]['planned'], -sum(map(len, part[1].values()))))
+    with rc_context(STYLE):
+        heights = [_heights(*part[1:]) for part in parts]
+        fig = Figure(figsize=(WIDTH, sum(map(sum, heights))), layout='constrained')
+        subfigures = fig.subfigures(len(parts), 1, height_ratios=[sum(height) for height in heights], squeeze=False)
+        for part, height, (key, arms, of_set) in zip(subfigures[:, 0], heights, parts):
+            part.suptitle(_what(name, key), fontsize=8.5, x=0.01, ha='left', weight='bold')
+            above, below = part.subfigures(2, 1, height_ratios=height)
+            shape = (1, 2) if _is_small(arms, of_set) else (2, 1)
+            first, second = above.subplots(*shape).flat
+            points(first, exp, arms, published if key['planned'] else published[:0], metric)
+            differences(second, of_set)
+            by_epoch(below, of_set, results)
+        return fig
+
+
+COLUMNS = 5  # panels of differences by epoch in a row
+
+
+def _is_small(arms, rows): return len(arms) <= 4 and len(rows) <= 4
+
+
+def _heights(arms, rows):
+    "Returns the inches of the two parts of a set: its runs and differences, and the differences by epoch."
+    return 3.0 if _is_small(arms, rows) else 4.6, 0.2 + 1.5 * -(-len(rows) // COLUMNS)
+
+
+def _what(name, key):
+    "Returns the title of a set of images."
+    images = 'validation images' if pd.isna(key['n_val']) else f'{int(key["n_val"]):,} validation images'
+    return f'{name}: split {key["split"]}, {images}, {key["source"]} px archive, {key["precision"]}'
+
+
+def points(ax, exp, arms, published, metric):
+    """Draws every run, those of one seed joined by a line, and beside it the mean of its arm with its 95 % interval.
+
+    A dashed line marks the published mean.
+    """
+    found = {arm: compare.accuracies(of_arm, metric) for arm, of_arm in arms.items()}
+    for seed in sorted(set().union(*found.values())):
+        at = [x for x, of_arm in enumerate(found.values()) if seed in of_arm]
+        values = [100 * of_arm[seed] for of_arm in found.values() if seed in of_arm]
+        ax.plot(at, values, '-o', color=PALE, lw=0.6, ms=2.5, mew=0, label='seed')
+    said = {arm: published_mean(exp, arm, published) for arm in found}
+    for x, (arm, of_arm) in enumerate(found.items()):
+        s = stats.summary([100 * accuracy for accuracy in of_arm.values()])
+        ax.plot([x + 0.16] * 2, [s['low'], s['high']], color=OURS, lw=1.6)
+        ax.plot(x + 0.16, s['mean'], 'o', color=OURS, ms=4.5, label='mean')
+        ax.text(x + 0.25, s['mean'], f'{s["mean"]:.1f}', color=OURS, **CLEAR)
+        if said[arm] is not None:
+            ax.plot([x - 0.38, x - 0.06], 2 * [100 * said[arm]['mean']], color=INK, lw=1.1, ls=(0, (2.5, 1.5)),
+                    label='published')
+    ax.set(xlim=(-0.5, len(found) - 0.3), ylabel=LABELS[metric])
+    _name(ax, [f'{arm}\n{len(of_arm)} runs' for arm, of_arm in found.items()])
+    dashed = ' · dashed: published' if any(row is not None for row in said.values()) else ''
+    ax.set_title(f'line: a seed · disc: mean, 95 % interval{dashed}', fontsize=7, loc='left', color=GREY)
+
+
+def differences(ax, rows):
+    "Draws for each row of compare.gaps the difference at each seed, its mean with its interval, the published one."
+    for x, row in enumerate(rows):
+        values = np.array([100 * (arm.value - base.value) for base, arm in row['pairs']])
+        ax.plot(x - 0.1 + 0.07 * (np.arange(len(values)) % 3 - 1), values, 'o', color=PALE, ms=3, mew=0, label='seed')
+        d, low, high = in_points(row['difference'])
+        ax.plot([x + 0.14] * 2, [low, high], color=OURS, lw=1.6)
+        ax.plot(x + 0.14, d, 'o', color=OURS, ms=4.5, label='mean')
+        ax.text(x + 0.22, d, f'{d:+.1f}', color=OURS, **CLEAR)
+        d, low, high = in_points(row['published']['difference'])
+        ax.plot([x - 0.32] * 2, [low, high], color=GREY, lw=0.9)
+        ax.plot(x - 0.32, d, 's', mfc='white', mec=GREY, ms=4.2, mew=0.9, label='published')
+    ax.axhline(0, color=INK, lw=0.6)
+    ax.set(xlim=(-0.5, len(rows) - 0.3), ylabel='difference (points)')
+    _name(ax, [f'{row["arm"]}\n− {row["base"]}\n' + (f'{len(row["pairs"])} seeds' if row['tested'] else 'described')
+               for row in rows])
+    is_published = [not np.isnan(row['published']['difference']['difference']) for row in rows]
+    square = ' · square: published' if any(is_published) else ''
+    ax.set_title(f'dot: a seed · disc: difference, 95 % interval{square}', fontsize=7, loc='left', color=GREY)
+
+
+def _name(ax, labels):
+    "Names the ticks of the x axis, smaller or upright where they would not fit beside each other."
+    if not labels: return ax.set_xticks([])
+    room = 0.9 * WIDTH / (2 if len(labels) <= 4 else 1) / len(labels)
+    longest = max(len(line) for label in labels for line in label.split('\n'))
+    size = next((size for size in (7.5, 6.5) if longest * 0.58 * size / 72 <= room), None)
+    ax.set_xticks(range(len(labels)), labels, fontsize=size or 7, rotation=0 if size else 90)
+
+
+def by_epoch(fig, rows, results):
+    "Draws the difference at shared seeds after each epoch, a panel for each row, with its 95 % interval."
+    found = [(row, epoch_differences(row['pairs'], results)) for row in rows]
+    found = [(row, table) for row, table in found if len(table)]
+    if not found: return
+    axes = fig.subplots(-(-len(found) // COLUMNS), min(COLUMNS, max(len(found), 3)), sharey=True, squeeze=False)
+    for ax in axes.flat[len(found):]: ax.set_visible(False)
+    for ax, (row, table) in zip(axes.flat, found):
+        ax.fill_between(table.index, table.low, table.high, color=PALE, alpha=0.6, lw=0)
+        ax.plot(table.index, table.difference, '-o', color=OURS, lw=1.2, ms=2.5)
+        ax.axhline(0, color=INK, lw=0.6)
+        ax.set_title(f'{row["arm"]} − {row["base"]}', fontsize=7.5, loc='left')
+        ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        ax.margins(x=0.08)
+    fig.suptitle('the difference after each epoch, with its 95 % interval', fontsize=7, x=0.01, ha='left', color=GREY)
+    for ax in axes[-1]: ax.set_xlabel('epoch')
+    for ax in axes[:, 0]: ax.set_ylabel('points')
+
+
+def epoch_differences(pairs, results):
+    """Returns difference, low and high after each epoch, in points, of pairs of Runs whose curves are at hand.
+
+    Runs of different lengths are at different points of their schedules: of these there is nothing.
+    """
+    curves = [[_curve(run.run_id, results) for run in pair] for pair in pairs]
+    curves = [pair for pair in curves if len(pair[0]) and pair[0].index.equals(pair[1].index)]
+    if not curves: return pd.DataFrame()
+    base, arm = (pd.concat([pair[side] for pair in curves], axis=1) for side in (0, 1))
+    tests = {epoch: stats.compare_paired(base.loc[epoch], arm.loc[epoch]) for epoch in base.index}
+    return 100 * pd.DataFrame(tests).T[list(ENDS)]
+
+
+def _curve(run_id, results):
+    "Returns the accuracy after each epoch of a run; empty where its curve is not at hand."
+    file = runlog.curve_file(run_id, results)
+    return pd.read_csv(file).set_index('epoch').accuracy.dropna() if file.exists() else pd.Series(dtype=float)

@@ -367,11 +367,12 @@ def fixed_width_done(a, b, half_width, n_min=10, paired=False):
     """Returns whether runs may stop, along the last axis, for many experiments at once.
 
     They may when both arms have n_min runs and sqrt(1 + 2/n) times the half-width of the interval is at most
-    `half_width`; n: the runs of the smaller arm. Without any spread the half-width is 0, see `_without_spread`. The interval is Welch's, or with `paired` that of the paired t test;
-    then the runs are in the order of their seeds. This is the rule of Chow and Robbins (1965) with 2 sd²/n in place of
-    their 1/n, which has no unit, and t in place of the normal quantile. Who looks after every pair stops when the sd
-    happens to be small; the added term and n_min make up for it: of normal data, difference ± half_width then keeps
-    its 95%, and the narrower interval at the stop more than 93%.
+    `half_width`; n: the runs of the smaller arm. Without any spread the half-width is 0, see `_without_spread`. The
+    interval is Welch's, or with `paired` that of the paired t test; then the runs are in the order of their seeds. This
+    is the rule of Chow and Robbins (1965) with 2 sd²/n in place of their 1/n, which has no unit, and t in place of the
+    normal quantile. Who looks after every pair stops when the sd happens to be small; the added term and n_min make up
+    for it: of normal data, difference ± half_width then keeps its 95%, and the narrower interval at the stop more than
+    93%.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     (_, sd_a, n_a), (_, sd_b, n_b) = _moments(a), _moments(b)

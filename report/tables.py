@@ -9,7 +9,7 @@ from rich.table import Table
 
 from experiments import EXPERIMENTS
 from report import stats
-from report.compare import NO_RUNS, NO_VERDICT, SET, SIDES, is_whole
+from report.compare import NO_RUNS, NO_VERDICT, SET, SIDES, has_runs, is_whole
 from report.published import load_published_runs, single_runs_sd
 
 HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
@@ -264,6 +264,49 @@ def _flat(nested, path=()):
         names = path if path[-1:] == (key,) else (*path, key)
         flat |= _flat(value, names) if isinstance(value, dict) else {'_'.join(names): value}
     return flat
+
+
+# --- in three sentences ---
+
+def conclusion(rows):
+    """Returns what the record says in three sentences, a line each, counted from the verdicts of the tested `rows`.
+
+    The first is of the published differences, the second of what nothing is published about, the third of what is open.
+    A verdict counts here once its comparison has all the runs wanted. A comparison counts once for each set of images
+    on which it has runs, and once where it has none.
+    """
+    rows = [row for row in rows if row['tested'] and row['experiment'] != 'digits']
+    with_runs = [row for row in rows if has_runs(row)]
+    def pair(row): return row['experiment'], row['base'], row['arm']
+    known = set(map(pair, with_runs))
+    rows = with_runs + list({pair(row): row for row in rows if pair(row) not in known}.values())
+    def is_published(row): return not np.isnan(row['published']['difference']['difference'])
+    def is_whole(row): return row['verdict']['n_runs'] >= row['verdict']['n_wanted']
+    lines = []
+    for what, said in (('published differences', True), ('comparisons without a published number', False)):
+        group = [row for row in rows if is_published(row) == said]
+        lines.append(f'Of {len(group)} {what}, {_found([row for row in group if is_whole(row)])}.')
+    left = [row for row in rows if not is_whole(row)]
+    begun = sum(row['verdict']['n_runs'] > 0 for row in left)
+    lines.append(f'Open are {len(left)} comparisons: {begun} with fewer runs than wanted, {len(left) - begun} without '
+                 'runs.')
+    return '\n'.join(lines)
+
+
+def _found(rows):
+    "Returns what was found in rows with all their runs, by verdict, in words."
+    if not rows: return 'none has all its runs yet'
+    verdicts = {}
+    for row in rows:
+        is_assumed = not np.isnan(row['verdict']['claim']) and row['published']['recipe'] == 'assumed'
+        words = row['verdict']['verdict'] + (' (assumed recipe)' if is_assumed else '')
+        verdicts.setdefault(words, []).append(row)
+    def name(row):
+        said = row['published']['difference']['difference']
+        words = f'{row["experiment"]}, {arms(row)}: {change(row["difference"])}'
+        return words if np.isnan(said) else f'{words}, published {100 * said:+.1f}'
+    found = [f'“{words}” for {len(group)} ({"; ".join(map(name, group))})' for words, group in verdicts.items()]
+    return f'{len(rows)} {"has all its" if len(rows) == 1 else "have all their"} runs: {", ".join(found)}'
 
 
 # --- how many runs it takes ---

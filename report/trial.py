@@ -13,6 +13,7 @@ changes         [dict(saved, arms, runs, until, recorded)]: how the plan was bef
 import json
 
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 import runlog
@@ -218,27 +219,16 @@ def page(plan, runs, results):
 def figure(plan, runs, results):
     "Returns the figure of a trial: every run beside the mean of its arm, and the differences."
     exp, cfg = experiment(plan), next(iter(experiment(plan).arms.values()))
-    fig = Figure(figsize=(10, 3.6), layout='constrained')
-    left, right = fig.subplots(1, 2)
-    figures.points(left, exp, of_arms(plan, runs), load_published()[:0], 'last')
-    differences(right, gaps(plan, runs, results))
-    what = f'{cfg.dataset} {cfg.size} px, {cfg.arch}, {cfg.epochs} epochs'
-    left.set_title(f'{plan["layer"]}: {what}', fontsize=8, loc='left')
-    return fig
-
-
-def differences(ax, rows):
-    "Draws each difference with its 95 % interval."
-    for y, row in enumerate(rows):
-        d, low, high = (100 * row['difference'][key] for key in ('difference', 'low', 'high'))
-        error = None if np.isnan(low) else [[d - low], [high - d]]
-        if not np.isnan(d): ax.errorbar(d, y, xerr=error, fmt='o', color='black', ms=5, capsize=3)
-    counts = [[row['ours'][side]['n'] for side in ('arm', 'base')] for row in rows]
-    labels = [f'{row["arm"]} − {row["base"]}\nn = {n}, {m}' for row, (n, m) in zip(rows, counts)]
-    ax.set_yticks(range(len(rows)), labels, fontsize=8)
-    ax.set_ylim(len(rows) - 0.5, -0.5)
-    ax.axvline(0, color='black', lw=0.8)
-    ax.set_xlabel('difference in accuracy (points), 95 % interval')
+    arms = {arm: found for arm, found in of_arms(plan, runs).items() if compare.accuracies(found)}
+    rows = [row for row in gaps(plan, runs, results) if not np.isnan(row['difference']['difference'])]
+    with rc_context(figures.STYLE):
+        fig = Figure(figsize=(figures.WIDTH, 3.2), layout='constrained')
+        left, right = fig.subplots(1, 2)
+        figures.points(left, exp, arms, load_published()[:0], 'last')
+        figures.differences(right, rows)
+        what = f'{cfg.dataset} {cfg.size} px, {cfg.arch}, {cfg.epochs} epochs'
+        fig.suptitle(f'{plan["layer"]}: {what}', fontsize=8.5, x=0.01, ha='left', weight='bold')
+        return fig
 
 
 def write(plan, runs, results):

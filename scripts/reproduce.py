@@ -80,9 +80,8 @@ def so_far(args, exp):
     whole = replace(own, runs=exp.runs, arms=arms).with_pairs(exp.pairs())
     rows = compare.gaps({args.name: whole}, runlog.load(args.results / 'runs.csv'), load_published(), args.results)
     rows = [row for row in rows if {row['base'], row['arm']} <= exp.arms.keys()]
-    def images(row): return tuple(str(row[key]) for key in compare.SET)
-    begun = {images(row) for row in rows if compare.has_begun(row)}
-    return [row for row in rows if images(row) in begun] or rows
+    begun = {compare.images(row) for row in rows if compare.has_begun(row)}
+    return [row for row in rows if compare.images(row) in begun] or rows
 
 
 def listing(results):
