@@ -2,15 +2,52 @@
 measures."""
 import numpy as np
 import pandas as pd
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
 import runlog
+from report.figures import CLEAR, GREY, INK, OURS, STYLE, WIDTH
 
 
 def load_cost(file=runlog.RESULTS / 'benchmarks' / 'cost.csv'):
-    """Returns the table of `scripts/benchmark.py cost` with ms_image and mb_image, of one image; nan where a shape was
-    skipped."""
+    """Returns the table of `scripts/benchmark.py cost` with ms_image and mb_image, of one image.
+
+    Where a shape was skipped they are nan. A table from before the ratios to fastai's layers were measured in rounds
+    gets those of its medians, without quartiles.
+    """
     df = pd.read_csv(file).fillna({'order': ''})
-    return df.assign(ms_image=df.ms / df.B, mb_image=df.peak_mb / df.B, name=(df.layer + ' ' + df.order).str.strip())
+    df = df.assign(ms_image=df.ms / df.B, mb_image=df.peak_mb / df.B, name=(df.layer + ' ' + df.order).str.strip())
+    return df if 'faster' in df else df.assign(**_ratios_of_medians(df))
+
+
+def _ratios_of_medians(df):
+    "Returns the columns faster, faster_low, faster_high and memory from ms and peak_mb; nan where fastai has no layer."
+    key = ['layer', 'C', 'N']
+    theirs = df.assign(layer=df.layer.str.removeprefix('fastai '))[df.layer.str.startswith('fastai ')].set_index(key)
+    ms, mb = (theirs[column].reindex(pd.MultiIndex.from_frame(df[key])).to_numpy() for column in ('ms', 'peak_mb'))
+    return dict(faster=ms / df.ms, faster_low=np.nan, faster_high=np.nan, memory=df.peak_mb / mb)
+
+
+def ratios(cost):
+    """Returns one row per layer that fastai has, and shape: its time and memory an image beside fastai's.
+
+    simple is in the order of the fewest multiply-adds, which 'auto' takes. faster: fastai's time over ours in the same
+    round, the median, with its quartiles faster_low and faster_high; memory: ours over fastai's.
+    """
+    ours = cost[cost.faster.notna()].sort_values('multiply_adds', kind='stable').drop_duplicates(['layer', 'C', 'N'])
+    columns = ['layer', 'C', 'N', 'order', 'ms_image', 'faster', 'faster_low', 'faster_high', 'mb_image', 'memory']
+    return ours.sort_values(['layer', 'C', 'N'], ascending=[False, True, True])[columns].reset_index(drop=True)
+
+
+def verdict(cost):
+    "Returns how the layers stand beside fastai's, in a sentence for each."
+    lines = []
+    for layer, rows in ratios(cost).groupby('layer', sort=False):
+        slower, larger = ((rows.faster < 1).sum(), (rows.memory > 1).sum())
+        lines.append(f"{layer} is {rows.faster.min():.2f} to {rows.faster.max():.2f} times as fast as fastai's, "
+                     f'slower at {slower} of {len(rows)} shapes, and takes {rows.memory.min():.2f} to {rows.memory.max():.2f} '
+                     f'times its memory, more at {larger}.')
+    return ' '.join(lines)
 
 
 def sweeps(cost):
@@ -86,35 +123,74 @@ def softmax_verdict(cost):
     return ' '.join(text)
 
 
-def cost_plot(cost):
-    """Time and memory of an image against N and C, log-log: a marker for each order, a line style for each layer.
+MARKS = {'simple': ('o', OURS, '-'), 'sagan': ('s', GREY, '--')}  # a layer that fastai has: marker, colour, line
 
-    Vertical lines: the N at which `channels` overtakes `positions` in simple, by multiply-adds and as measured.
+
+def cost_plot(cost):
+    """Returns a Figure of `ratios`: speed and memory beside fastai's layer, against N and against C.
+
+    Bars go from quartile to quartile of the rounds, where these were measured.
     """
-    from matplotlib.figure import Figure
-    markers = {'channels': 'o', 'positions': 's', 'source': '^', '': 'D'}
-    styles = ['-', '--', ':', '-.', (0, (5, 1, 1, 1, 1, 1)), (0, (1, 3))]
+    found, every = ratios(cost), sweeps(cost)
+    with rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 4.6), layout='constrained')
+        axes = fig.subplots(2, 2, sharex='col', sharey='row')
+        for (x, (_, at)), column in zip(every.items(), axes.T):
+            fixed = 'C' if x == 'N' else 'N'
+            rows = found[found[fixed] == at]
+            for layer, of_layer in rows.sort_values(x).groupby('layer', sort=False):
+                marker, color, line = MARKS.get(layer, ('^', INK, ':'))
+                for ax, y in zip(column, ('faster', 'memory')):
+                    ax.plot(of_layer[x], of_layer[y], line, marker=marker, color=color, ms=4, lw=1.2, label=layer)
+                    last = of_layer.iloc[-1]
+                    ax.annotate(layer, (last[x], last[y]), (7, 0), textcoords='offset points', color=color,
+                                **CLEAR)
+                column[0].vlines(of_layer[x], of_layer.faster_low, of_layer.faster_high, color=color, lw=1.2)
+            column[0].set_title(f'{fixed} = {at}', loc='left')
+            for ax in column:
+                ax.axhline(1, color=INK, lw=0.6)
+                _logarithmic(ax, 'x', sorted(rows[x].unique()))
+                ax.margins(x=0.18)
+            column[1].set_xlabel('N, positions' if x == 'N' else 'C, channels')
+        for ax, words, values in zip(axes[:, 0], ("times as fast as fastai's", "memory over fastai's"),
+                                     (found.faster, found.memory)):
+            ax.set_ylabel(words)
+            ends = np.log2(values.min()) // 1, -(-np.log2(values.max()) // 1)
+            _logarithmic(ax, 'y', [2.**power for power in range(int(min(ends[0], 0)), int(max(ends[1], 0)) + 1)])
+        return fig
+
+
+def order_plot(cost):
+    """Returns a Figure of what `channels` costs over `positions` in simple, against N: multiply-adds, time, memory.
+
+    Below 1 `channels` costs less.
+    """
+    rows, C = sweeps(cost)['N']
+    rows = rows[(rows.layer == 'simple') & rows.order.isin(['channels', 'positions'])]
     crossing = crossovers(cost).set_index('layer').loc['simple']
-    fig = Figure(figsize=(11, 8), layout='constrained')
-    axes = fig.subplots(2, 2, sharex='col', sharey='row')
-    for (x, (rows, at)), column in zip(sweeps(cost).items(), axes.T):
-        for ax, y, label in zip(column, ('ms_image', 'mb_image'),
-                                ('time, forward + backward (ms an image)', 'peak memory (MiB an image)')):
-            for i, (layer, lines) in enumerate(rows.groupby('layer', sort=False)):
-                for order, line in lines.sort_values(x).groupby('order', sort=False):
-                    ax.plot(line[x], line[y], color=f'C{i}', ls=styles[i % len(styles)], marker=markers[order], ms=6,
-                            mew=1.2, lw=1.2, mfc='none' if layer.startswith('fastai') else None,
-                            label=line['name'].iloc[0])
-            ax.set(xscale='log', yscale='log', xlabel=x, ylabel=label, title=f'{"C" if x == "N" else "N"} = {at}')
-            ax.set_xticks(sorted(rows[x].unique()), sorted(rows[x].unique()), minor=False)
-            ax.set_xticks([], minor=True)
-            if x == 'C': continue
-            overtaken = []
-            for by, style, words in (('multiply_adds', '-', 'multiply-adds'), (y, '--', 'measured')):
-                where = {0.: 'at every N', float('inf'): 'at no N'}.get(crossing[by], f'from N = {crossing[by]:.0f}')
-                line = ax.axvline(crossing[by] if where.startswith('from') else float('nan'), color='black', lw=1,
-                                  ls=style)
-                overtaken.append((line, f'simple: channels below positions {where}, {words}'))
-            ax.legend(*zip(*overtaken), fontsize=7)
-    fig.legend(*axes[0, 0].get_legend_handles_labels(), loc='outside right center', fontsize=8)
-    return fig
+    lines = {'multiply_adds': ('multiply-adds', INK, ':', None), 'ms_image': ('time', OURS, '-', 'o'),
+             'mb_image': ('memory', GREY, '--', 's')}
+    with rc_context(STYLE):
+        fig = Figure(figsize=(WIDTH, 2.8), layout='constrained')
+        ax = fig.subplots()
+        for measure, (words, color, style, marker) in lines.items():
+            table = rows.pivot(index='N', columns='order', values=measure).dropna()
+            where = {0.: 'below 1 at every N', float('inf'): 'below 1 at no N'}.get(
+                crossing[measure], f'below 1 from N = {crossing[measure]:.0f}')
+            ax.plot(table.index, table.channels / table.positions, style, color=color, marker=marker, ms=4, lw=1.2,
+                    label=f'{words}, {where}')
+        ax.axhline(1, color=INK, lw=0.6)
+        ax.set(xlabel='N, positions', ylabel='channels over positions')
+        ax.set_title(f'simple attention at C = {C}', loc='left')
+        _logarithmic(ax, 'x', sorted(rows.N.unique()))
+        _logarithmic(ax, 'y', [2.**power for power in range(-4, 4)])
+        ax.legend(frameon=False)
+        return fig
+
+
+def _logarithmic(ax, which, ticks):
+    "Makes the x or y axis logarithmic, with these ticks."
+    getattr(ax, f'set_{which}scale')('log')
+    axis = getattr(ax, f'{which}axis')
+    axis.set_ticks(ticks, [f'{tick:g}' for tick in ticks])
+    axis.set_ticks([], minor=True)

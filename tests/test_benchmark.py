@@ -1,5 +1,7 @@
 """The benchmarks measure what they say; the figures themselves are the machine's."""
 
+from io import StringIO
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -83,7 +85,8 @@ def test_cost_skips_what_is_too_large_and_says_so(monkeypatch, tmp_path, capsys)
     assert set(skipped.N) == {64} and table.peak_mb.isna().equals(table.ms.isna()) and 'NaN' in capsys.readouterr().out
     assert set(skipped.name) == {'simple positions', 'simple_sym positions', 'simple_out positions',
                                  'simple_n positions', 'fastai sagan'}
-    assert layer_cost.cost_plot(table).axes and layer_cost.against_softmax(table).faster.notna().all()
+    assert layer_cost.cost_plot(table).axes and layer_cost.order_plot(table).axes
+    assert layer_cost.against_softmax(table).faster.notna().all()
 
 
 def test_the_positions_hold_the_matrices_that_the_bound_counts():
@@ -100,14 +103,19 @@ def test_equality_can_fail_where_gamma_is_not_0():
 
 
 def made_up_cost(**ms):
-    "A table of cost with the times {layer_order: f(C, N)}, one image a call and as many MiB as ms."
+    """A table of cost with the times {layer_order: f(C, N)}, one image a call and as many MiB as ms.
+
+    It is one of before the ratios were measured in rounds.
+    """
     shapes = [(256, N) for N in (64, 256, 1024, 4096)] + [(64, 1024), (128, 1024)]
-    names = {'sagan': ('sagan', ''), 'unfused': ('fastai sagan', '')}
+    names = dict(sagan=('sagan', ''), unfused=('fastai sagan', ''), theirs=('fastai simple', 'source'))
     rows = [(*names.get(key, ('simple', key)), 1, C, N, multiply_adds(C, N).get(key), f(C, N))
             for key, f in ms.items() for C, N in shapes]
     df = pd.DataFrame(rows, columns=['layer', 'order', 'B', 'C', 'N', 'multiply_adds', 'ms'])
-    return df.assign(peak_mb=df.ms, ms_image=df.ms, mb_image=df.ms, name=(df.layer + ' ' + df.order).str.strip(),
-                     device='a CPU', torch='2')
+    file = StringIO()
+    df.assign(peak_mb=df.ms, device='a CPU', torch='2').to_csv(file, index=False)
+    file.seek(0)
+    return layer_cost.load_cost(file)
 
 
 def test_crossovers_are_where_the_costs_are_equal():
@@ -116,7 +124,7 @@ def test_crossovers_are_where_the_costs_are_equal():
     assert row.multiply_adds == pytest.approx(256) and row.ms_image == pytest.approx(600)
     for factor, at in ((1e-3, 0), (1e9, np.inf)):
         table = made_up_cost(channels=lambda C, N, factor=factor: factor * N, positions=lambda C, N: N**2)
-        assert layer_cost.crossovers(table).ms_image[0] == at and layer_cost.cost_plot(table).axes
+        assert layer_cost.crossovers(table).ms_image[0] == at and layer_cost.order_plot(table).axes
 
 
 def test_the_verdict_follows_the_table():
@@ -133,13 +141,40 @@ def test_the_verdict_follows_the_table():
     assert 'at 6 of 6 shapes' in layer_cost.softmax_verdict(made_up_cost(sagan=lambda C, N: 100. * N, **cost))
 
 
-def test_cost_plot_shows_every_layer_and_both_crossovers():
-    table = made_up_cost(channels=lambda C, N: 600. * N, positions=lambda C, N: 1. * N**2, sagan=lambda C, N: 9. * N)
-    time, against_c, *_ = layer_cost.cost_plot(table).axes
-    lines = [line for line in time.lines if len(line.get_xdata()) == 4]
-    assert len({(line.get_marker(), line.get_linestyle()) for line in lines}) == len(lines) == 3
-    assert sorted(line.get_xdata()[0] for line in time.lines if len(line.get_xdata()) == 2) == pytest.approx([256, 600])
-    assert [len(line.get_xdata()) for line in against_c.lines] == [3] * 3
+def test_ratios_are_those_of_the_same_round_or_else_of_the_medians(tmp_path):
+    cost = dict(channels=lambda C, N: 2. * N, positions=lambda C, N: 4. * N, theirs=lambda C, N: 6. * N,
+                sagan=lambda C, N: 9. * N, unfused=lambda C, N: 3. * N)
+    table = made_up_cost(**cost)
+    found = layer_cost.ratios(table).set_index(['layer', 'C', 'N'])
+    assert found.faster['simple', 256, 64] == 6 / 4 and found.faster['simple', 256, 1024] == 6 / 2  # the order of auto
+    assert found.memory['sagan', 256, 64] == 3 and found.faster_low.isna().all() and len(found) == 12
+    assert layer_cost.verdict(table) == (
+        "simple is 1.50 to 3.00 times as fast as fastai's, slower at 0 of 6 shapes, and takes 0.33 to 0.67 times its "
+        "memory, more at 0. sagan is 0.33 to 0.33 times as fast as fastai's, slower at 6 of 6 shapes, and takes 3.00 "
+        "to 3.00 times its memory, more at 6.")
+    measured = table.assign(faster=table.faster * 1.1, faster_low=1., faster_high=4.)
+    measured.to_csv(tmp_path / 'cost.csv', index=False)
+    again = layer_cost.ratios(layer_cost.load_cost(tmp_path / 'cost.csv')).set_index(['layer', 'C', 'N'])
+    assert again.faster['simple', 256, 64] == pytest.approx(1.65) and set(again.faster_high) == {4.}
+
+
+def test_the_figures_of_cost_show_ratios_and_both_crossovers():
+    table = made_up_cost(channels=lambda C, N: 600. * N, positions=lambda C, N: 1. * N**2, sagan=lambda C, N: 9. * N,
+                         theirs=lambda C, N: 1200. * N, unfused=lambda C, N: 18. * N)
+    table = table.assign(faster_low=0.9 * table.faster, faster_high=1.1 * table.faster)
+    fig = layer_cost.cost_plot(table)
+    against_n = fig.axes[0]
+    lines = {line.get_label(): line for line in against_n.lines}
+    assert list(lines['sagan'].get_ydata()) == [2.] * 4 and list(lines['simple'].get_xdata()) == [64, 256, 1024, 4096]
+    assert len({(lines[layer].get_marker(), lines[layer].get_linestyle()) for layer in ('simple', 'sagan')}) == 2
+    low, high = against_n.collections[0].get_segments()[0][:, 1]
+    assert (low, high) == pytest.approx((0.9 * 1200 / 64, 1.1 * 1200 / 64))
+    assert {text.get_text() for ax in fig.axes for text in ax.texts} == {'simple', 'sagan'}  # and no legend
+    order = layer_cost.order_plot(table).axes[0]
+    labels = [text.get_text() for text in order.get_legend().get_texts()]
+    assert labels == ['multiply-adds, below 1 from N = 256', 'time, below 1 from N = 600',
+                      'memory, below 1 from N = 600']
+    assert list(order.lines[1].get_ydata()) == pytest.approx([600 / N for N in (64, 256, 1024, 4096)])
 
 
 @pytest.mark.slow(4)
