@@ -43,10 +43,10 @@ def verdict(cost):
     "Returns how the layers stand beside fastai's, in a sentence for each."
     lines = []
     for layer, rows in ratios(cost).groupby('layer', sort=False):
-        slower, larger = ((rows.faster < 1).sum(), (rows.memory > 1).sum())
+        slower, larger = (rows.faster < 1).sum(), (rows.memory > 1).sum()
         lines.append(f"{layer} is {rows.faster.min():.2f} to {rows.faster.max():.2f} times as fast as fastai's, "
-                     f'slower at {slower} of {len(rows)} shapes, and takes {rows.memory.min():.2f} to {rows.memory.max():.2f} '
-                     f'times its memory, more at {larger}.')
+                     f'slower at {slower} of {len(rows)} shapes, and takes {rows.memory.min():.2f} to '
+                     f'{rows.memory.max():.2f} times its memory, more at {larger}.')
     return ' '.join(lines)
 
 

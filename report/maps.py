@@ -2,9 +2,8 @@
 import numpy as np
 from matplotlib.figure import Figure
 
-from report.figures import MARKS, STYLES
-
 LETTERS = 'ABCDEFGH'  # of the positions
+MARKS, STYLES = 'os^Dv<>', ['-', '--', ':', '-.']  # of the curves: they can be told apart without colour
 
 
 def attention(pixels, looked, i, positions, toward=False, title=''):

@@ -124,7 +124,7 @@ def changes(row):
     test, others = row['difference'], row['sensitivity']
     words = [change(test)]
     if test['runs'] != 'all' and words[0]: words[0] += f' ({test["n_pairs"]} {test["runs"]})'
-    elif others['mixed'] and not others['alike']['n_base']: words.append('no like pairs')
+    elif words[0] and others['mixed'] and not others['alike']['n_base']: words.append('no like pairs')
     names = dict(alike='like pairs', steps='one kind of step', all='all runs')
     for key, name in names.items():
         n_base, n_arm = others[key]['n_base'], others[key]['n_arm']
