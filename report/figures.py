@@ -188,29 +188,45 @@ def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes
     if not parts: raise UsageError(f'{name}: no runs of two arms to plot')
     parts.sort(key=lambda part: (not part[0]['planned'], -sum(map(len, part[1].values()))))
     with rc_context(STYLE):
-        heights = [_heights(*part[1:]) for part in parts]
-        fig = Figure(figsize=(WIDTH, sum(map(sum, heights))), layout='constrained')
-        subfigures = fig.subfigures(len(parts), 1, height_ratios=[sum(height) for height in heights], squeeze=False)
-        for part, height, (key, arms, of_set) in zip(subfigures[:, 0], heights, parts):
-            part.suptitle(_what(name, key), fontsize=8.5, x=0.01, ha='left', weight='bold')
-            above, below = part.subfigures(2, 1, height_ratios=height)
-            shape = (1, 2) if _is_small(arms, of_set) else (2, 1)
-            first, second = above.subplots(*shape).flat
+        heights = [_height(arms, of_set) for _, arms, of_set in parts]
+        fig = Figure(figsize=(WIDTH, sum(heights)))
+        for top, (key, arms, of_set) in zip(np.cumsum([0, *heights]), parts):
+            fig.text(0.08 / WIDTH, 1 - (top + 0.17) / sum(heights), _what(name, key), fontsize=8.5, weight='bold')
+            first, second = (place(fig, left, top + below, *size) for left, below, *size in _two(arms, of_set))
             points(first, exp, arms, published if key['planned'] else published[:0], metric)
             differences(second, of_set)
-            by_epoch(below, of_set, results)
+            by_epoch(fig, top + _height(arms, of_set) - _epochs_height(of_set), of_set, results)
         return fig
 
 
+LEFT, RIGHT = 0.55, 0.1  # inches beside the axes
 COLUMNS = 5  # panels of differences by epoch in a row
 
 
-def _is_small(arms, rows): return len(arms) <= 4 and len(rows) <= 4
+def place(fig, left, top, width, height):
+    """Returns new axes at these inches from the left and the top of a figure.
+
+    A layout that is solved for differs in its last digits from run to run, and so would the files.
+    """
+    whole_width, whole_height = fig.get_size_inches()
+    return fig.add_axes((left / whole_width, 1 - (top + height) / whole_height, width / whole_width,
+                         height / whole_height))
 
 
-def _heights(arms, rows):
-    "Returns the inches of the two parts of a set: its runs and differences, and the differences by epoch."
-    return 3.0 if _is_small(arms, rows) else 4.6, 0.2 + 1.5 * -(-len(rows) // COLUMNS)
+def _two(arms, rows):
+    "Returns (left, top, width, height) in inches of the axes of the runs and of the differences of a set."
+    if len(arms) <= 4 and len(rows) <= 4: return (LEFT, 0.45, 2.95, 2.1), (LEFT + 3.6, 0.45, 2.95, 2.1)
+    width, height = WIDTH - LEFT - RIGHT, 1.45
+    return (LEFT, 0.45, width, height), (LEFT, 0.45 + height + 0.3 + _names_height(_arm_names(arms)), width, height)
+
+
+def _height(arms, rows):
+    "Returns the inches of a set."
+    top, height = _two(arms, rows)[1][1::2]
+    return top + height + _names_height(_pair_names(rows)) + 0.1 + _epochs_height(rows)
+
+
+def _epochs_height(rows): return 0.25 + 1.5 * -(-len(rows) // COLUMNS)
 
 
 def _what(name, key):
@@ -239,7 +255,7 @@ def points(ax, exp, arms, published, metric):
             ax.plot([x - 0.38, x - 0.06], 2 * [100 * said[arm]['mean']], color=INK, lw=1.1, ls=(0, (2.5, 1.5)),
                     label='published')
     ax.set(xlim=(-0.5, len(found) - 0.3), ylabel=LABELS[metric])
-    _name(ax, [f'{arm}\n{len(of_arm)} runs' for arm, of_arm in found.items()])
+    _name(ax, _arm_names(arms))
     dashed = ' · dashed: published' if any(row is not None for row in said.values()) else ''
     ax.set_title(f'line: a seed · disc: mean, 95 % interval{dashed}', fontsize=7, loc='left', color=GREY)
 
@@ -258,39 +274,63 @@ def differences(ax, rows):
         ax.plot(x - 0.32, d, 's', mfc='white', mec=GREY, ms=4.2, mew=0.9, label='published')
     ax.axhline(0, color=INK, lw=0.6)
     ax.set(xlim=(-0.5, len(rows) - 0.3), ylabel='difference (points)')
-    _name(ax, [f'{row["arm"]}\n− {row["base"]}\n' + (f'{len(row["pairs"])} seeds' if row['tested'] else 'described')
-               for row in rows])
+    _name(ax, _pair_names(rows))
     is_published = [not np.isnan(row['published']['difference']['difference']) for row in rows]
     square = ' · square: published' if any(is_published) else ''
-    ax.set_title(f'dot: a seed · disc: difference, 95 % interval{square}', fontsize=7, loc='left', color=GREY)
+    ax.set_title(f'dot: a seed · disc: mean, 95 % interval{square}', fontsize=7, loc='left', color=GREY)
+
+
+def _arm_names(arms): return [f'{arm}\n{len(compare.ended_ok(found))} runs' for arm, found in arms.items()]
+
+
+def _pair_names(rows):
+    seeds = [f'{len(row["pairs"])} seeds' if row['tested'] else 'described' for row in rows]
+    return [f'{row["arm"]}\n− {row["base"]}\n{words}' for row, words in zip(rows, seeds)]
+
+
+def _longest(labels): return max((len(line) for label in labels for line in label.split('\n')), default=0)
+
+
+def _names_size(labels):
+    "Returns the font size with which names of ticks fit beside each other, or None."
+    room = (WIDTH - LEFT - RIGHT) / (2.3 if len(labels) <= 4 else 1) / max(len(labels), 1)
+    return next((size for size in (7.5, 6.5) if _longest(labels) * 0.57 * size / 72 <= room), None)
+
+
+def _names_height(labels): return 0.5 if _names_size(labels) else 0.15 + _longest(labels) * 0.06
 
 
 def _name(ax, labels):
     "Names the ticks of the x axis, smaller or upright where they would not fit beside each other."
-    if not labels: return ax.set_xticks([])
-    room = 0.9 * WIDTH / (2 if len(labels) <= 4 else 1) / len(labels)
-    longest = max(len(line) for label in labels for line in label.split('\n'))
-    size = next((size for size in (7.5, 6.5) if longest * 0.58 * size / 72 <= room), None)
+    size = _names_size(labels)
     ax.set_xticks(range(len(labels)), labels, fontsize=size or 7, rotation=0 if size else 90)
 
 
-def by_epoch(fig, rows, results):
-    "Draws the difference at shared seeds after each epoch, a panel for each row, with its 95 % interval."
+def by_epoch(fig, top, rows, results):
+    """Draws the difference at shared seeds after each epoch, a panel for each row, with its 95 % interval.
+
+    It begins `top` inches below the top of the figure.
+    """
     found = [(row, epoch_differences(row['pairs'], results)) for row in rows]
     found = [(row, table) for row, table in found if len(table)]
     if not found: return
-    axes = fig.subplots(-(-len(found) // COLUMNS), min(COLUMNS, max(len(found), 3)), sharey=True, squeeze=False)
-    for ax in axes.flat[len(found):]: ax.set_visible(False)
-    for ax, (row, table) in zip(axes.flat, found):
+    whole = fig.get_size_inches()[1]
+    fig.text(0.08 / WIDTH, 1 - (top + 0.15) / whole, 'the difference after each epoch, with its 95 % interval',
+             fontsize=7, color=GREY)
+    columns = min(COLUMNS, max(len(found), 3))
+    step = (WIDTH - LEFT - RIGHT + 0.2) / columns
+    most = max(abs(table[['low', 'high', 'difference']]).max().max() for _, table in found)
+    for number, (row, table) in enumerate(found):
+        ax = place(fig, LEFT + number % columns * step, top + 0.45 + number // columns * 1.5, step - 0.2, 0.85)
         ax.fill_between(table.index, table.low, table.high, color=PALE, alpha=0.6, lw=0)
         ax.plot(table.index, table.difference, '-o', color=OURS, lw=1.2, ms=2.5)
         ax.axhline(0, color=INK, lw=0.6)
         ax.set_title(f'{row["arm"]} − {row["base"]}', fontsize=7.5, loc='left')
         ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         ax.margins(x=0.08)
-    fig.suptitle('the difference after each epoch, with its 95 % interval', fontsize=7, x=0.01, ha='left', color=GREY)
-    for ax in axes[-1]: ax.set_xlabel('epoch')
-    for ax in axes[:, 0]: ax.set_ylabel('points')
+        ax.set(ylim=(-1.1 * (most or 1), 1.1 * (most or 1)), xlabel='epoch')
+        if number % columns: ax.set_yticklabels([])
+        else: ax.set_ylabel('points')
 
 
 def epoch_differences(pairs, results):

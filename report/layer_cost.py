@@ -31,10 +31,11 @@ def _ratios_of_medians(df):
 def ratios(cost):
     """Returns one row per layer that fastai has, and shape: its time and memory an image beside fastai's.
 
-    simple is in the order of the fewest multiply-adds, which 'auto' takes. faster: fastai's time over ours in the same
-    round, the median, with its quartiles faster_low and faster_high; memory: ours over fastai's.
+    Each is in the order that it takes of itself, the one of the fewest multiply-adds. faster: fastai's time over ours
+    in the same round, the median, with its quartiles faster_low and faster_high; memory: ours over fastai's.
     """
-    ours = cost[cost.faster.notna()].sort_values('multiply_adds', kind='stable').drop_duplicates(['layer', 'C', 'N'])
+    taken = cost[cost.faster.notna() & cost.get('auto', True)]
+    ours = taken.sort_values('multiply_adds', kind='stable').drop_duplicates(['layer', 'C', 'N'])
     columns = ['layer', 'C', 'N', 'order', 'ms_image', 'faster', 'faster_low', 'faster_high', 'mb_image', 'memory']
     return ours.sort_values(['layer', 'C', 'N'], ascending=[False, True, True])[columns].reset_index(drop=True)
 
@@ -123,15 +124,16 @@ def softmax_verdict(cost):
     return ' '.join(text)
 
 
-MARKS = {'simple': ('o', OURS, '-'), 'sagan': ('s', GREY, '--')}  # a layer that fastai has: marker, colour, line
+MARKS = {'simple': ('o', OURS, '-'), 'sagan': ('s', GREY, '--')}  # what `cost_plot` shows: marker, colour, line
 
 
 def cost_plot(cost):
-    """Returns a Figure of `ratios`: speed and memory beside fastai's layer, against N and against C.
+    """Returns a Figure of `ratios` of simple and sagan: speed and memory beside fastai's layer, against N and C.
 
     Bars go from quartile to quartile of the rounds, where these were measured.
     """
     found, every = ratios(cost), sweeps(cost)
+    found = found[found.layer.isin(MARKS)]
     with rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, 4.6), layout='constrained')
         axes = fig.subplots(2, 2, sharex='col', sharey='row')
@@ -139,7 +141,7 @@ def cost_plot(cost):
             fixed = 'C' if x == 'N' else 'N'
             rows = found[found[fixed] == at]
             for layer, of_layer in rows.sort_values(x).groupby('layer', sort=False):
-                marker, color, line = MARKS.get(layer, ('^', INK, ':'))
+                marker, color, line = MARKS[layer]
                 for ax, y in zip(column, ('faster', 'memory')):
                     ax.plot(of_layer[x], of_layer[y], line, marker=marker, color=color, ms=4, lw=1.2, label=layer)
                     last = of_layer.iloc[-1]

@@ -211,10 +211,18 @@ def text(rows, details=False, indent=0):
 def _table(rows, width):
     "Returns the lines of a table of rows that have one title."
     table = Table(*BRIEF[1:], box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style='')
-    for row in rows: table.add_row(*(cell.replace('<br>', '\n') for cell in _brief_cells(row, '')[1:]))
+    table.columns[0].no_wrap = True
+    for row in rows: table.add_row(*map(_broken, _brief_cells(row, '')[1:]))
     console = Console(width=width, file=StringIO(), markup=False, color_system=None)
     console.print(table)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
+
+
+def _broken(cell):
+    "Returns a cell with its parts on lines of their own, so that a part stays together where it can."
+    for part, broken in (('<br>', '\n'), (' (', '\n('), ('), ', ')\n'), (': ', ':\n')):
+        cell = cell.replace(part, broken)
+    return cell
 
 
 def _tests(row):

@@ -222,12 +222,12 @@ def figure(plan, runs, results):
     arms = {arm: found for arm, found in of_arms(plan, runs).items() if compare.accuracies(found)}
     rows = [row for row in gaps(plan, runs, results) if not np.isnan(row['difference']['difference'])]
     with rc_context(figures.STYLE):
-        fig = Figure(figsize=(figures.WIDTH, 3.2), layout='constrained')
-        left, right = fig.subplots(1, 2)
+        fig = Figure(figsize=(figures.WIDTH, 3.2))
+        left, right = (figures.place(fig, inches, 0.5, 2.95, 2.1) for inches in (0.55, 4.15))
         figures.points(left, exp, arms, load_published()[:0], 'last')
         figures.differences(right, rows)
         what = f'{cfg.dataset} {cfg.size} px, {cfg.arch}, {cfg.epochs} epochs'
-        fig.suptitle(f'{plan["layer"]}: {what}', fontsize=8.5, x=0.01, ha='left', weight='bold')
+        fig.suptitle(f'{plan["layer"]}: {what}', fontsize=8.5, x=0.01, y=0.98, ha='left', weight='bold')
         return fig
 
 

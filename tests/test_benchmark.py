@@ -156,6 +156,8 @@ def test_ratios_are_those_of_the_same_round_or_else_of_the_medians(tmp_path):
     measured.to_csv(tmp_path / 'cost.csv', index=False)
     again = layer_cost.ratios(layer_cost.load_cost(tmp_path / 'cost.csv')).set_index(['layer', 'C', 'N'])
     assert again.faster['simple', 256, 64] == pytest.approx(1.65) and set(again.faster_high) == {4.}
+    taken = layer_cost.ratios(measured.assign(auto=measured.order != 'positions')).set_index(['layer', 'C', 'N'])
+    assert taken.faster['simple', 256, 64] == pytest.approx(3.3) and len(taken) == 12
 
 
 def test_the_figures_of_cost_show_ratios_and_both_crossovers():
