@@ -42,7 +42,7 @@ class Warm:
         return self.returncode
 
     def communicate(self, timeout=None):
-        "Returns what is left of (stdout, stderr) once all processes that write there have ended; raises TimeoutExpired."
+        "Returns what is left of (stdout, stderr), once all that write there have ended; raises TimeoutExpired."
         texts = {}
         def read(stream): texts[stream] = stream.read()
         readers = [threading.Thread(target=read, args=[stream], daemon=True) for stream in (self.stdout, self.stderr)]
