@@ -142,12 +142,16 @@ def cost_plot(cost):
             rows = found[found[fixed] == at]
             for layer, of_layer in rows.sort_values(x).groupby('layer', sort=False):
                 marker, color, line = MARKS[layer]
+                at_x = of_layer[x] * (0.98 if layer == 'simple' else 1.02)  # so that no bar hides another
                 for ax, y in zip(column, ('faster', 'memory')):
-                    ax.plot(of_layer[x], of_layer[y], line, marker=marker, color=color, ms=4, lw=1.2, label=layer)
-                    last = of_layer.iloc[-1]
-                    ax.annotate(layer, (last[x], last[y]), (7, 0), textcoords='offset points', color=color,
+                    ax.plot(at_x, of_layer[y], line, marker=marker, color=color, ms=4, lw=1.2, label=layer)
+                    last = of_layer[y].iloc[-1]
+                    beside = rows[(rows[x] == rows[x].max()) & (rows.layer != layer)][y]
+                    is_above = (last > beside).all() if (last != beside).all() else layer == 'simple'
+                    up = 4.5 if is_above else -4.5  # so that the labels are apart
+                    ax.annotate(layer, (at_x.iloc[-1], last), (7, up), textcoords='offset points', color=color,
                                 **CLEAR)
-                column[0].vlines(of_layer[x], of_layer.faster_low, of_layer.faster_high, color=color, lw=1.2)
+                column[0].vlines(at_x, of_layer.faster_low, of_layer.faster_high, color=color, lw=1.2)
             column[0].set_title(f'{fixed} = {at}', loc='left')
             for ax in column:
                 ax.axhline(1, color=INK, lw=0.6)
