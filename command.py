@@ -1,4 +1,4 @@
-"""What all commands share: mistakes in one line, exit codes, and the end by a signal.
+"""Has what all commands share: mistakes in one line, exit codes, and the end by a signal.
 
 It imports nothing else of this repository.
 """

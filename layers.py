@@ -31,7 +31,7 @@ __all__ = ['ATTENTION', 'ChannelAttention', 'CovarianceAttention', 'LowRankAtten
 
 
 class SpectralWeight(nn.Module):
-    """The weight of a bias-free convolution over its largest singular value: called, gives (n_out, n_in*ks).
+    """Gives the weight of a bias-free convolution over its largest singular value, as (n_out, n_in*ks).
 
     Spectral normalisation (Miyato et al. 2018, arXiv:1802.05957): one step of the power iteration a training
     pass. Parameter and buffers are plain tensors, no hook and no parametrisation, so the module can be
@@ -84,7 +84,7 @@ class _Layer(nn.Module):
         return _fit(y, x.dtype).view(x.shape)
 
     def attend(self, x, dtype):
-        "The output for `x` (B, C, N), the large products in `dtype`."
+        "Returns the output for `x` (B, C, N), the large products in `dtype`."
         raise NotImplementedError
 
     def multiply_adds(self, n_positions):
@@ -103,7 +103,7 @@ class _Layer(nn.Module):
 
 
 def _renamed(name):
-    "The name here of a tensor that had another: in fastai's layers (torch's spectral_norm), and in this file at first."
+    "Returns the name of a tensor here, from that in fastai's layers (torch's spectral_norm) or in this file at first."
     name = re.sub(r'^weight\.', 'conv.', name)
     name = re.sub(r'(\.0)?\.weight_(u|v)$', r'.\2', name)
     return re.sub(r'(\.0)?\.weight_orig$', '.weight', name)
@@ -117,8 +117,9 @@ class _Attention(_Layer):
 
 
 def _fit(x, dtype):
-    "`x` as `dtype`; what passes to float16 saturates at +-65,504 instead of giving inf."
-    return x.clamp(-65504, 65504).to(dtype) if dtype == torch.float16 != x.dtype else x.to(dtype)
+    "Returns `x` as `dtype`; what passes to float16 saturates at +-65,504 instead of giving inf."
+    narrows = dtype == torch.float16 and x.dtype != torch.float16
+    return x.clamp(-65504, 65504).to(dtype) if narrows else x.to(dtype)
 
 
 def _transpose(x): return x.transpose(1, 2)  # x.mT, which ONNX's old exporter does not know
@@ -128,7 +129,7 @@ def _is_channels_last(x): return x.stride(1) == 1 and x.shape[1] > 1  # of (B, C
 
 
 def _columns(x):
-    "(C, B N) of x (B, C, N): a view where x is channels last, else a copy of whole rows."
+    "Returns x (B, C, N) as (C, B N): a view where x is channels last, else a copy of whole rows."
     return x.mT.flatten(0, 1).mT if _is_channels_last(x) else x.transpose(0, 1).flatten(1)
 
 
@@ -136,7 +137,7 @@ def _wide(dtype): return torch.float32 if dtype == torch.float16 else dtype  # o
 
 
 def _product(a, b, dtype, add=None):
-    """a b, or a b + `add`, all (B, ., .), as `dtype`.
+    """Returns a b, or a b + `add`, all (B, ., .), as `dtype`.
 
     Where float16 gives float32, the sums have many terms: they are held divided by their number on the way.
     """
@@ -147,13 +148,13 @@ def _product(a, b, dtype, add=None):
 
 
 def _product_like(x, a, b, add=None):
-    "a b, or a b + `add`, all (B, ., .), in the dtype and memory layout of `x`."
+    "Returns a b, or a b + `add`, all (B, ., .), in the dtype and memory layout of `x`."
     if not _is_channels_last(x): return _product(a, b, x.dtype, add)
     return _transpose(_product(_transpose(b), _transpose(a), x.dtype, None if add is None else _transpose(add)))
 
 
 class _Function(torch.autograd.Function):
-    "A function with a gradient of its own, which is made of its inputs alone: so second derivatives are right, too."
+    "Has a gradient of its own, which is made of the inputs alone: so second derivatives are right, too."
     generate_vmap_rule = True
 
     @classmethod
@@ -161,12 +162,12 @@ class _Function(torch.autograd.Function):
 
 
 def _is_plain():
-    "torch.jit.trace, ONNX's old exporter and forward-mode derivatives (torch.func.jvp) have to see each operation."
+    "Returns whether torch.jit.trace, ONNX's old exporter or torch.func.jvp runs: each has to see every operation."
     return torch.jit.is_tracing() or getattr(forward_ad, '_current_level', -1) >= 0
 
 
 class _Gram(_Function):
-    """(z, z z^T as `_wide`) for z (B, C, N).
+    """Gives (z, z z^T as `_wide`) for z (B, C, N).
 
     The gradients of both come back together, so that that of z z^T, which is one product, (g + g^T) z, is added to
     the other on the way. Autograd would make two products and add up three tensors.
@@ -186,7 +187,7 @@ class _Gram(_Function):
 
 
 class _Linear(_Function):
-    "(z, w z) for z (B, C, N) and w (K, C) as `_wide`; the gradients of both come back together as in `_Gram`."
+    "Gives (z, w z) for z (B, C, N) and w (K, C) as `_wide`; the gradients of both come back together as in `_Gram`."
     @staticmethod
     def forward(z, w): return z.view_as(z), _product_like(z, _fit(w, z.dtype).expand(z.shape[0], -1, -1), z)
 
@@ -204,7 +205,7 @@ class _Linear(_Function):
 
 
 class _Product(_Function):
-    """a b, or a b + `add`, all (B, ., .), as `dtype`; in float16 it saturates.
+    """Gives a b, or a b + `add`, all (B, ., .), as `dtype`; in float16 it saturates.
 
     Of a, b and `dtype` some may be float16 and the others float32, as `_wide`. `add` may be 'a' or 'b', for that one:
     then its two gradients are added in one product.
@@ -234,7 +235,7 @@ def _narrowest(*dtypes): return torch.float16 if torch.float16 in dtypes else dt
 
 
 def _multiply(a, b, like, add=None):
-    """a b, or a b + `add`, all (B, ., .), in the dtype and memory layout of `like`.
+    """Returns a b, or a b + `add`, all (B, ., .), in the dtype and memory layout of `like`.
 
     a and b may be as `_wide` or in the dtype of `like`; `add` may be one of them.
     """
@@ -245,12 +246,12 @@ def _multiply(a, b, like, add=None):
 
 
 def _add_product(x, z, a, b):
-    "x + a b for x (B, C, N), `z` being x in the dtype of the large products; a or b may be z."
+    "Returns x + a b for x (B, C, N), `z` being x in the dtype of the large products; a or b may be z."
     return _multiply(a, b, z, z) if z.dtype == x.dtype else x + _multiply(a, b, z)
 
 
 def multiply_adds(n_channels, n_positions, ks=1, out_conv=False):
-    """{order: multiply-adds per image} of the ways to evaluate (x x^T)(W x), x being (C, N).
+    """Returns {order: multiply-adds per image} of the ways to evaluate (x x^T)(W x), x being (C, N).
 
         channels    ((x x^T) W) x    2 C^2 N + C^3      cheapest for N > C; ks=1 only
         positions   x (x^T (W x))    C^2 N + 2 C N^2    cheapest for N < C
@@ -265,7 +266,8 @@ def multiply_adds(n_channels, n_positions, ks=1, out_conv=False):
 
 
 def _cheapest(counts):
-    "The key of the smallest value. By a loop: torch.compile has no min() with a key for sizes that it keeps open."
+    "Returns the key of the smallest value."
+    # By a loop: torch.compile has no min() with a key for sizes that it keeps open.
     best = 'source'
     for order in counts:
         if counts[order] < counts[best]: best = order
@@ -312,13 +314,13 @@ class SimpleSelfAttention(_Attention):
     def counts(self, n_positions): return multiply_adds(self.n_channels, n_positions, self.ks, self.out is not None)
 
     def order_at(self, n_positions):
-        "The order in which a pass evaluates the product."
+        "Returns the order in which a pass evaluates the product."
         return _cheapest(self.counts(n_positions)) if self.order == 'auto' else self.order
 
     def multiply_adds(self, n_positions): return self.counts(n_positions)[self.order_at(n_positions)]
 
     def _conv(self, z, w):
-        "(z, W z) for z (B, C, N), `w` (C, C*ks) along the positions."
+        "Returns (z, W z) for z (B, C, N), `w` (C, C*ks) along the positions."
         if self.ks == 1: return _Linear.call(z, w)
         return z, F.conv1d(z, w.to(z.dtype).unflatten(1, (z.shape[1], -1)), padding=self.ks // 2)
 
@@ -326,7 +328,7 @@ class SimpleSelfAttention(_Attention):
 
 
 class _BlockedSoftmax(_Function):
-    """x + h softmax(f^T g) for x (B, C, N) and fgh (B, D + D + C, N), a block of images or of columns at a time.
+    """Gives x + h softmax(f^T g) for x (B, C, N), fgh (B, D + D + C, N), a block of images or of columns at a time.
 
     No N x N matrix is kept: backward makes the blocks anew, and writes the gradients of f, g and h into one tensor.
     """
@@ -335,7 +337,7 @@ class _BlockedSoftmax(_Function):
 
     @staticmethod
     def blocks(x):
-        "(images, columns) of each block: columns of one image, or all columns of some images."
+        "Returns (images, columns) of each block: columns of one image, or all columns of some images."
         B, _, N = x.shape
         images = max(1, _BlockedSoftmax.BLOCK // N**2)
         width = -(-N // -(-N**2 // _BlockedSoftmax.BLOCK))
@@ -343,7 +345,7 @@ class _BlockedSoftmax(_Function):
 
     @staticmethod
     def split(x, fgh):
-        "f (B, D, N), g (B, D, N), h (B, C, N)."
+        "Returns f (B, D, N), g (B, D, N), h (B, C, N)."
         C = x.shape[1]
         D = (fgh.shape[1] - C) // 2
         return fgh.split([D, D, C], dim=1)
@@ -365,7 +367,7 @@ class _BlockedSoftmax(_Function):
 
     @staticmethod
     def scores(f, g, h, g_y):
-        "The softmax, transposed, and the gradient of what it is taken of."
+        "Returns the softmax, transposed, and the gradient of what it is taken of."
         p = _BlockedSoftmax.softmax(f, g)
         return p, torch.ops.aten._softmax_backward_data(g_y.mT @ h, p, 2, p.dtype)
 
@@ -388,7 +390,7 @@ class _BlockedSoftmax(_Function):
 
     @staticmethod
     def vmap(info, dims, *inputs):
-        "The mapped dimension becomes part of the batch."
+        "Makes the mapped dimension part of the batch."
         inputs = [t.expand(info.batch_size, *t.shape) if d is None else t.movedim(d, 0) for t, d in zip(inputs, dims)]
         return _BlockedSoftmax.apply(*(t.flatten(0, 1) for t in inputs)).unflatten(0, (info.batch_size, -1)), 0
 
@@ -469,7 +471,7 @@ class _Mixing(ResidualConv):
         return _add_product(x, z, mix, z)
 
     def mix(self, z, w):
-        "(z, M as `_wide`) for z (B, C, N); z comes back from `_Gram`."
+        "Returns (z, M as `_wide`) for z (B, C, N); z comes back from `_Gram`."
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""The record: one row per run in runs.csv, with a curve and the validation predictions beside it.
+"""Keeps the record: one row per run in runs.csv, with a curve and the validation predictions beside it.
 
     python runlog.py merge OTHER.csv [--results DIR]     adds the rows of another machine, each once
 

@@ -46,11 +46,12 @@ def add_config_flags(ap, leave_out=(), **default):
 
 
 def options_of(f):
-    "Returns what argparse is told of a field."
+    "Returns the options of `add_argument` for a field."
     text, choices = f.metadata['help'], f.metadata['choices']
     if choices and choices is not SWITCH: text += f' [{", ".join(map(str, choices))}]'
     if f.default != '': text += f' (default {f.default})'
-    metavar = 'NAME' if choices and f.type is str else 'TEXT' if f.type is str else f.type.__name__.upper()
+    metavar = 'TEXT' if f.type is str else f.type.__name__.upper()
+    if f.type is str and choices: metavar = 'NAME'
     options = dict(type=f.type, default=f.default, metavar=metavar, help=text.replace('%', '%%'))
     if f.name == 'dataset': options |= dict(default=None)  # it depends on --woof and --data
     if f.name == 'attention': options |= dict(nargs='?', const='simple', type=attention)
@@ -213,17 +214,17 @@ def notes_on_2019(argv, args):
     if is_of_2020(words):
         defaults = {name: value for name, value in DEFAULTS_OF_2020.items() if not is_given(name, words)}
         if args.size > 128: defaults.pop('--source', None)  # it took the archive that is taken here
-        if defaults: notes.append(f"in fastai's script of 2020 the default was {told(defaults)}")
+        if defaults: notes.append(f"in fastai's script of 2020 the default was {compared(defaults)}")
     elif is_of_2019(words):
         defaults = {name: value for name, value in DEFAULTS_OF_2019.items() if not is_given(name, words)}
-        if defaults: notes.append(f'in 2019 the default was {told(defaults)}, as in the documented results')
+        if defaults: notes.append(f'in 2019 the default was {compared(defaults)}, as in the documented results')
     if args.sym and args.attention == 'none': notes.append('--sym does nothing without --sa')
     elif args.sym: notes.append('--sym 1 makes W symmetric; in 2019 it had no effect')
     return notes
 
 
-def told(defaults):
-    "Returns defaults of another script, and after them those of this one."
+def compared(defaults):
+    "Returns the other script's defaults in words, then ours."
     here = {name: getattr(Config, name[2:]) for name in defaults}
     then, now = (' '.join(f'{name} {value}' for name, value in values.items()) for values in (defaults, here))
     return f'{then}; here it is {now}'

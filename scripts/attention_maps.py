@@ -41,7 +41,7 @@ def parse(argv):
     ap.add_argument('images', type=Path, nargs='+', help='image files')
     ap.add_argument('--at', type=position, action='append', metavar='ROW,COLUMN', help='a position (default: three)')
     ap.add_argument('--toward', action='store_true', help='draw what the other positions count for these')
-    ap.add_argument('--layer', metavar='NAME', help='of several layers the one of that name (default: all)')
+    ap.add_argument('--layer', metavar='NAME', help='draw only the layer of that name (default: all layers)')
     ap.add_argument('--out', type=Path, metavar='DIR', help='folder for the figures (default: MODEL-maps)')
     ap.add_argument('--results', type=Path, default=runlog.RESULTS, metavar='DIR', help="where the run's curve is")
     args = ap.parse_args(argv)
@@ -65,7 +65,9 @@ def work(argv):
             figure = drawn.attention(pixels, layer, i, places(args.at, layer['side']), args.toward, file.stem)
             save(figure, args.out / (file.stem + (f'-{name}' if len(looked) > 1 else '')))
     curve = runlog.curve_file(saved.get('run_id', ''), args.results)
-    if curve.exists() and (epochs := pd.read_csv(curve)).get('branch_ratio', pd.Series(dtype=float)).notna().any():
+    if not curve.exists(): return
+    epochs = pd.read_csv(curve)
+    if 'branch_ratio' in epochs and epochs.branch_ratio.notna().any():
         save(drawn.branch({saved['config']['attention']: epochs}), args.out / 'epochs')
 
 

@@ -86,21 +86,21 @@ SQUARES_MB = 1024  # a layer that holds N x N matrices of more than that is skip
 # --- measuring ---
 
 def matrix_rate(device):
-    "Multiply-adds per second of a float32 matrix product (float16 on CUDA), the best of ten."
+    "Returns multiply-adds per second of a float32 matrix product (float16 on CUDA), the best of ten."
     n, dtype = (8192, torch.float16) if device.type == 'cuda' else (2048, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
     return n**3 / min(alternate([lambda: a @ a], device, 1)[0] for _ in range(10))
 
 
 def copy_rate(device):
-    "Bytes per second read and written by a copy of 256 MiB, the best of ten."
+    "Returns the bytes per second read and written by a copy of 256 MiB, the best of ten."
     a = torch.zeros(2**26, device=device)
     b = torch.empty_like(a)
     return 2 * a.nbytes / min(alternate([lambda: b.copy_(a)], device, 1)[0] for _ in range(10))
 
 
 class CountBytes(TorchDispatchMode):
-    "`bytes`: read and written by the operations within, each tensor once an operation; views move nothing."
+    "Counts the `bytes` that the operations within read and write, each tensor once an operation; views move nothing."
     def __init__(self):
         super().__init__()
         self.bytes = 0
@@ -113,7 +113,7 @@ class CountBytes(TorchDispatchMode):
 
 
 def floor(cfg, model, device):
-    "(multiply-adds of a step of `model` on `device`, the seconds it takes at least: see Limits above)."
+    "Returns (multiply-adds of a step of `model` on `device`, the seconds it takes at least: see Limits above)."
     x = torch.randn(cfg.bs, 3, cfg.size, cfg.size, device=device).contiguous(memory_format=torch.channels_last)
     dtype = {'fp16': torch.float16}.get(cfg.precision, torch.bfloat16)
     autocast = torch.autocast(device.type, dtype, cfg.precision != 'fp32')
@@ -125,7 +125,7 @@ def floor(cfg, model, device):
 # --- the benchmarks: each gives the rows of its table ---
 
 def layer(args, device):
-    """Forward + backward of a layer, gamma not 0, float32 on a CPU, float16 autocast on CUDA.
+    """Measures forward + backward of a layer, gamma not 0, float32 on a CPU, float16 autocast on CUDA.
 
     faster: the median of fastai's time over ours in the same round, faster_low and faster_high its quartiles.
     """
@@ -142,14 +142,14 @@ def layer(args, device):
 
 
 def forward_backward(module, x, g):
-    "The gradients of x and the parameters, gamma being 0.1 where there is one."
+    "Returns the gradients of x and the parameters, gamma being 0.1 where there is one."
     if hasattr(module, 'gamma'): module.gamma.data.fill_(0.1)
     with torch.autocast('cuda', torch.float16, enabled=x.is_cuda): y = module(x)
     return torch.autograd.grad(y, [x, *module.parameters()], g.to(y.dtype))
 
 
 class Fused(SelfAttention):
-    "sagan in float32 on a CPU as it is in half precision or on a GPU: what it takes instead has to be faster."
+    "Computes sagan in float32 on a CPU as in half precision or on a GPU: what it takes instead has to be faster."
     @staticmethod
     def _in_blocks(x, dtype): return False
 
@@ -173,7 +173,7 @@ def contenders(C, N):
 
 
 def cost(args, device):
-    """Forward + backward of the `contenders` as in `layer`, about 4,096 positions a call (1,024 with --quick).
+    """Measures the `contenders` as `layer` does, at about 4,096 positions a call (1,024 with --quick).
 
     auto: whether the layer takes this order of itself. ms, ms_low, ms_high: the median and the quartiles of `rounds`
     calls, all layers in turn in each round. faster: the median of fastai's time over ours in the same round,
@@ -224,15 +224,15 @@ def beside_fastai(table):
 
 
 def spread(name, values):
-    "{name, name_low, name_high}: the median and the quartiles."
+    "Returns {name, name_low, name_high}: the median and the quartiles."
     low, median, high = np.percentile(values, [25, 50, 75])
     return {name: median, f'{name}_low': low, f'{name}_high': high}
 
 
 def equality(C=256, side=32):
-    """The largest error of each order in float32 against (x x^T)(W x) as written in float64, over the largest value.
+    """Returns the largest error of each order in float32 against (x x^T)(W x) in float64, over the largest value.
 
-    `other_weights`: that of a layer with other weights, which a check has to reject; with gamma 0 none can.
+    `other_weights` is that of a layer with other weights, which a check has to reject; with gamma 0 none can.
     """
     x = torch.randn(2, C, side, side)
     z = x.double().flatten(2)  # (B, C, H, W) -> (B, C, N)
@@ -270,12 +270,12 @@ class Clock(Callback):
 
 
 def steps(args, device):
-    "Training steps of a measurement."
+    "Returns how many training steps a measurement takes."
     return (6 if args.quick else 8) if device.type == 'cpu' else 52
 
 
 def clocked(learners, args, device, lr, keep=(True, True), turns=3):
-    "Seconds (learners, steps) of the steps of each Learner, which take `turns`, with or without keep_memory()."
+    "Returns the seconds (learners, steps) of each Learner, which take `turns`, with or without keep_memory()."
     n = steps(args, device)
     clocks = [Clock(n) for _ in learners]
     for _ in range(1 if args.quick else turns):
@@ -288,7 +288,7 @@ def clocked(learners, args, device, lr, keep=(True, True), turns=3):
 
 
 def plain_learner(cfg, device):
-    "The experiment of `cfg` written with fastai's own parts, the way its train_imagenette.py example is."
+    "Returns the Learner of `cfg` written with fastai's own parts, the way its train_imagenette.py example is."
     block = DataBlock((ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
                       splitter=GrandparentSplitter(valid_name='val'), batch_tfms=Normalize.from_stats(*imagenet_stats),
                       item_tfms=[RandomResizedCrop(cfg.size, min_scale=0.35), FlipItem(0.5)])
@@ -300,7 +300,7 @@ def plain_learner(cfg, device):
 
 
 def random_images(folder, n, size=(213, 160)):
-    "A tree of `n` smooth random JPEGs for training in 10 classes, and one each for validation."
+    "Writes `n` smooth random JPEGs for training in 10 classes, and one each for validation; returns the folder."
     rng = np.random.default_rng(0)
     for i in range(n + 10):
         file = Path(folder) / ('train' if i < n else 'val') / str(i % 10) / f'{i}.JPEG'
@@ -317,7 +317,7 @@ def step_config(args, device, folder, **kwargs):
 
 
 def step(args, device):
-    "A whole training step: loading, augmentation, model, loss, optimizer, metrics."
+    "Measures a whole training step: loading, augmentation, model, loss, optimizer, metrics."
     with tempfile.TemporaryDirectory() as folder:
         cfg, dls, model = prepare(step_config(args, device, folder), device)
         learners = [plain_learner(cfg, device), get_learner(cfg, dls, model)]
@@ -329,7 +329,7 @@ def step(args, device):
 
 
 class OneBatch(ImageLoader):
-    "The first batch of a loader, over and over."
+    "Gives the first batch of a loader over and over."
     def __init__(self, loader):
         super().__init__(loader.dataset, bs=loader.bs, drop_last=True, device=loader.device)
         self.batch = next(iter(loader))
@@ -338,7 +338,7 @@ class OneBatch(ImageLoader):
 
 
 def loader(args, device):
-    "Images per second of each loader alone, of the training step with it, and of the step on one batch over and over."
+    "Measures images per second of each loader alone, of a step with it, and of a step on one batch over and over."
     with tempfile.TemporaryDirectory() as folder:
         cfg = step_config(args, device, folder, **dict(size=64, arch='xresnet18') if args.quick else {})
         for kind in ('workers', 'device'):
@@ -356,14 +356,14 @@ def loader(args, device):
 
 
 def get_one_batch(dls):
-    "`dls` with OneBatch in place of the training loader."
+    "Returns `dls` with OneBatch in place of the training loader."
     one = DataLoaders(OneBatch(dls.train), dls.valid, path=dls.path, device=dls.device)
     one.vocab = dls.vocab
     return one
 
 
 def switches(args, device):
-    """A training step on one batch over and over, with each of the SWITCHES the other way than by default.
+    """Measures a training step on one batch over and over, with each of the SWITCHES the other way than by default.
 
     time: the median of the step's time over that of the default's in the same turn, time_low and time_high its
     quartiles, over `steps` steps. The first two steps of a turn are left out, so what compiling takes is not in it.
@@ -382,7 +382,7 @@ def switches(args, device):
 
 
 def run(args, device):
-    """Whole runs in this process, the arms without and with attention in turn, after a run of one epoch to warm up.
+    """Measures whole runs in this process, without and with attention in turn, after a run of one epoch to warm up.
 
     Their rows go to runs.csv under the results directory of the benchmarks, not to the record.
     """

@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Trains N times with the seeds 0 to N-1, each run in its own process. Several command lines, separated by --, take turns:
+# Trains N times with the seeds 0 to N-1, each run in its own process.
+# Several command lines, separated by --, take turns:
 #   scripts/repeat.sh N FLAGS... [-- FLAGS...]...
 #   scripts/repeat.sh 12 --woof --size 128 -- --woof --size 128 --sa
-# A run that fails does not stop the others; the script then ends with exit code 1. A mistake in the flags, Ctrl-C and the other
-# signals that end a run end it at once.
+# A run that fails does not stop the others; the script then ends with exit code 1.
+# A mistake in the flags, Ctrl-C and the other signals that end a run end it at once.
 set -euo pipefail
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "usage: scripts/repeat.sh N FLAGS... [-- FLAGS...]...   (N: how many runs of each)" >&2

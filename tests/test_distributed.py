@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_ends_all_processes(data, launch, tmp_path):
 
 def test_a_mistake_is_printed_once(data, launch, tmp_path):
     said = {'--epcohs 3': 'did you mean --epochs?', '--compile': 'in one process only', '--dump': 'in one process',
-            '--gpu 0': 'each has the device of its number', '--processes 3': 'started as 2',
+            '--gpu 0': 'each process has the device of its number', '--processes 3': 'started as 2',
             '--bs 16': 'make no batch of 16 in each of 2 processes'}
     line = ['--data', str(data), *TINY, '--results', str(tmp_path / 'results')]
     code, _, err = launch(*([*line, *flags.split()] for flags in said))

@@ -1,4 +1,4 @@
-"""Every network of fastai.vision.models.xresnet by its name, each with a place for an attention layer in every block.
+"""Builds each network of fastai.vision.models.xresnet by its name, with places for attention layers in every block.
 
 The plain ones are those of xresnet.py. The others, with squeeze and excitation (xse), with grouped convolutions
 (resnext), with six or eight stages (deep, deeper), are built by fastai, and our layer is put where theirs stands: at

@@ -1,4 +1,4 @@
-"""Measures how large what attention layers add is beside what they are given."""
+"""Measures the size of each attention layer's change relative to its input."""
 import torch
 import torch.nn as nn
 

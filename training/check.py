@@ -1,4 +1,4 @@
-"""The images of a folder of the user's, each opened once before the first step: damage, content, what is made of it.
+"""Opens each image of a folder of the user's once before the first step: for damage, content, what is made of it.
 
 What was found is remembered by path, size and times, so that a folder costs its seconds once. Archives of ours are not
 opened: they were compared with their checksum and their number of images when they were extracted.
@@ -28,7 +28,7 @@ KNOWN = {  # fingerprint of paths and content: that of paths and sizes, under wh
 
 
 class Look(NamedTuple):
-    "What was found in an image: a hash of its content, what is wrong with it, and its `images.KINDS`, comma-separated."
+    "Says what is in an image: a hash of its content, what is wrong with it, and its `images.KINDS`, comma-separated."
     content: str
     damage: str = ''
     kinds: str = ''
@@ -56,7 +56,8 @@ def look_at_all(path, files, memory=None):
     file = memory and Path(memory) / f'{hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:16]}.json'
     known = _recall(file)
     stamps = {f: _stamp(path / f) for f in files}
-    looks = {f: Look(*known[f][1]) for f in files if f in known and known[f][0] == stamps[f] is not None}
+    unchanged = [f for f in files if f in known and stamps[f] is not None and known[f][0] == stamps[f]]
+    looks = {f: Look(*known[f][1]) for f in unchanged}
     new = [f for f in files if f not in looks]
     with ThreadPoolExecutor() as pool:
         looks |= zip(new, bar(pool.map(lambda f: look(path / f), new), len(new), 'opening each image once'))

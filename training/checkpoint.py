@@ -1,4 +1,4 @@
-"""The checkpoint of a run: its state after an epoch, kept in results/checkpoints/<run_id>.pt until the run is recorded.
+"""Keeps the state of a run after an epoch in results/checkpoints/<run_id>.pt, until the run is recorded.
 
 The random numbers of an epoch are a function of (seed, epoch). So the weights, the optimizer and the measurements so
 far are the whole state: a run that was stopped and continued is the run that was never stopped, to the bit on a CPU.
@@ -30,10 +30,10 @@ BEFORE = {f.name: f.metadata['before'] for f in fields(Config)}  # for a checkpo
 
 
 class Found(NamedTuple):
-    "A checkpoint that a run continues from."
+    "Holds a checkpoint that a run continues from."
     file: Path
     state: dict
-    held: FileLock | None  # the lock of the file; of several processes the first one alone has it
+    held: FileLock | None  # the lock of the file, which only the first of the processes that train together has
 
 
 class Checkpoint(Callback):
@@ -43,8 +43,9 @@ class Checkpoint(Callback):
     every     None: after each epoch, in runs of more than a minute in all; 0: never
     found     the checkpoint to continue from; None: the fit starts from the beginning
 
-    Of several processes the first one writes. It prints that a state could not be written, the state before stays,
-    and the fit goes on. It raises Busy if another process of this machine or file system holds the lock of the file.
+    Where several processes train together, the first one writes. Where a state cannot be written, it prints why, the
+    state before stays, and the fit goes on. It raises Busy if another process of this machine or file system holds the
+    lock of the file.
     """
     order = ProgressCallback.order + 20  # It comes after all callbacks whose state it keeps.
 
@@ -121,7 +122,7 @@ def lock(file, wait=10):
 def claim(cfg, data_fingerprint, results):
     """Keeps other processes from the run of a settled `cfg` on the data; raises Busy if one has it.
 
-    The id of the run does not matter. So of several loops over the same runs, each run is trained by one.
+    The id of the run does not matter. So where several loops go over the same runs, one of them trains each run.
     """
     run = [data_fingerprint, *(getattr(cfg, key) for key in FOR_LIFE)]
     name = hashlib.sha256(repr(run).encode()).hexdigest()[:12]

@@ -1,4 +1,4 @@
-"""The runs of an experiment on Ray, one task per run: on this machine, or on a cluster.
+"""Trains the runs of an experiment on Ray, one task per run: on this machine, or on a cluster.
 
 A task trains as `run.run` does and hands its row to the process that asked for it, which alone writes runs.csv. Where
 its node shares the results folder, the task writes the curve, the predictions and the checkpoint there. Where a worker

@@ -1,4 +1,4 @@
-"""Imagenette, Imagewoof and digits as the 2019 source fed them: `get_dls(cfg)` returns fastai DataLoaders.
+"""Feeds Imagenette, Imagewoof and digits as the 2019 source did: `get_dls(cfg)` returns fastai DataLoaders.
 
 There are two loaders of the same images (images.py): `workers` decodes and crops with Pillow in loader processes;
 `device` keeps the decoded images on the device and crops there. Both normalise with ImageNet's statistics.
@@ -227,7 +227,7 @@ class ImageLoader(DataLoader):
 
 
 def memory_format(device):
-    "Returns the memory format of batches: channels last, but on the GPU of a Mac (machine.settle tells why)."
+    "Returns the memory format of batches: channels last, but on the GPU of a Mac (machine.settle says why)."
     return torch.contiguous_format if device.type == 'mps' else torch.channels_last
 
 
@@ -272,9 +272,8 @@ def device_bytes(device, batch_pixels):
 def n_workers(cfg, shm=Path('/dev/shm')):
     """Returns how many loader processes `cfg` gets.
 
-    Where shared memory is small they are fewer than it asks for, and a line says so.
-
-    Each has two batches there on their way, as in a container with 64 MB of it; two more are in use.
+    Where shared memory is small they are fewer than it asks for, and a line says so. Each process keeps two batches in
+    shared memory, and two more are in use. Docker gives a container 64 MB.
     """
     if not cfg.workers or not shm.is_dir(): return cfg.workers
     batch = cfg.bs * (3 * cfg.size**2 + 8)  # bytes

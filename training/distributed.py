@@ -1,4 +1,4 @@
-"""One run in several processes, as `accelerate launch` or `torchrun` starts them: each has a GPU, or some CPU cores.
+"""Lets several processes train one run, as `accelerate launch` or `torchrun` starts them: on a GPU each, or CPU cores.
 
 Each process has its share of the images, in batches of its own of `bs` images. Gradients are averaged at each step, and
 batch norm is over the batch of a process. Every validation image counts once, since the shares are not padded, as

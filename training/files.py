@@ -1,4 +1,4 @@
-"""Which images there are: the tree train|val/<class>/<image> or a flat folder of classes, its splits and its labels.
+"""Finds the images of a tree train|val/<class>/<image> or of a flat folder of classes, their splits and their labels.
 
 Standard library only; Pillow is asked where a suffix does not say whether a file is an image.
 """
@@ -56,7 +56,7 @@ def class_folders(path, valid_pct=0.):
 def _hint(path, there):
     """Returns a hint at the subfolder that has the folders that are looked for, or ''.
 
-    An archive that was extracted has such a one.
+    An extracted archive often has one folder around the others.
     """
     inner = []
     for name in there:
@@ -65,12 +65,12 @@ def _hint(path, there):
 
 
 def unused_folders(path):
-    "The validation folders of a tree beside the one that validates."
+    "Returns the validation folders that are not used."
     return [name for name in VALIDATION if name in subfolders(path)][1:] if (path / 'train').is_dir() else []
 
 
 def _no_folder(path):
-    "What `path` is, if it is not a folder, and what to do about it."
+    "Returns why `path` is no folder, and what to do."
     if not path.exists(): return 'no such folder'
     if not path.is_file(): return 'not a folder'
     how = 'unzip' if zipfile.is_zipfile(path) else 'tar -xf' if tarfile.is_tarfile(path) else ''
@@ -109,7 +109,7 @@ def _opens(file):
 
 
 def scan(path, valid_pct=0.):
-    """({relative path: bytes} of the images in the class folders of `path`, sorted; the other files there).
+    """Returns ({relative path: bytes} of the images, [other files]) of the class folders of `path`, both sorted.
 
     Images in subfolders of a class belong to it. A broken link has 0 bytes. Hidden files and folders are no data.
     """
@@ -122,7 +122,8 @@ def scan(path, valid_pct=0.):
         if not found: raise UsageError(f'{path / folder}: no images in this class folder')
         files |= found
     if not files: raise UsageError(f'{path}: no images in {"<class>/" if valid_pct else "train|val/<class>/"}')
-    for folder in {f.split('/')[0] for f in files} & {'train', *VALIDATION} or ['.']:  # beside the classes
+    tops = {f.split('/')[0] for f in files} & {'train', *VALIDATION}
+    for folder in tops or {'.'}:  # images beside the classes
         others += [os.path.normpath(f'{folder}/{e.name}') for e in os.scandir(path / folder) if e.is_file()
                    and not is_hidden(e.name) and Path(e.name).suffix.lower() in SUFFIXES]
     return dict(sorted(files.items())), sorted(others)
@@ -134,12 +135,12 @@ def _bytes(entry):
 
 
 def find_images(path, valid_pct=0.):
-    "{relative path: bytes} of the images in `path`, sorted: see `scan`."
+    "Returns the images of `path`, see `scan`."
     return scan(path, valid_pct)[0]
 
 
 def left_out(others):
-    "A line on the files of a folder that are no images: how many of which suffix; '' if there are none."
+    "Returns a line on the files that are no images, or ''."
     if not others: return ''
     kinds = Counter(Path(f).suffix.lower() or 'without a suffix' for f in others)
     listed = ', '.join(f'{n} {kind}' for kind, n in kinds.most_common(5)) + ', ...' * (len(kinds) > 5)
@@ -148,7 +149,7 @@ def left_out(others):
 
 
 def label_of(file):
-    "The class of a relative path: the folder below train or val, or the first folder of a flat one."
+    "Returns the class of a file from its path: the folder below train or val, or the first one of a flat folder."
     first, second, *_ = file.split('/')
     return second if first in ('train', *VALIDATION) else first
 
@@ -165,7 +166,7 @@ def same_but_for_case(name, names):
 def fingerprint(files):
     """Returns 12 hexadecimal digits of the paths and sizes of {path: bytes}.
 
-    This is for an archive of ours, whose content its path and size tell.
+    This is for an archive of ours, whose paths and sizes stand for its content.
 
     The images of a user have 16 digits, of paths and content: check.fingerprint.
     """
@@ -175,7 +176,7 @@ def fingerprint(files):
 # --- splits and labels ---
 
 def split_files(files, split, valid_pct=0.):
-    """(training files, validation files) of the paths in `files`.
+    """Returns (training files, validation files) of the paths in `files`.
 
     v2: by their folder. v1: those named ILSVRC2012_val_* validate, wherever they lie, and the rest trains. That
     rule is inferred from the counts of the first release (500 validation images, 50 a class) and a few file names

@@ -1,4 +1,4 @@
-"""What of this computer the process may use: its cores and its memory, as systems and containers limit them.
+"""Finds what this process may use of the computer: its cores and its memory, as systems and containers limit them.
 
 A container sees all cores and all memory of the computer that it is on. What it has of them stands in the files of its
 control group, of version 2 or 1, and in those of the groups above it.

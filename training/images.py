@@ -4,7 +4,7 @@ A training image is a random resized crop (area 0.35 to 1, ratio 3/4 to 4/3) by 
 half the time. A validation image has its short side resized to size + 32, and is the centre crop of that.
 
 `read_image` turns any file that Pillow opens into upright 8-bit RGB: 16 bits become their upper 8, the EXIF orientation
-is applied, transparency is dropped as torchvision and timm drop it, and of several frames the first counts.
+is applied, transparency is dropped as torchvision and timm drop it, and only the first frame of an animation counts.
 
 `train_image` does so with Pillow, for one image. `Pixels` keeps a whole set decoded on a device and does it there for a
 batch, each image with its own crop: Pillow's filter is separable and linear, so a crop is `rows @ image @ columns`, two
@@ -69,7 +69,7 @@ KINDS = {  # what `inspect` says of an image, in words
     'turned': 'turned as the EXIF orientation says',
     'transparent': 'with transparency, which is dropped: the colours below it count',
     '16 bits': 'with 16 bits, of which the upper 8 count', 'floats': 'of floating point, taken from 0 to 1',
-    'frames': 'of several frames, of which the first counts',
+    'frames': 'with more than one frame, of which the first counts',
     'large': f'of more than {LARGE / 1e6:.0f} million pixels, a JPEG of which is read at a lower resolution; '
              'slow at each epoch',
 }
@@ -140,7 +140,7 @@ def upright_rgb(im):
 
 
 def upright_size(im):
-    "Returns (width, height) of `upright_rgb`, from the header where that tells."
+    "Returns (width, height) of `upright_rgb`, from the header where that says it."
     if im.format == 'TIFF': im.load()  # before it, older versions of Pillow tell the size of the image as it lies
     return im.size[::-1] if im.width != im.height and turn(im) in SIDEWAYS else im.size
 

@@ -1,4 +1,4 @@
-"""The runs of an experiment side by side on this machine, without Ray: N processes, each with one run at a time.
+"""Trains the runs of an experiment side by side on this machine, without Ray: N processes, one run at a time in each.
 
 On a CPU each process has one thread (or OMP_NUM_THREADS), so that N runs share N cores: two runs with a thread each
 train more images a second than one run with two. The numbers of a run are those of a plain run with as many threads,
@@ -22,7 +22,7 @@ PATIENCE = 120  # seconds for the runs under way to write their rows at the end 
 
 
 class Jobs:
-    "`n` processes that train runs on `device`, with their rows in `results`."
+    "Trains runs on `device` in `n` processes, which write their rows into `results`."
     def __init__(self, n, results, device): self.n, self.results, self.device = n, results, device
 
     def each(self, todo, checkpoint_every=None):
@@ -68,7 +68,7 @@ class Jobs:
 
 
 class Worker:
-    "A process that trains what it is given. `task`: what it is training, (arm, Config), or None."
+    "Has a process that trains what it is given. `task`: what it is training, (arm, Config), or None."
     def __init__(self, results, device, checkpoint_every):
         context = multiprocessing.get_context('spawn')  # a forked one would have this process's threads and CUDA state
         (tasks, self.tasks), (self.answers, answers) = (context.Pipe(duplex=False) for _ in range(2))
@@ -157,7 +157,7 @@ def listen(tasks, given):
 
 
 class Labelled:
-    "A text stream that writes whole lines to another one, each with a label before it."
+    "Writes whole lines of text to another stream, each with a label before it."
     def __init__(self, stream, label): self.stream, self.label, self.line = stream, label, ''
     def __getattr__(self, name): return getattr(self.stream, name)
 

@@ -1,4 +1,4 @@
-"""The recipe of a Config as a fastai Learner, and what makes its step fast.
+"""Makes the recipe of a Config into a fastai Learner, and its step fast.
 
 No speed-up changes the function that is computed, and each can be switched off: `--fused 0`, `--channels-last 0`,
 `--keep-memory 0`, `--compile 0` and `--cuda-graphs 0` (the defaults), `--loader workers`. What each is worth on a CPU

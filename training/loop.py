@@ -1,7 +1,4 @@
-"""Trains the runs of an experiment: one after the other, side by side, or on Ray.
-
-What the record holds already is left out.
-"""
+"""Trains the runs of an experiment that the record does not hold yet: one by one, side by side, or on Ray."""
 import argparse
 import os
 import sys
@@ -100,7 +97,7 @@ class Loop:
         from training.machine import settle
         cfg = settle(cfg, self.device)
         key = cfg.dataset, cfg.source, cfg.data
-        if key not in self.digests: self.digests[key] = None if self.args.dry_run else find_set(cfg)[2]
+        if key not in self.digests: self.digests[key] = None if self.args.dry_run else find_set(cfg).fingerprint
         return cfg, self.digests[key]
 
     def todo(self, exp, seed0):

@@ -1,4 +1,4 @@
-"""The machine that a run is on: its device, what `auto` means there, and its name in the record."""
+"""Knows the machine that a run is on: its device, what `auto` means there, and its name in the record."""
 import os
 import subprocess
 import sys
@@ -19,11 +19,12 @@ DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}  # of autocast
 def get_device(gpu=None):
     """Returns the GPU number `gpu`, of CUDA or Apple's; without a number the first one there is, or the CPU.
 
-    Of several processes each has the CUDA device of its own number. Raises UsageError if there is no such device.
+    Where several processes train together, each has the CUDA device of its own number. Raises UsageError if there is
+    no such device.
     """
     n = n_gpus()
     if distributed.n_processes() > 1:
-        if gpu is not None: raise UsageError(f'--gpu {gpu}: of several processes each has the device of its number')
+        if gpu is not None: raise UsageError(f'--gpu {gpu}: each process has the device of its number; leave it out')
         gpu = distributed.local_device(n)
         if gpu is not None: torch.cuda.set_device(gpu)
         return torch.device('cpu') if gpu is None else torch.device('cuda', gpu)
@@ -96,7 +97,7 @@ def check_precision(precision, device):
 
 @lru_cache
 def autocast_works(device, precision):
-    "Returns whether a step of training works on a device in this precision: on a Mac only trying it tells."
+    "Returns whether a step of training works on a device in this precision: on a Mac only a trial shows it."
     dtype = DTYPES[precision]
     try:
         with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):
@@ -121,7 +122,7 @@ def prepare_device(cfg, device):
     "Sets what torch keeps for the whole process; raises UsageError where torch.compile is asked for and does not work."
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # So --precision fp32 is float32.
-    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # layers.py tells why.
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # layers.py says why.
     limit_threads()
     if cfg.compile: check_compiler(device.type)
 

@@ -1,4 +1,4 @@
-"""What a run measures of itself: losses, accuracies, seconds and memory; and the callbacks that end it early."""
+"""Measures losses, accuracies, seconds and memory of a run; has the callbacks that end it early."""
 import collections
 import gc
 import math
@@ -45,7 +45,7 @@ class Measure(Callback):
 
     def __init__(self, on_epoch):
         self.on_epoch = on_epoch
-        # Of several processes none may end alone, since the others would wait for it.
+        # A process that trains with others may not end alone, since they would wait for it.
         self.is_finite = FiniteLoss() if distributed.n_processes() == 1 else lambda loss: True
         self.diverged = False
         self.curve, self.n_images, self.train_seconds = [], 0, 0.

@@ -1,4 +1,4 @@
-"""One run: Config -> DataLoaders -> model -> Learner -> a row of results/runs.csv.
+"""Trains one run: Config -> DataLoaders -> model -> Learner -> a row of results/runs.csv.
 
     row = run(Config(dataset='digits', size=32, arch='xresnet18', attention='simple'), save='digits.pt')
     model, class_names = load_model('digits.pt')
@@ -62,7 +62,8 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
     export            another file for the trained model, for other tools, see export.py
 
     Whatever ends the training leaves its row, with the status ok, diverged (a loss was not finite), interrupted or
-    failed. The exception behind the last two is raised again after that. Of several processes the first one writes.
+    failed. The exception behind the last two is raised again after that. Where several processes train together, the
+    first one writes.
     """
     first = distributed.is_rank_0()
     if first: runlog.check(results)

@@ -19,7 +19,7 @@ PROJECT = 'simple-self-attention'  # at W&B
 
 
 def callbacks(tool, cfg, run_id, resumed, results):
-    "Returns the callbacks that send a run to a tool, in the first of several processes; a list, empty without a tool."
+    "Returns the callbacks that send a run to a tool: an empty list without a tool, and in all processes but the first."
     if not tool or not distributed.is_rank_0(): return []
     name = f'{run_id}-{resumed}' if resumed else run_id
     folder = (Path(results) / 'logs' / name).resolve()
