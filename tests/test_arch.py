@@ -137,7 +137,8 @@ def test_what_fastai_calls_an_activation_is_that_of_torch(name):
 
 
 @pytest.mark.parametrize('wrong, words', [
-    (dict(arch='resnet50'), '--arch resnet50: unknown (did you mean xresnet50?); --help lists all 31'),
+    (dict(arch='yresnet50'), '--arch yresnet50: unknown (did you mean xresnet50?); --help lists all 31'),
+    (dict(arch='resnet50'), '--arch resnet50: is of torchvision and has no place for the layer'),
     (dict(act='Mush'), '--act Mush: unknown (did you mean mish?); --help lists all'),
     (dict(pool='BlurPool'), '--pool BlurPool: unknown; choose from avg, max'),
     (dict(arch='xresnet18_deep', sa_at='7'), '--sa-at 7: no place'),

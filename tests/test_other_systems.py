@@ -159,7 +159,7 @@ def test_a_job_of_slurm_ends_with_its_row_and_goes_on_when_it_is_requeued(tree, 
     (script,) = [block.split('```')[0] for block in text.split('```bash\n') if block.startswith('#!/usr/bin/env bash')]
     line = next(line for line in script.splitlines() if line.startswith('python '))
     argv = ['--data', tree, '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--checkpoint-every', 1,
-            '--epochs', 12, '--results', tmp_path / 'results', '--resume']
+            '--epochs', 8, '--results', tmp_path / 'results', '--resume']
     ours = f'{sys.executable} {REPO / "train_imagenette.py"} {" ".join(map(str, argv))} &'
     (tmp_path / 'job.sh').write_text(script.replace(line, ours), encoding='utf-8')
     (tmp_path / 'scontrol').write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "requeued"}\n', encoding='utf-8')
