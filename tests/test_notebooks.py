@@ -27,7 +27,7 @@ def texts(notebook):
     return [data.get('text/markdown', data.get('text/plain')) for data in outputs]
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(40)
 @pytest.mark.parametrize('path', sorted((REPO / 'notebooks').glob('*.ipynb')), ids=lambda p: p.name)
 def test_runs_top_to_bottom_and_its_outputs_are_not_stale(path):
     notebook = nbformat.read(path, as_version=4)
