@@ -13,7 +13,7 @@ import runlog
 from command import Parser, UsageError, exit_code, nearest
 from experiments import EXPERIMENTS
 from report import figures, tables
-from report.compare import gaps, on_own_images, shown
+from report.compare import for_readers, gaps, on_own_images
 from report.published import load_published, set_right, source_against_fork, source_against_fork_text
 
 MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of table -->'
@@ -21,7 +21,8 @@ MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of t
 
 def readme_table(runs, published):
     "Returns what README.md shows: every tested comparison that has all the runs wanted, but for those of digits."
-    rows = [row for row in shown(gaps(EXPERIMENTS, runs, published)) if row['tested'] and row['experiment'] != 'digits']
+    rows = for_readers(gaps(EXPERIMENTS, runs, published))
+    rows = [row for row in rows if row['tested'] and row['experiment'] != 'digits']
     return tables.brief_markdown([row for row in rows if row['verdict']['n_runs'] >= row['verdict']['n_wanted']])
 
 
@@ -39,9 +40,7 @@ def write(rows, runs, results, published):
     The same rows give the same bytes. What depends on the predictions, which are not in git, is left out.
     """
     results, right = Path(results), set_right()
-    frame = tables.frame(rows)
-    lasting = frame[[column for column in frame if 'images' not in column]]
-    _write_table(results, 'gaps', lasting, tables.markdown(rows))
+    _write_table(results, 'gaps', tables.frame(rows, tables.FROM_PREDICTIONS), tables.markdown(rows))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
     _write_table(results, 'source_against_fork', source_against_fork(),
                  tables.plain_markdown(source_against_fork_text()))
@@ -84,7 +83,7 @@ def work(argv):
     if args.names: return print(tables.text(rows, details=True))
     try: write(rows, runs, args.results, published)
     except OSError as e: raise UsageError(f'cannot write the tables and figures ({e})') from None
-    begun = shown(rows + gaps(on_own_images(runs), runs, published, args.results))
+    begun = for_readers(rows + gaps(on_own_images(runs), runs, published, args.results))
     print(tables.text(begun) if begun else f'{len(runs)} runs, but none of two arms to compare')
 
 

@@ -29,10 +29,11 @@ LIKE_PAIRS = 5  # so many pairs of runs that were made alike decide the verdict 
 CHANCE = dict.fromkeys(('imagenette', 'imagewoof', 'digits'), 0.1)  # the accuracy of guessing
 METRICS = dict(last='accuracy', max='max_accuracy')
 SIDES = 'base', 'arm'
-NO_RUNS, NO_VERDICT = 'no runs', 'no verdict'  # the verdicts that rest on no interval
+NO_RUNS, APART, INCOMPLETE, NO_VERDICT = 'no runs', 'not comparable', 'no complete seed', 'no verdict'
 DESCRIBED = 'described, not tested'  # of a pair that is no contrast of its experiment
 TEST = 'method', 'n_pairs', 'difference', 'low', 'high', 'p'  # of stats.compare_by_seed, what is kept of other analyses
 NO_TEST = dict.fromkeys(TEST, NAN) | dict(method='', n_pairs=0)
+NOT_BESIDE = NO_TEST | dict(n_base=0, n_arm=0)
 
 
 # --- our runs ---
@@ -179,29 +180,52 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
     verdict      verdict, reason, at_chance (the verdict with the diverged runs at chance), claim (nan: none),
                  half_width; n_runs and n_wanted of the arm that lacks most
     """
-    numbers = {name: runs.groupby(columns, dropna=False).ngroup() for name, columns in (('steps', STEPS), ('way', WAY))}
-    rows, runs = [], runs.assign(**numbers)
+    steps, way = (runs.groupby(columns, dropna=False).ngroup() for columns in (STEPS, WAY))
+    runs = runs.assign(steps=steps, way=way)
     recipes = by_recipe(runs)
-    for name, exp in experiments.items():
-        own, dataset = EXPERIMENTS.get(name, exp), next(iter(exp.arms.values())).dataset
-        said = {arm: _said(exp, own, arm, published) for arm in exp.arms}
-        metric = next((row.metric for row in said.values() if row is not None), 'last')
-        none = dict.fromkeys(SET) | _images(exp) | dict(planned=True), {arm: runs[:0] for arm in exp.arms}
-        found = sets(exp, runs, own, recipes) or [none]
-        apart = _apart(exp, found)
-        for key, arms in found:
-            comparable = key['split'] == 'v1' and is_whole(dataset, key)
-            theirs = said if comparable else dict.fromkeys(said)
-            complete = complete_seeds(exp, arms)
-            ours = {arm: _arm(of_arm, metric, exp.wanted(arm), complete.get(arm)) for arm, of_arm in arms.items()}
-            names = dict(experiment=name, dataset=dataset, **key, metric=metric)
-            pairs = [(*pair, True) for pair in exp.pairs()] + [(*pair, False) for pair in exp.described()]
-            of_set = [names | dict(base=base, arm=arm, tested=tested)
-                      | _gap(ours[base], ours[arm], theirs[base], theirs[arm], results) for base, arm, tested in pairs]
-            _correct_for_many([row for row in of_set if row['tested']], len(exp.pairs()) if exp.contrasts else None)
-            for row in of_set: row['verdict'] = _verdict(row, apart.get((row['base'], row['arm']), ''))
-            rows += of_set
+    return [row for name, exp in experiments.items() for row in _gaps_of(name, exp, runs, recipes, published, results)]
+
+
+def _gaps_of(name, exp, runs, recipes, published, results):
+    "Returns the rows of `gaps` of one experiment."
+    own = EXPERIMENTS.get(name, exp)
+    said = {arm: _said(exp, own, arm, published) for arm in exp.arms}
+    metric = next((row.metric for row in said.values() if row is not None), 'last')
+    found = sets(exp, runs, own, recipes) or [_set_without_runs(exp, runs)]
+    apart = _apart(exp, found)
+    rows = []
+    for key, arms in found:
+        for row in _gaps_of_set(exp, key, arms, said, metric, results):
+            verdict = _verdict(row, apart.get((row['base'], row['arm']), ''))
+            rows.append(dict(experiment=name, **row, verdict=verdict))
     return rows
+
+
+def _set_without_runs(exp, runs):
+    "Returns the SET columns, as far as they are planned, and {arm: no runs} of an Experiment."
+    columns = dict.fromkeys(SET) | _images(exp) | dict(planned=True)
+    no_runs = {arm: runs[:0] for arm in exp.arms}
+    return columns, no_runs
+
+
+def _gaps_of_set(exp, key, arms, said, metric, results):
+    """Returns the rows of `gaps` of one set, but for the experiment's name and the verdict.
+
+    key, arms   the SET columns and {arm: its runs}, see `sets`
+    said        {arm: its published row or None}
+    """
+    dataset = next(iter(exp.arms.values())).dataset
+    is_comparable = key['split'] == 'v1' and is_whole(dataset, key)
+    theirs = said if is_comparable else dict.fromkeys(said)
+    complete = complete_seeds(exp, arms)
+    ours = {arm: _arm(of_arm, metric, exp.wanted(arm), complete.get(arm)) for arm, of_arm in arms.items()}
+    def row(base, arm, tested):
+        names = dict(dataset=dataset, **key, metric=metric, base=base, arm=arm, tested=tested)
+        return names | _gap(ours[base], ours[arm], theirs[base], theirs[arm], results)
+    tested = [row(*pair, True) for pair in exp.pairs()]
+    described = [row(*pair, False) for pair in exp.described()]
+    _correct_for_many(tested, len(tested) if exp.contrasts else None)
+    return tested + described
 
 
 def complete_seeds(exp, arms):
@@ -233,7 +257,7 @@ def _apart(exp, found):
         keys = [next((key for key, arms in done if arm in arms), None) for arm in pair]
         if None in keys: continue
         differ = [f'{name} {keys[0][name]} and {keys[1][name]}' for name in SET if keys[0][name] != keys[1][name]]
-        reasons[pair] = f'not comparable: {", ".join(differ)}'
+        reasons[pair] = ', '.join(differ)
     return reasons
 
 
@@ -248,14 +272,16 @@ def _arm(runs, metric, n_wanted, complete=None):
     columns = runs.seed, runs.run_id, runs[METRICS[metric]].astype(float), runs.way, runs.steps
     every = [Run(*values) for values in zip(*(column.tolist() for column in columns))]
     ok = sorted(run for run, status in zip(every, runs.status) if status == 'ok' and not np.isnan(run.value))
-    gone = [run.seed for run, status in zip(every, runs.status) if status == 'diverged']
+    diverged = [run.seed for run, status in zip(every, runs.status) if status == 'diverged']
     def counts_at(seed): return complete is None or seed in complete
-    counted, diverged = [run for run in ok if counts_at(run.seed)], list(filter(counts_at, gone))
-    seeds, n_ok = {run.seed for run in counted}, len({run.seed for run in ok})
+    counted = [run for run in ok if counts_at(run.seed)]
+    diverged_counted = [seed for seed in diverged if counts_at(seed)]
+    seeds = {run.seed for run in counted}
+    counts = dict(n_ok=len({run.seed for run in ok}), diverged=len(diverged),
+                  other=len(runs) - len(ok) - len(diverged), n_wanted=n_wanted,
+                  n_done=len(seeds) + len(diverged_counted))
     chance = CHANCE.get(runs.dataset.iloc[0]) if len(runs) else None
-    counts = dict(n_ok=n_ok, diverged=len(gone), other=len(runs) - len(ok) - len(gone), n_wanted=n_wanted,
-                  n_done=len(seeds) + len(diverged))
-    at_chance = {} if chance is None else dict.fromkeys(set(diverged) - seeds, chance)
+    at_chance = {} if chance is None else dict.fromkeys(set(diverged_counted) - seeds, chance)
     return dict(ok=ok, counted=counted, at_chance=at_chance, counts=counts, seconds=runs.fit_seconds,
                 last_epoch=metric == 'last')
 
@@ -264,10 +290,10 @@ def _gap(base, arm, said_base, said_arm, results):
     "Returns the parts of a row of `gaps`, but for the verdict, from the `_arm`s and the published rows of two arms."
     which, chosen, sensitivity = _analyses(base, arm)
     values = [{run.seed: run.value for run in ok} for ok in chosen]
-    ours, right = {}, []
+    ours, right = {}, {}
     for side, ok, of_arm in zip(SIDES, chosen, (base, arm)):
-        right.append(correct([run.run_id for run in ok], results) if of_arm['last_epoch'] else None)
-        share = NAN if right[-1] is None else stats.validation_noise(right[-1])['share']
+        right[side] = correct([run.run_id for run in ok], results) if of_arm['last_epoch'] else None
+        share = NAN if right[side] is None else stats.validation_noise(right[side])['share']
         ours[side] = _summary(tuple(run.value for run in ok)) | of_arm['counts'] | dict(images_share=share)
     ours['seconds'] = pd.concat([base['seconds'], arm['seconds']]).median()
     partner = {run.seed: run for run in chosen[1]}
@@ -275,7 +301,7 @@ def _gap(base, arm, said_base, said_arm, results):
     return dict(published=_published(said_base, said_arm), ours=ours, pairs=pairs,
                 difference=stats.compare_by_seed(*values) | dict(runs=which, holm_p=NAN), sensitivity=sensitivity,
                 chance=_at_chance(values, base['at_chance'], arm['at_chance']) | dict(holm_p=NAN),
-                welch=_welch(ours['base'], ours['arm']), images=_over_images(*right))
+                welch=_welch(ours['base'], ours['arm']), images=_over_images(**right))
 
 
 def _welch(base, arm):
@@ -289,18 +315,18 @@ def _summary(values): return stats.summary(values)
 
 
 def _analyses(base, arm):
-    """Returns (which runs the difference is of, these runs of both arms, the other analyses), of runs that ended ok.
+    """Returns which runs the verdict is of, these runs of both arms, and the other analyses; of runs that ended ok.
 
-    Where only complete seeds count, the difference is of these. A set can hold runs of several versions of torch,
-    machines and kinds of step. Where it does, the difference is that of the like pairs, runs of one seed that were
-    made alike in all of this, if there are at least LIKE_PAIRS; else that of all runs that count. Beside it stand
-    `all` runs, those with the most common kind of `steps`, and the pairs that are `alike`, each where it is not what
-    stands there already.
+    The verdict is of like pairs (runs of one seed with the same torch, device and speed-ups) if not all runs are in
+    such pairs and at least LIKE_PAIRS are there; else of all runs that count. The other analyses are of the pairs that
+    are `alike`, of the runs with the most common kind of `steps`, and of `all` runs that ended ok. One that equals an
+    earlier one is left empty.
     """
-    every, counted = ([of_arm[runs] for of_arm in (base, arm)] for runs in ('ok', 'counted'))
-    everything, chosen = (tuple(map(_first_of_seeds, runs)) for runs in (every, counted))
+    counted = base['counted'], arm['counted']
+    everything = _first_of_seeds(base['ok']), _first_of_seeds(arm['ok'])
+    chosen = tuple(map(_first_of_seeds, counted))
     which = 'all' if chosen == everything else 'complete seeds'
-    others = dict.fromkeys(('alike', 'steps', 'all'), NO_TEST | dict(n_base=0, n_arm=0)) | dict(mixed=False)
+    others = dict.fromkeys(('alike', 'steps', 'all'), NOT_BESIDE) | dict(mixed=False)
     if len({run.way for runs in counted for run in runs}) > 1:
         most = Counter(run.steps for runs in counted for run in runs).most_common(1)[0][0]
         steps = tuple(_first_of_seeds([run for run in runs if run.steps == most]) for runs in counted)
@@ -313,12 +339,15 @@ def _analyses(base, arm):
     return which, chosen, others
 
 
-def _first_of_seeds(ok): return list({run.seed: run for run in reversed(ok)}.values())[::-1]
+def _first_of_seeds(ok):
+    "Returns the first of the Runs of each seed."
+    return list({run.seed: run for run in reversed(ok)}.values())[::-1]
 
 
 def _like_pairs(base, arm):
     "Returns, of both arms, the first runs of each seed that were made alike."
-    known, pairs = {(run.seed, run.way): run for run in reversed(arm)}, {}
+    known = {(run.seed, run.way): run for run in reversed(arm)}
+    pairs = {}
     for run in base:
         partner = known.get((run.seed, run.way))
         if partner: pairs.setdefault(run.seed, (run, partner))
@@ -340,12 +369,18 @@ def _at_chance(values, base, arm):
 
 def _published(base, arm):
     "Returns the published part of a row of `gaps`, of the published rows of two arms (or None)."
-    keys, weakest = ('mean', 'sd', 'n'), weakest_recipe(base, arm)
-    base, arm = (dict.fromkeys(keys, NAN) if row is None else {key: row[key] for key in keys} for row in (base, arm))
+    weakest = weakest_recipe(base, arm)
+    base, arm = _mean_sd_n(base), _mean_sd_n(arm)
     test = stats.compare_summaries(*base.values(), *arm.values())
     if weakest == 'other script': test = dict.fromkeys(test, NAN)  # a number that is not of this source is no baseline
     difference = {key: test[key] for key in ('difference', 'low', 'high', 'p')}
     return dict(base=base, arm=arm, difference=difference, recipe=weakest)
+
+
+def _mean_sd_n(row):
+    "Returns mean, sd and n of a published row; nan of None."
+    keys = 'mean', 'sd', 'n'
+    return dict.fromkeys(keys, NAN) if row is None else {key: row[key] for key in keys}
 
 
 def _over_images(base, arm):
@@ -369,12 +404,13 @@ def _correct_for_many(family, n):
 def _verdict(row, apart):
     "Returns the verdict part of a row of `gaps`; `apart`: why its arms have no runs in common, if so."
     sides, test, said = [row['ours'][side] for side in SIDES], row['difference'], row['published']['difference']
-    n_runs, n_wanted = min(((side['n_done'], side['n_wanted']) for side in sides), key=lambda n: n[0] / n[1])
-    found = dict(verdict=NO_RUNS, reason=apart, at_chance='', claim=NAN, half_width=(test['high'] - test['low']) / 2,
-                 n_runs=n_runs, n_wanted=n_wanted)
-    if not n_runs:
+    least = min(sides, key=lambda side: side['n_done'] / side['n_wanted'])
+    found = dict(verdict=NO_RUNS, reason='', at_chance='', claim=NAN, half_width=(test['high'] - test['low']) / 2,
+                 n_runs=least['n_done'], n_wanted=least['n_wanted'])
+    if not least['n_done']:
+        if apart: return found | dict(verdict=APART, reason=apart)
         have = all(side['n_ok'] + side['diverged'] for side in sides)
-        return found | dict(reason='no seed is complete') if have else found
+        return found | dict(verdict=INCOMPLETE) if have else found
     if not row['tested']: return found | dict(verdict=DESCRIBED)
     if not row['planned'] and not np.isnan(said['difference']):
         return found | dict(verdict=NO_VERDICT, reason=f'{row["source"]} px archive')
@@ -430,7 +466,7 @@ def has_begun(row):
     return any(row['ours'][side][ends] for side in SIDES for ends in ('n_ok', 'diverged', 'other'))
 
 
-def shown(rows):
+def for_readers(rows):
     """Returns the rows of `gaps` that have runs, for readers.
 
     Those that are only described are left out where no comparison of their experiment has runs on the same images.
@@ -441,5 +477,5 @@ def shown(rows):
 
 
 def has_runs(row):
-    "Returns whether both arms of a row of `gaps` have runs, or have them apart from each other."
-    return row['verdict']['verdict'] != NO_RUNS or bool(row['verdict']['reason'])
+    "Returns whether both arms of a row of `gaps` have runs, be it of different images or at different seeds."
+    return row['verdict']['verdict'] != NO_RUNS

@@ -52,12 +52,19 @@ def forests(rows):
     `forest` has what the layers change, the claims with runs of ours first; `learning_rates` has the search for the
     learning rate of the baseline.
     """
-    ours = list(map(id, compare.shown(rows)))
-    shown = [row for row in rows if row['experiment'] != 'digits' and _is_known(row)
-             and (id(row) in ours or not np.isnan(row['published']['difference']['difference']))]
-    of_rates = [row for row in shown if row['experiment'].endswith('-lr')]
-    groups = dict(forest=[row for row in shown if row not in of_rates], learning_rates=of_rates)
+    ours = set(map(id, compare.for_readers(rows)))
+    def is_drawn(row): return id(row) in ours or not np.isnan(row['published']['difference']['difference'])
+    groups = dict(forest=[], learning_rates=[])
+    for row in rows:
+        if row['experiment'] == 'digits' or not _is_known(row) or not is_drawn(row): continue
+        groups['learning_rates' if _is_of_rates(row) else 'forest'].append(row)
     return {name: forest(group) for name, group in groups.items() if group}
+
+
+def _is_of_rates(row):
+    "Returns whether the arms of the experiment of a row differ in their learning rates."
+    exp = EXPERIMENTS.get(row['experiment'])
+    return exp is not None and len({cfg.lr for cfg in exp.arms.values()}) > 1
 
 
 def _is_known(row):
@@ -73,18 +80,18 @@ def forest(rows):
     rows = [row for row in rows if _is_known(row)]
     if not rows: raise UsageError('no differences to plot')
     lines = list(_lines(rows))
-    gaps = np.cumsum([0.6 if kind == 'claim' else 0 for kind, *_ in lines])  # a claim stands a little apart
+    spacing = np.cumsum([0.6 if kind == 'claim' else 0 for kind, *_ in lines])  # a claim stands a little apart
     limits = -WIDEST, max([WIDEST, *(np.ceil(100 * row['difference']['difference']) for row in rows)])
     with rc_context(STYLE):
-        inches = LINE * (len(lines) + gaps[-1])
-        height = inches + 0.75
+        rows_height = LINE * (len(lines) + spacing[-1])
+        height = rows_height + 0.75
         fig = Figure(figsize=(WIDTH, height))
         width = AXIS[1] - AXIS[0]
-        ax = fig.add_axes((AXIS[0] / WIDTH, 0.5 / height, width / WIDTH, inches / height))
-        def write(inches, y, words, **style):
-            ax.text((inches - AXIS[0]) / width, y, words, transform=ax.get_yaxis_transform(), va='center',
+        ax = fig.add_axes((AXIS[0] / WIDTH, 0.5 / height, width / WIDTH, rows_height / height))
+        def write(left, y, words, **style):
+            ax.text((left - AXIS[0]) / width, y, words, transform=ax.get_yaxis_transform(), va='center',
                     **dict(fontsize=7.5) | style)
-        for y, (kind, words, row, whose) in zip(np.arange(len(lines)) + gaps, lines):
+        for y, (kind, words, row, whose) in zip(np.arange(len(lines)) + spacing, lines):
             if kind == 'claim': write(0.08, y, words, weight='bold')
             elif kind == 'title': write(0.08, y, words, color=GREY)
             else:
@@ -93,10 +100,10 @@ def forest(rows):
                 ax.plot([0, 0], [y - 0.5, y + 0.5], color=INK, lw=0.6, zorder=0)
                 _bar(ax, in_points(test), y, whose, limits)
                 write(CHANGE, y, tables.change(test) + ('  no interval' if np.isnan(test['low']) else ''), color=color)
-                write(RUNS, y, f'{whose} ({_n(row, whose)})', color=color)
+                write(RUNS, y, f'{whose} ({tables.n_runs(row[whose])})', color=color)
         for x, head in ((AXIS[0], 'second arm minus first'), (CHANGE, 'points [95 %]'), (RUNS, 'whose (runs)')):
             write(x, -0.4, head, color=GREY)
-        ax.set(xlim=limits, ylim=(len(lines) + gaps[-1] - 0.4, -0.6), yticks=[],
+        ax.set(xlim=limits, ylim=(len(lines) + spacing[-1] - 0.4, -0.6), yticks=[],
                xlabel='difference in accuracy (points)')
         for side in ('left', 'bottom'): ax.spines[side].set_visible(side == 'bottom')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
@@ -145,12 +152,6 @@ def _test(row, whose):
     return row['published']['difference'] if whose == 'published' else row['difference']
 
 
-def _n(row, whose):
-    "Returns the runs of both arms, '12, 12'; ? where their number is not published."
-    counts = [row[whose][side]['n'] for side in compare.SIDES]
-    return ', '.join('?' if pd.isna(n) else f'{n:.0f}' for n in counts)
-
-
 def _bar(ax, ends, y, whose, limits):
     "Draws a difference with its interval at height `y`; what lies beyond the limits of the axis ends in an arrow."
     d, low, high = ends
@@ -165,7 +166,7 @@ def _bar(ax, ends, y, whose, limits):
 
 def experiments(rows, runs, published, results=runlog.RESULTS):
     "Returns {name: Figure} of the experiments in the `rows` (compare.gaps) that have runs of two arms in common."
-    names = {row['experiment']: None for row in compare.shown(rows) if _has_runs_of_both(row)}
+    names = {row['experiment']: None for row in compare.for_readers(rows) if _has_runs_of_both(row)}
     recipes = compare.by_recipe(runs)
     return {name: experiment(name, EXPERIMENTS[name], rows, runs, published, results, recipes) for name in names}
 
@@ -184,7 +185,7 @@ def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes
         of_set = [row for row in rows if row['experiment'] == name and compare.images(row) == compare.images(key)]
         of_set = [row for row in of_set if _has_runs_of_both(row)]
         arms = {arm: found for arm, found in arms.items() if compare.accuracies(found, metric)}
-        if compare.shown(of_set): parts.append((key, arms, of_set))
+        if compare.for_readers(of_set): parts.append((key, arms, of_set))
     if not parts: raise UsageError(f'{name}: no runs of two arms to plot')
     parts.sort(key=lambda part: (not part[0]['planned'], -sum(map(len, part[1].values()))))
     with rc_context(STYLE):

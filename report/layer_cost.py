@@ -1,5 +1,7 @@
-"""Shows what the layers cost: tables and figures from results/benchmarks/cost.csv, which `scripts/benchmark.py cost`
-measures."""
+"""Shows what the layers cost, in tables and figures.
+
+They are made from results/benchmarks/cost.csv, which `scripts/benchmark.py cost` measures.
+"""
 import numpy as np
 import pandas as pd
 from matplotlib import rc_context
@@ -52,8 +54,10 @@ def verdict(cost):
 
 
 def sweeps(cost):
-    """Returns {'N': (rows of one C, that C), 'C': (rows of one N, that N)}: of the C with most N, of the N with most
-    C."""
+    """Returns {'N': (rows of one C, that C), 'C': (rows of one N, that N)}.
+
+    They are the C that was measured at most N, and the N that was measured at most C.
+    """
     C = cost.groupby('C').N.nunique().idxmax()
     N = cost.groupby('N').C.nunique().idxmax()
     return {'N': (cost[cost.C == C], C), 'C': (cost[cost.N == N], N)}
@@ -86,11 +90,12 @@ def _crossing(costs):
 
 
 def against_softmax(cost):
-    """One row per shape: simple attention (in the order of the fewest multiply-adds, which 'auto' takes) against sagan.
+    """Returns one row per shape: simple attention against sagan.
 
-    Per image: ms and MiB of simple and of sagan (softmax, no N x N matrix kept); faster: sagan's time over that of
-    simple; faster_unfused: the same of fastai's sagan, which holds the N x N matrix; memory: MiB of simple over
-    sagan's; fastest_order: the order of simple that took the least time.
+    Simple is in the order of the fewest multiply-adds, which 'auto' takes. Per image: ms and MiB of simple and of
+    sagan (softmax, no N x N matrix kept); faster: sagan's time over that of simple; faster_unfused: the same of
+    fastai's sagan, which holds the N x N matrix; memory: MiB of simple over sagan's; fastest_order: the order of simple
+    that took the least time.
     """
     key, simple = ['C', 'N'], cost[cost.layer == 'simple']
     auto, fastest = (simple.sort_values(by, kind='stable').drop_duplicates(key).set_index(key)
@@ -104,8 +109,7 @@ def against_softmax(cost):
 
 
 def softmax_verdict(cost):
-    """Does simple attention still win against softmax attention that keeps no N x N matrix? In a few sentences, from
-    the table."""
+    "Returns whether simple attention wins against softmax attention without an N x N matrix, in a few sentences."
     table = against_softmax(cost).dropna(subset='faster')
     won, lost = table[table.faster > 1], table[table.faster <= 1]
     text = [f'On {cost.device.iloc[0]}, torch {cost.torch.iloc[0]}, simple attention takes less time than softmax '
@@ -124,7 +128,7 @@ def softmax_verdict(cost):
     return ' '.join(text)
 
 
-MARKS = {'simple': ('o', OURS, '-'), 'sagan': ('s', GREY, '--')}  # what `cost_plot` shows: marker, colour, line
+LINES = {'simple': ('o', OURS, '-'), 'sagan': ('s', GREY, '--')}  # layers in `cost_plot`: marker, colour, line
 
 
 def cost_plot(cost):
@@ -133,7 +137,7 @@ def cost_plot(cost):
     Bars go from quartile to quartile of the rounds, where these were measured.
     """
     found, every = ratios(cost), sweeps(cost)
-    found = found[found.layer.isin(MARKS)]
+    found = found[found.layer.isin(LINES)]
     with rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, 4.6), layout='constrained')
         axes = fig.subplots(2, 2, sharex='col', sharey='row')
@@ -141,7 +145,7 @@ def cost_plot(cost):
             fixed = 'C' if x == 'N' else 'N'
             rows = found[found[fixed] == at]
             for layer, of_layer in rows.sort_values(x).groupby('layer', sort=False):
-                marker, color, line = MARKS[layer]
+                marker, color, line = LINES[layer]
                 at_x = of_layer[x] * (0.98 if layer == 'simple' else 1.02)  # so that no bar hides another
                 for ax, y in zip(column, ('faster', 'memory')):
                     ax.plot(at_x, of_layer[y], line, marker=marker, color=color, ms=4, lw=1.2, label=layer)

@@ -1,5 +1,6 @@
 """Writes the comparisons as text: Markdown, tables for a terminal, a flat frame for a CSV, how many runs are needed."""
 from io import StringIO
+from itertools import chain
 from textwrap import wrap
 
 import numpy as np
@@ -9,17 +10,21 @@ from rich.table import Table
 
 from experiments import EXPERIMENTS
 from report import stats
-from report.compare import NO_RUNS, NO_VERDICT, SET, SIDES, has_runs, is_whole
+from report.compare import APART, INCOMPLETE, NO_RUNS, NO_VERDICT, SET, SIDES, has_runs, is_whole
 from report.published import load_published_runs, single_runs_sd
 
 HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
         'P (Holm)', 'permutation P', 'verdict']
 BRIEF = ['experiment', 'arms', 'published', 'ours', 'change [95 %]', 'P (Holm)', 'verdict']
 ONE_ARM = 'one arm: nothing to compare it with'
-WIDTH = 100  # columns of a table on a terminal
+TERMINAL = 100  # characters in a line of a terminal
+FROM_PREDICTIONS = 'images', 'images_share'  # parts of a row of compare.gaps that need files which are not in git
 
 
 # --- the words of a row of compare.gaps ---
+#
+# A text that a table shows is a list of parts: a line of prose joins them with spaces, a narrow column has a line for
+# each.
 
 def titles(rows):
     "Returns a title for each row: the experiment, and of its set what tells it from the others of that experiment."
@@ -73,12 +78,19 @@ def _count(arm):
 
 
 def both(whose):
-    "Returns '62.3 → 65.2 (12, 12)' of base and arm, published or ours; '–' where neither has runs."
+    "Returns ['62.3 → 65.2', '(12, 12)'] of base and arm, published or ours; ['–'] where neither has runs."
     sides = [whose[side] for side in SIDES]
     notes = [_notes(side) for side in sides]
-    if all(pd.isna(side['mean']) for side in sides) and max(map(len, notes)) == 1: return '–'
-    between = ', ' if max(map(len, notes)) == 1 else '; '
-    return f'{" → ".join(map(mean, sides))} ({between.join(map(", ".join, notes))})'
+    is_plain = max(map(len, notes)) == 1
+    if is_plain and all(pd.isna(side['mean']) for side in sides): return ['–']
+    runs = (', ' if is_plain else '; ').join(map(', '.join, notes))
+    return [' → '.join(map(mean, sides)), f'({runs})']
+
+
+def n_runs(whose):
+    "Returns '12, 12', the runs of base and arm; ? where their number is not published."
+    counts = [whose[side]['n'] for side in SIDES]
+    return ', '.join('?' if pd.isna(n) else f'{n:.0f}' for n in counts)
 
 
 def change(test):
@@ -101,10 +113,11 @@ def _decimals(test): return 2 if min(abs(test['low']), abs(test['high'])) < 0.00
 
 
 def published(row):
-    "Returns the published change, with a word where the recipe of its numbers is assumed or not of this source."
+    "Returns the parts of the published change, with a word where the recipe of its numbers is assumed or not its own."
     recipe, words = row['published']['recipe'], change(row['published']['difference'])
-    if recipe == 'other script': return 'no baseline: other script'
-    return f'{words}, assumed recipe' if words and recipe == 'assumed' else words
+    if recipe == 'other script': return ['no baseline:', 'other script']
+    if not words: return []
+    return [f'{words},', 'assumed recipe'] if recipe == 'assumed' else [words]
 
 
 METHODS = {stats.PAIRED: 'paired t', stats.MODEL: 'seed + arm', stats.UNPAIRED: 'Welch'}
@@ -117,45 +130,63 @@ def method(test):
 
 
 def changes(row):
-    """Returns the change of a row, then what other analyses of the same runs say, in short texts.
+    "Returns the change of a row, then what other analyses of the same runs say, a text each."
+    return [' '.join(parts) for parts in change_parts(row)]
+
+
+def change_parts(row):
+    """Returns the texts of `changes`, each as parts.
 
     There is more than one only where not all runs were made alike, see compare.gaps.
     """
     test, others = row['difference'], row['sensitivity']
-    words = [change(test)]
-    if test['runs'] != 'all' and words[0]: words[0] += f' ({test["n_pairs"]} {test["runs"]})'
-    elif words[0] and others['mixed'] and not others['alike']['n_base']: words.append('no like pairs')
+    words = change(test)
+    found = [[words] if words else []]
+    if words and test['runs'] != 'all': found[0].append(f'({test["n_pairs"]} {test["runs"]})')
+    elif words and others['mixed'] and not others['alike']['n_base']: found.append(['no like pairs'])
     names = dict(alike='like pairs', steps='one kind of step', all='all runs')
     for key, name in names.items():
         n_base, n_arm = others[key]['n_base'], others[key]['n_arm']
         if not n_base or not n_arm: continue
         runs = f'{n_base} {name}' if key == 'alike' else f'{name}, {n_base} and {n_arm}'
-        words.append(f'{runs}: {change(others[key])}')
-    return words
+        found.append([f'{runs}:', change(others[key])])
+    return found
 
 
 def verdict(row):
-    """Returns the verdict in words.
+    "Returns the verdict in words, and after a semicolon the one with the diverged runs at chance."
+    return '; '.join(' '.join(parts) for parts in verdict_parts(row))
+
+
+def verdict_parts(row):
+    """Returns the verdict of a row and, where runs diverged, the one with these at chance, each as parts.
 
     In brackets are its reason where it is not the usual one, the half-width where nothing is claimed, and how many runs
-    there are so far. Where runs diverged, the verdict with these at chance follows.
+    there are so far.
     """
     found = row['verdict']
-    if found['verdict'] in (NO_RUNS, NO_VERDICT):
-        return f'{found["verdict"]}: {found["reason"]}' if found['reason'] else found['verdict']
+    if found['verdict'] in (NO_RUNS, APART, INCOMPLETE, NO_VERDICT):
+        return [[f'{found["verdict"]}:', found['reason']]] if found['reason'] else [[found['verdict']]]
     notes = [found['reason']] if found['reason'] else []
     claimed, half_width = not np.isnan(found['claim']), found['half_width']
     if claimed and row['published']['recipe'] == 'assumed': notes.append('assumed recipe')
     if not claimed and not np.isnan(half_width): notes.append(f'± {100 * half_width:.1f} points')
     if found['n_runs'] < found['n_wanted']: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
-    words = f'{found["verdict"]} ({", ".join(notes)})' if notes else found['verdict']
-    return f'{words}; with the diverged runs at chance: {found["at_chance"]}' if found['at_chance'] else words
+    words = [[found['verdict'], f'({", ".join(notes)})'] if notes else [found['verdict']]]
+    if found['at_chance']: words.append(['with the diverged runs at chance:', found['at_chance']])
+    return words
 
 
 def holm(row):
     "Returns '0.041 (0.12)', P and Holm's P; '' without a test, or where the pair is not one that is tested."
+    return ' '.join(holm_parts(row))
+
+
+def holm_parts(row):
+    "Returns the text of `holm` as parts."
     test = row['difference']
-    return '' if np.isnan(test['p']) or not row['tested'] else f'{test["p"]:.2g} ({test["holm_p"]:.2g})'
+    if np.isnan(test['p']) or not row['tested']: return []
+    return [f'{test["p"]:.2g}', f'({test["holm_p"]:.2g})']
 
 
 # --- tables ---
@@ -169,20 +200,19 @@ def _cells(row, title):
     "Returns a row as the texts under HEAD."
     said, ours, test = row['published'], row['ours'], row['difference']
     permutation_p = '' if np.isnan(test['permutation_p']) or not row['tested'] else f'{test["permutation_p"]:.2g}'
-    return [title, arms(row), percent(said['base']), percent(said['arm']), published(row), percent(ours['base']),
-            percent(ours['arm']), '<br>'.join(changes(row)), method(test), holm(row), permutation_p, verdict(row)]
+    return [title, arms(row), percent(said['base']), percent(said['arm']), ' '.join(published(row)),
+            percent(ours['base']), percent(ours['arm']), '<br>'.join(changes(row)), method(test), holm(row),
+            permutation_p, verdict(row)]
 
 
 def brief_markdown(rows):
-    "Returns `gaps` as a Markdown table of few columns, for a page that is read."
-    return _markdown(BRIEF, [_brief_cells(row, title) for row, title in zip(rows, titles(rows))], numbers=range(2, 6))
-
-
-def _brief_cells(row, title):
-    "Returns a row as the texts under BRIEF."
-    said = both(row['published'])
-    words = ', '.join([said, published(row)]) if published(row) else said
-    return [title, arms(row), words, both(row['ours']), '<br>'.join(changes(row)), holm(row), verdict(row)]
+    "Returns `gaps` as a Markdown table for readers: of each row only the runs and the change that decide its verdict."
+    lines = []
+    for row, title in zip(rows, titles(rows)):
+        said = '<br>'.join(' '.join(parts) for parts in (both(row['published']), published(row)) if parts)
+        ours = f'{" → ".join(mean(row["ours"][side]) for side in SIDES)} ({n_runs(row["ours"])})'
+        lines.append([title, arms(row), said, ours, change(row['difference']), holm(row), verdict(row)])
+    return _markdown(BRIEF, lines, numbers=range(2, 6))
 
 
 def plain_markdown(frame):
@@ -196,15 +226,14 @@ def _markdown(head, lines, numbers=()):
 
 
 def text(rows, details=False, indent=0):
-    "Returns `gaps` as tables for a terminal, at most WIDTH columns wide; `details` adds the tests of each row."
+    "Returns `gaps` as tables for a terminal, at most TERMINAL characters wide; `details` adds the tests of each row."
     if not rows: return ' ' * indent + ONE_ARM
     groups = {}  # title: its rows
     for row, title in zip(rows, titles(rows)): groups.setdefault(title, []).append(row)
     lines = []
     for title, group in groups.items():
-        lines += [title, *_table(group, WIDTH - indent)]
-        tests = [f'{arms(row)}: {", ".join(_tests(row))}' for row in group if holm(row)]
-        if details: lines += [line for words in tests for line in wrap(words, WIDTH - indent, subsequent_indent='    ')]
+        lines += [title, *_table(group, TERMINAL - indent)]
+        if details: lines += _details(group, TERMINAL - indent)
     return '\n'.join(' ' * indent + line for line in lines)
 
 
@@ -212,17 +241,23 @@ def _table(rows, width):
     "Returns the lines of a table of rows that have one title."
     table = Table(*BRIEF[1:], box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style='')
     table.columns[0].no_wrap = True
-    for row in rows: table.add_row(*map(_broken, _brief_cells(row, '')[1:]))
+    for row in rows: table.add_row(*_cells_of_lines(row))
     console = Console(width=width, file=StringIO(), markup=False, color_system=None)
     console.print(table)
     return [line.rstrip() for line in console.file.getvalue().splitlines()]
 
 
-def _broken(cell):
-    "Returns a cell with its parts on lines of their own, so that a part stays together where it can."
-    for part, broken in (('<br>', '\n'), (' (', '\n('), ('), ', ')\n'), (': ', ':\n')):
-        cell = cell.replace(part, broken)
-    return cell
+def _cells_of_lines(row):
+    "Returns a row as the texts under BRIEF but for the title, each part on a line of its own."
+    cells = [[arms(row)], both(row['published']) + published(row), both(row['ours']), chain(*change_parts(row)),
+             holm_parts(row), chain(*verdict_parts(row))]
+    return ['\n'.join(parts) for parts in cells]
+
+
+def _details(rows, width):
+    "Returns what the tests of the rows say, in lines."
+    words = [f'{arms(row)}: {", ".join(_tests(row))}' for row in rows if holm(row)]
+    return [line for text in words for line in wrap(text, width, subsequent_indent='    ')]
 
 
 def _tests(row):
@@ -257,20 +292,22 @@ def images_share(arm):
     return f'{share:.0%} [{low:.0%}, {high:.0%}] of {n} runs'
 
 
-def frame(rows):
+def frame(rows, leave_out=()):
     """Returns `gaps` as a frame with one column per number, for a CSV: ours_base_mean of row['ours']['base']['mean'].
 
-    A name is not repeated: row['difference']['difference'] is the column `difference`.
+    A name is not repeated: row['difference']['difference'] is the column `difference`. Parts of a row with a name in
+    `leave_out` have no column.
     """
-    return pd.DataFrame([_flat({key: row[key] for key in row if key != 'pairs'}) for row in rows])
+    return pd.DataFrame([_flat(row, {'pairs', *leave_out}) for row in rows])
 
 
-def _flat(nested, path=()):
+def _flat(nested, leave_out, path=()):
     "Returns {'ours_base_mean': value} of a nested dict."
     flat = {}
     for key, value in nested.items():
+        if key in leave_out: continue
         names = path if path[-1:] == (key,) else (*path, key)
-        flat |= _flat(value, names) if isinstance(value, dict) else {'_'.join(names): value}
+        flat |= _flat(value, leave_out, names) if isinstance(value, dict) else {'_'.join(names): value}
     return flat
 
 

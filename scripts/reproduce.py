@@ -104,7 +104,7 @@ def listing(results):
 def print_wrapped(text, indent=0):
     "Prints a text in lines of the width of the tables."
     margin = ' ' * indent
-    lines = wrap(text, tables.WIDTH, initial_indent=margin, subsequent_indent=margin + '  ', break_on_hyphens=False)
+    lines = wrap(text, tables.TERMINAL, initial_indent=margin, subsequent_indent=margin + '  ', break_on_hyphens=False)
     for line in lines: print(line)
 
 

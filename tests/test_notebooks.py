@@ -14,7 +14,7 @@ from report import compare, layer_cost, tables
 from report import published as record
 
 SHOWN = {  # notebook: (the record it shows, a text that has to be in it)
-    'results.ipynb': ('results/runs.csv', lambda: tables.markdown(compare.shown(
+    'results.ipynb': ('results/runs.csv', lambda: tables.markdown(compare.for_readers(
         compare.gaps(EXPERIMENTS, runlog.load(), record.load_published())))),
     'layer_cost.ipynb': ('results/benchmarks/cost.csv', lambda: layer_cost.softmax_verdict(layer_cost.load_cost())),
 }
