@@ -73,7 +73,8 @@ def parse(argv):
     return args
 
 
-def work(argv):
+def make_report(argv):
+    "Does what the command line asks for."
     args = parse(argv)
     file = args.results / 'runs.csv'
     runs, published = runlog.load(file), load_published()
@@ -87,7 +88,7 @@ def work(argv):
     print(tables.text(begun) if begun else f'{len(runs)} runs, but none of two arms to compare')
 
 
-def main(argv=None): return exit_code('report', lambda: work(argv))
+def main(argv=None): return exit_code('report', lambda: make_report(argv))
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -3,7 +3,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 LETTERS = 'ABCDEFGH'  # of the positions
-MARKS, STYLES = 'os^Dv<>', ['-', '--', ':', '-.']  # of the curves: they can be told apart without colour
+MARKS, STYLES = 'os^Dv<>', ['-', '--', ':', '-.']  # of the curves: they differ without colour, too
 
 
 def attention(pixels, looked, i, positions, toward=False, title=''):
@@ -33,6 +33,7 @@ def attention(pixels, looked, i, positions, toward=False, title=''):
 
 
 def words(letter, softmax, toward):
+    "Returns the title of the map of a position."
     if softmax: return f'what {letter} attends to'
     return f'what the others count for {letter}' if toward else f'what {letter} counts for the others'
 
@@ -46,6 +47,7 @@ def influence_of(looked, i, position, toward):
 
 
 def show_image(ax, pixels, side, positions):
+    "Draws the image with the letters of the positions."
     ax.imshow(pixels)
     for letter, position in zip(LETTERS, positions): mark(ax, pixels, side, position, letter)
 
@@ -62,9 +64,9 @@ def show_map(fig, ax, pixels, values, softmax):
     height, width = pixels.shape[:2]
     ax.imshow(pixels.mean(2), cmap='gray', vmin=0, vmax=255)
     most = np.abs(values).max() or 1.
-    shown = ax.imshow(values, cmap='Reds' if softmax else 'RdBu_r', vmin=0 if softmax else -most, vmax=most, alpha=0.65,
+    drawn = ax.imshow(values, cmap='Reds' if softmax else 'RdBu_r', vmin=0 if softmax else -most, vmax=most, alpha=0.65,
                       extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
-    bar = fig.colorbar(shown, ax=ax, shrink=0.7, pad=0.02)
+    bar = fig.colorbar(drawn, ax=ax, shrink=0.7, pad=0.02)
     bar.ax.tick_params(labelsize=6)
     bar.ax.locator_params(nbins=4)
     bar.outline.set_linewidth(0.4)

@@ -6,6 +6,7 @@ arms            {arm: the Config as a dict}, their order that of the runs
 contrasts       [[base, arm]]: what is compared, named before the first run
 seed0, runs     the runs of each arm have the seeds seed0 to seed0+runs-1
 until           points: the trial goes on until each difference is known to so many; None: it ends after `runs`
+equal_time      {arm: the arm that it is with fewer epochs}: at the run time of the fastest arm
 costs           {arm: parameters and multiply_adds of its layers, and what training.timing.measure_steps measured}
 recorded        {arm: runs that were recorded before the plan was saved}
 changes         [dict(saved, arms, runs, until, recorded)]: how the plan was before it was changed, and when
@@ -22,23 +23,24 @@ from experiments import SETTINGS, Config, Experiment, setting
 from report import compare, figures, stats, tables
 from report.published import load_published
 
-EQUAL_TIME = ' in '  # 'MyLayer in 4 epochs' is the arm MyLayer at the run time of the fastest arm
-
-
 # --- the plan ---
 
-def path(results, name): return results / 'trials' / f'{name}.json'
+def path(results, name):
+    "Returns where the plan of that name is kept."
+    return results / 'trials' / f'{name}.json'
 
 
 def load(results, name):
     "Returns the plan of that name, or None."
     file = path(results, name)
     if not file.exists(): return None
-    try: return json.loads(file.read_text(encoding='utf-8'))
+    try: plan = json.loads(file.read_text(encoding='utf-8'))
     except ValueError as e: raise UsageError(f'{file}: not a plan ({e}); mend or move it') from None
+    return dict(equal_time={}) | plan
 
 
 def save(plan, results):
+    "Writes a plan."
     with runlog.replacing(path(results, plan['name'])) as f: json.dump(plan, f, indent=1, ensure_ascii=False)
 
 
@@ -63,7 +65,7 @@ def check_same(plan, layer, arms, results):
 
 
 def seeds(plan, runs):
-    "Returns the seeds that count: the planned ones; with `until` all from the first one on that the layer has."
+    "Returns the seeds that count: those planned, and with `until` also every later one up to the layer's last run."
     first, last = plan['seed0'], plan['seed0'] + plan['runs'] - 1
     if plan['until']:
         on_trial = experiment(plan).arms[plan['contrasts'][0][1]]
@@ -111,9 +113,9 @@ def more(until):
 
 def special(cfg):
     "Returns what else of the settings is not the default, in words."
-    told = {'dataset', 'split', 'size', 'arch', 'epochs', 'bs', 'opt', 'lr', 'schedule', 'precision', 'source',
+    said = {'dataset', 'split', 'size', 'arch', 'epochs', 'bs', 'opt', 'lr', 'schedule', 'precision', 'source',
             'attention', 'attention_source', 'sa_at'}
-    rest = [name for name in SETTINGS if name not in told and getattr(cfg, name) != getattr(Config, name)]
+    rest = [name for name in SETTINGS if name not in said and getattr(cfg, name) != getattr(Config, name)]
     return ''.join(f', {name} {getattr(cfg, name)}' for name in rest)
 
 
@@ -122,18 +124,19 @@ def gaps(plan, runs, results):
     return compare.gaps({f'trial {plan["name"]}': experiment(plan)}, runs_of(plan, runs), load_published(), results)
 
 
-def conclusion(row):
-    "Returns a sentence on a row of `gaps`: the difference, its interval, the verdict."
-    what, words = f'**{row["arm"]}** against {row["base"]}', tables.verdict(row)
+def conclusion(row, bold='**'):
+    "Returns a sentence on a row of `gaps`: the arm (in Markdown: bold), the difference, its interval, the verdict."
+    what = f'{bold}{row["arm"]}{bold} against {row["base"]}'
+    words = tables.verdict(row)
     if not compare.has_runs(row): return f'{what}: {words}.'
-    p, method = tables.holm(row), tables.method(row['difference'])
-    test = f', P (Holm) {p}, {method}' if p else ''
+    p = tables.holm(row)
+    test = f', P (Holm) {p}, {tables.method(row["difference"])}' if p else ''
     return f'{what}: {"; ".join(tables.changes(row))} points{test}: {words}.'
 
 
 def text(plan, runs, results):
     "Returns the conclusions for a terminal."
-    return '\n'.join(conclusion(row).replace('**', '') for row in gaps(plan, runs, results))
+    return '\n'.join(conclusion(row, bold='') for row in gaps(plan, runs, results))
 
 
 HEAD = ['arm', 'parameters of the layer', 'multiply-adds an image', 'step (ms)', 'step / none [quartiles]',
@@ -172,12 +175,11 @@ def equal_time_text(plan):
     "Returns what the arms of equal run time are, in Markdown, or how to get them."
     steps = step_ratios(plan)
     fastest = min(steps, key=steps.get)
-    slower = [arm for arm in steps if EQUAL_TIME in arm]
-    if not slower:
+    if not plan['equal_time']:
         return f'Not part of the plan: `--equal-time` adds it. The arm with the fastest step is {fastest}.'
     epochs = {arm: Config(**plan['arms'][arm]).epochs for arm in steps}
     lines = [f'{fastest} has the fastest step. A slower arm has as many epochs as fit in the same time, rounded:', '']
-    for arm in slower:
+    for arm in plan['equal_time']:
         share = steps[arm] * epochs[arm] / (steps[fastest] * epochs[fastest])
         lines.append(f'- {arm}: {share:.0%} of the time of {fastest} in {epochs[fastest]} epochs.')
     return '\n'.join(lines)
@@ -202,7 +204,7 @@ Holm's correction. The runs are {n_runs} rows of `runs.csv`, on {devices}."""
 def page(plan, runs, results):
     "Returns the page of a trial in Markdown."
     rows, counted = gaps(plan, runs, results), runs_of(plan, runs)
-    equal_time = [row for row in rows if EQUAL_TIME in row['arm'] + row['base']]
+    equal_time = [row for row in rows if {row['arm'], row['base']} & plan['equal_time'].keys()]
     devices = sorted(set(counted.device[counted.status == 'ok']) - {''})
     words = dict(n_pairs=len(rows), n_runs=len(counted), devices='; '.join(devices) or 'no machine yet')
     def lines(rows): return '\n'.join(f'- {conclusion(row)}' for row in rows)
@@ -246,15 +248,18 @@ def add_equal_time(plan):
 
     Raises UsageError where no arm is slow enough to lose an epoch.
     """
-    steps, at_time = step_ratios(plan), {}
+    steps = step_ratios(plan)
     fastest = min(steps, key=steps.get)
+    at_time = {}  # arm: the arm that is trained for as long as the fastest
     for arm in steps:
         epochs = Config(**plan['arms'][arm]).epochs
         fewer = max(1, round(epochs * steps[fastest] / steps[arm]))
-        at_time[arm] = arm if fewer == epochs else f'{arm}{EQUAL_TIME}{fewer} epochs'
+        at_time[arm] = arm
         if fewer == epochs: continue
-        plan['arms'][at_time[arm]] = plan['arms'][arm] | dict(epochs=fewer)
-        plan['costs'][at_time[arm]] = plan['costs'][arm]
+        at_time[arm] = shorter = f'{arm} in {fewer} epochs'
+        plan['arms'][shorter] = plan['arms'][arm] | dict(epochs=fewer)
+        plan['costs'][shorter] = plan['costs'][arm]
+        plan['equal_time'][shorter] = arm
     pairs = [[at_time[base], at_time[arm]] for base, arm in plan['contrasts']]
     pairs = [pair for pair in pairs if pair not in plan['contrasts']]
     if not pairs:
@@ -266,7 +271,7 @@ def add_equal_time(plan):
 
 
 def changed(before, after, recorded):
-    "Returns the plan `after`; that it was another, and after how many runs it was changed, is kept in it."
+    "Returns the plan `after`; where it asks for something else than `before`, with one more entry in `changes`."
     def asked(plan): return dict(arms=list(plan['arms']), runs=plan['runs'], until=plan['until'])
     if asked(before) == asked(after): return after
     change = dict(saved=runlog.timestamp(), **asked(before), recorded=recorded)

@@ -36,6 +36,7 @@ def position(text):
 
 
 def parse(argv):
+    "Returns the arguments of a command line; raises UsageError on a mistake."
     ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     ap.add_argument('model', type=Path, help='a file that train_imagenette.py --save wrote')
     ap.add_argument('images', type=Path, nargs='+', help='image files')
@@ -51,7 +52,8 @@ def parse(argv):
     return args
 
 
-def work(argv):
+def draw_maps(argv):
+    "Does what the command line asks for."
     args = parse(argv)
     from training import maps, run  # torch and fastai take seconds: not before the command line is known to be good
     saved = run.read_model(args.model)
@@ -64,11 +66,16 @@ def work(argv):
         for i, file in enumerate(args.images):
             figure = drawn.attention(pixels, layer, i, places(args.at, layer['side']), args.toward, file.stem)
             save(figure, args.out / (file.stem + (f'-{name}' if len(looked) > 1 else '')))
+    draw_epochs(saved, args)
+
+
+def draw_epochs(saved, args):
+    "Draws what the layers add after each epoch, where the curve of the model's run has it."
     curve = runlog.curve_file(saved.get('run_id', ''), args.results)
     if not curve.exists(): return
     epochs = pd.read_csv(curve)
-    if 'branch_ratio' in epochs and epochs.branch_ratio.notna().any():
-        save(drawn.branch({saved['config']['attention']: epochs}), args.out / 'epochs')
+    if 'branch_ratio' not in epochs or epochs.branch_ratio.isna().all(): return
+    save(drawn.branch({saved['config']['attention']: epochs}), args.out / 'epochs')
 
 
 def chosen(looked, args):
@@ -87,11 +94,12 @@ def places(parts, side):
 
 
 def save(figure, path):
+    "Writes a figure and prints where it is."
     figures.save(figure, path)
     print(f'-> {path}.png')
 
 
-def main(argv=None): return exit_code('attention_maps.py', lambda: work(argv))
+def main(argv=None): return exit_code('attention_maps.py', lambda: draw_maps(argv))
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -66,6 +66,7 @@ def parse(argv):
 
 
 def default_name(arm, cfg):
+    "Returns the name of a trial that is given none."
     source = f'-{cfg.attention_source[:6]}' if cfg.attention_source else ''
     return f'{arm.rpartition(":")[2]}{source}-{cfg.dataset}-{cfg.size}px-{cfg.epochs}ep'
 
@@ -78,7 +79,8 @@ def settled(runs, arms):
 def make_plan(args, runs, arms, arm):
     "Returns the plan of a new trial, with the costs of its arms measured."
     from training.machine import device_name, get_device
-    digest, arms = runs.settled(arms[arm])[1], settled(runs, arms)
+    _, digest = runs.settled(arms[arm])
+    arms = settled(runs, arms)
     cfg = arms[arm]
     device = runs.device if args.ray is None else get_device()
     plan = dict(
@@ -88,7 +90,7 @@ def make_plan(args, runs, arms, arm):
         arms={name: asdict(cfg) for name, cfg in arms.items()},
         contrasts=[[base, arm] for base in ('none', 'conv') if base != arm],
         seed0=args.seed0, runs=args.runs or RUNS, until=args.until,
-        costs=measure(arms, arm, device, threads=1 if args.jobs > 1 else None), changes=[])
+        costs=measure(arms, arm, device, threads=1 if args.jobs > 1 else None), equal_time={}, changes=[])
     if args.equal_time: trial.add_equal_time(plan)
     return plan | dict(recorded=recorded(plan, runs.record()))
 
@@ -100,7 +102,8 @@ def measure(arms, arm, device, threads):
         peer = f'fastai.layers:{timing.PEERS[arm].__name__}'
         arms = arms | {f"fastai's {arm}": replace(arms[arm], attention=peer)}
     print(f'measuring a training step of {", ".join(arms)} ...', flush=True)
-    steps, costs = timing.measure_steps(arms, device, threads), {}
+    steps = timing.measure_steps(arms, device, threads)
+    costs = {}
     for name, cfg in arms.items():
         cost = layer.cost(cfg, device)
         costs[name] = dict(parameters=cost['attention_parameters'], multiply_adds=cost['attention_multiply_adds'])
@@ -121,13 +124,15 @@ def the_plan(args, runs, arms, arm):
     if args.seed0 not in (0, before['seed0']):
         raise UsageError(f'--seed0 {args.seed0}: the plan begins with seed {before["seed0"]}; give another --name')
     plan = deepcopy(before) | dict(runs=args.runs or before['runs'], until=args.until or before['until'])
-    for name, planned in plan['arms'].items():  # where files are, and how fast it goes, may be another today
-        plan['arms'][name] = asdict(arms[name.partition(trial.EQUAL_TIME)[0]]) | dict(epochs=planned['epochs'])
-    if args.equal_time and not any(trial.EQUAL_TIME in name for name in plan['arms']): trial.add_equal_time(plan)
+    for name, planned in plan['arms'].items():  # where files are, and what only makes runs faster, can differ today
+        cfg = arms[plan['equal_time'].get(name, name)]
+        plan['arms'][name] = asdict(cfg) | dict(epochs=planned['epochs'])
+    if args.equal_time and not plan['equal_time']: trial.add_equal_time(plan)
     return trial.changed(before, plan, recorded(before, runs.record()))
 
 
-def work(argv):
+def put_on_trial(argv):
+    "Does what the command line asks for; returns the exit code."
     args, arms, arm = parse(argv)
     runs = loop.Loop(None, args, 'trial.py')
     check_layer(runs, arms[arm])
@@ -165,7 +170,7 @@ def dry_run(args, runs, arms):
     print(f'{len(todo)} runs to do, {len(planned_runs(exp)) - len(todo)} recorded')
 
 
-def main(argv=None): return exit_code('trial.py', lambda: work(argv))
+def main(argv=None): return exit_code('trial.py', lambda: put_on_trial(argv))
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -1,4 +1,4 @@
-"""What an attention layer looks at: the maps against the layers themselves, the figures, the command."""
+"""What an attention layer looks at: the maps against the layers themselves, their figures, the command."""
 import numpy as np
 import pandas as pd
 import pytest
@@ -123,13 +123,6 @@ def test_a_layer_that_works_in_place_is_measured_too():
 
 # --- the figures ---
 
-def test_the_map_of_a_position_is_its_row_or_its_column():
-    scores = np.arange(36.).reshape(1, 6, 6)
-    looked = dict(side=(2, 3), influence=scores)
-    assert drawn.influence_of(looked, 0, (1, 0), toward=False).tolist() == scores[0, 3].reshape(2, 3).tolist()
-    assert drawn.influence_of(looked, 0, (1, 0), toward=True).tolist() == scores[0, :, 3].reshape(2, 3).tolist()
-
-
 @pytest.mark.parametrize('attention, maps_drawn', [('simple', 3), ('sagan', 3), ('conv', 0)])
 def test_a_figure_has_the_image_a_map_a_position_and_the_eigenvectors(attention, maps_drawn):
     model, batch = network(attention), torch.randn(2, 3, 32, 32)
@@ -141,12 +134,6 @@ def test_a_figure_has_the_image_a_map_a_position_and_the_eigenvectors(attention,
     words = 'attends to' if attention == 'sagan' else 'counts for the others'
     assert sum(words in title for title in titles) == maps_drawn
     assert sum(bool(ax.images) for ax in fig.axes) >= 1 + maps_drawn + 3
-
-
-def test_the_size_of_the_branch_is_drawn_in_percent():
-    curve = pd.DataFrame(dict(epoch=[1, 2], branch_ratio=[0.01, 0.25]))
-    (line,) = drawn.branch(dict(simple=curve)).axes[0].lines
-    assert line.get_ydata().tolist() == [1., 25.]
 
 
 # --- the command ---
