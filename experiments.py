@@ -367,13 +367,7 @@ def planned_runs(exp, seed0=0):
             if turn < exp.wanted(arm)]
 
 
-# The leaderboard's recipe: fastai's script of January 2020 with the flags of fastai/imagenette 2020-01-train.md.
-# That page says that runs of 80 and 200 epochs had mixup, but not its alpha: 0.2 is that of the leaderboard of 2019.
-BOARD = Config(split='v2', lr=8e-3, opt='ranger', mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish',
-               pool='max', stem='32-32-64')
-ON_BOARD = ('python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-            ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64')
-EVERY_RECORD = 'Every record of the leaderboard has the layer: what is it worth?'
+# What the recipes of some records of the leaderboard have that is not here.
 BLURRED = 'MaxBlurPool of kornia in place of every MaxPool (ducha-aiki/imagewoofv2-fastv2-maxpoolblur)'
 BLURRED_BS32 = ('MaxBlurPool of kornia in place of every MaxPool, and training images without the random resized crop'
                 ' (radekosmulski/imagenette-LB-entry)')
@@ -691,12 +685,17 @@ EXPERIMENTS = {
         hours=0.14,
     ),
 
-    # the 24 records of fastai/imagenette, split v2, with the layer and without it
+    # The 24 records of fastai/imagenette, split v2, with the layer and without it: fastai's script of January 2020 with
+    # the flags of fastai/imagenette 2020-01-train.md. That page says that runs of 80 and 200 epochs had mixup, but not
+    # its alpha: 0.2 is that of the leaderboard of 2019.
     'board-nette-128-5': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 128 --source 320 --epochs 5 --bs 32 --sa',
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 128 --source 320 --epochs 5'
+                ' --bs 32 --sa',
         arms=attentions(
-            replace(BOARD, dataset='imagenette', size=128, source='320', epochs=5, bs=32),
+            Config(dataset='imagenette', split='v2', size=128, source='320', epochs=5, bs=32, lr=8e-3, opt='ranger',
+                   mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
         record=(87.43, 5),
@@ -704,125 +703,183 @@ EXPERIMENTS = {
         hours=0.28,
     ),
     'board-nette-128-20': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 128 --source 320 --epochs 20 --sa',
-        arms=attentions(replace(BOARD, dataset='imagenette', size=128, source='320', epochs=20), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 128 --source 320 --epochs 20 --sa',
+        arms=attentions(
+            Config(dataset='imagenette', split='v2', size=128, source='320', epochs=20, lr=8e-3, opt='ranger',
+                   mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(91.57, 5),
         needs=BLURRED,
         hours=1.1,
     ),
     'board-nette-128-80': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 128 --source 320 --epochs 80 --mixup 0.2 --sa',
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 128 --source 320 --epochs 80'
+                ' --mixup 0.2 --sa',
         arms=attentions(
-            replace(BOARD, dataset='imagenette', size=128, source='320', epochs=80, mixup=0.2),
+            Config(dataset='imagenette', split='v2', size=128, source='320', epochs=80, lr=8e-3, opt='ranger',
+                   mom=0.95, schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max',
+                   stem='32-32-64'),
             'none', 'simple'),
         runs=5,
         record=(93.55, 1),
         hours=4.5,
     ),
     'board-nette-128-200': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 128 --source 320 --epochs 200 --mixup 0.2 --sa',
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 128 --source 320 --epochs 200'
+                ' --mixup 0.2 --sa',
         arms=attentions(
-            replace(BOARD, dataset='imagenette', size=128, source='320', epochs=200, mixup=0.2),
+            Config(dataset='imagenette', split='v2', size=128, source='320', epochs=200, lr=8e-3, opt='ranger',
+                   mom=0.95, schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max',
+                   stem='32-32-64'),
             'none', 'simple'),
         runs=5,
         record=(94.24, 1),
         hours=11,
     ),
     'board-nette-192-5': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 192 --epochs 5 --sa',
-        arms=attentions(replace(BOARD, dataset='imagenette', size=192, epochs=5), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 192 --epochs 5 --sa',
+        arms=attentions(
+            Config(dataset='imagenette', split='v2', size=192, epochs=5, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(86.76, 5),
         needs=BLURRED,
         hours=0.63,
     ),
     'board-nette-192-20': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 192 --epochs 20 --sa',
-        arms=attentions(replace(BOARD, dataset='imagenette', size=192, epochs=20), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 192 --epochs 20 --sa',
+        arms=attentions(
+            Config(dataset='imagenette', split='v2', size=192, epochs=20, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(92.5, 5),
         needs=BLURRED,
         hours=2.5,
     ),
     'board-nette-192-80': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 192 --epochs 80 --mixup 0.2 --sa',
-        arms=attentions(replace(BOARD, dataset='imagenette', size=192, epochs=80, mixup=0.2), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 192 --epochs 80 --mixup 0.2 --sa',
+        arms=attentions(
+            Config(dataset='imagenette', split='v2', size=192, epochs=80, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(94.5, 1),
         hours=10,
     ),
     'board-nette-192-200': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 192 --epochs 200 --mixup 0.2 --sa',
-        arms=attentions(replace(BOARD, dataset='imagenette', size=192, epochs=200, mixup=0.2), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 192 --epochs 200 --mixup 0.2 --sa',
+        arms=attentions(
+            Config(dataset='imagenette', split='v2', size=192, epochs=200, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(95.03, 1),
         hours=25,
     ),
     'board-nette-256-5': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 256 --epochs 5 --sa',
-        arms=attentions(replace(BOARD, dataset='imagenette', size=256, epochs=5), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 256 --epochs 5 --sa',
+        arms=attentions(
+            Config(dataset='imagenette', split='v2', size=256, epochs=5, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(86.85, 5),
         needs=BLURRED,
         hours=1.1,
     ),
     'board-nette-256-20': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 256 --epochs 20 --sa',
-        arms=attentions(replace(BOARD, dataset='imagenette', size=256, epochs=20), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 256 --epochs 20 --sa',
+        arms=attentions(
+            Config(dataset='imagenette', split='v2', size=256, epochs=20, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(93.53, 5),
         needs=BLURRED,
         hours=4.5,
     ),
     'board-nette-256-80': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 256 --epochs 80 --mixup 0.2 --sa',
-        arms=attentions(replace(BOARD, dataset='imagenette', size=256, epochs=80, mixup=0.2), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 256 --epochs 80 --mixup 0.2 --sa',
+        arms=attentions(
+            Config(dataset='imagenette', split='v2', size=256, epochs=80, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(94.9, 1),
         hours=18,
     ),
     'board-nette-256-200': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --size 256 --epochs 200 --mixup 0.2 --sa',
-        arms=attentions(replace(BOARD, dataset='imagenette', size=256, epochs=200, mixup=0.2), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 256 --epochs 200 --mixup 0.2 --sa',
+        arms=attentions(
+            Config(dataset='imagenette', split='v2', size=256, epochs=200, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(95.11, 1),
         hours=45,
     ),
     'board-woof-128-5': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 128 --source 320 --epochs 5 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=128, source='320', epochs=5), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320 --epochs 5'
+                ' --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=5, lr=8e-3, opt='ranger',
+                   mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(76.61, 5),
         needs=SEPARABLE,
         hours=0.27,
     ),
     'board-woof-128-20': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 128 --source 320 --epochs 20 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=128, source='320', epochs=20), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320'
+                ' --epochs 20 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=20, lr=8e-3, opt='ranger',
+                   mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(86.27, 5),
         needs=SEPARABLE,
         hours=1.1,
     ),
     'board-woof-128-80': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 128 --source 320 --epochs 80 --mixup 0.2 --sa',
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320'
+                ' --epochs 80 --mixup 0.2 --sa',
         arms=attentions(
-            replace(BOARD, dataset='imagewoof', size=128, source='320', epochs=80, mixup=0.2),
+            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=80, lr=8e-3, opt='ranger',
+                   mom=0.95, schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max',
+                   stem='32-32-64'),
             'none', 'simple'),
         runs=5,
         record=(87.83, 1),
@@ -830,85 +887,124 @@ EXPERIMENTS = {
         hours=4.3,
     ),
     'board-woof-128-200': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 128 --source 320 --epochs 200 --mixup 0.2 --sa',
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320'
+                ' --epochs 200 --mixup 0.2 --sa',
         arms=attentions(
-            replace(BOARD, dataset='imagewoof', size=128, source='320', epochs=200, mixup=0.2),
+            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=200, lr=8e-3, opt='ranger',
+                   mom=0.95, schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max',
+                   stem='32-32-64'),
             'none', 'simple'),
         runs=5,
         record=(87.2, 1),
         hours=11,
     ),
     'board-woof-192-5': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 192 --epochs 5 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=192, epochs=5), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 5 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=192, epochs=5, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(81.15, 5),
         needs=SEPARABLE,
         hours=0.61,
     ),
     'board-woof-192-20': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 192 --epochs 20 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=192, epochs=20), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 20 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=192, epochs=20, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(88.37, 5),
         needs=SEPARABLE,
         hours=2.4,
     ),
     'board-woof-192-80': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 192 --epochs 80 --mixup 0.2 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=192, epochs=80, mixup=0.2), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 80 --mixup 0.2'
+                ' --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=192, epochs=80, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(90.3, 1),
         needs=SEPARABLE,
         hours=9.7,
     ),
     'board-woof-192-200': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 192 --epochs 200 --mixup 0.2 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=192, epochs=200, mixup=0.2), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 200'
+                ' --mixup 0.2 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=192, epochs=200, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(89.54, 1),
         hours=24,
     ),
     'board-woof-256-5': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 256 --epochs 5 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=256, epochs=5), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 5 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=256, epochs=5, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(78.84, 5),
         needs=TRICK,
         hours=1.1,
     ),
     'board-woof-256-20': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 256 --epochs 20 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=256, epochs=20), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 20 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=256, epochs=20, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(88.58, 5),
         needs=TRICK,
         hours=4.3,
     ),
     'board-woof-256-80': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 256 --epochs 80 --mixup 0.2 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=256, epochs=80, mixup=0.2), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 80 --mixup 0.2'
+                ' --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=256, epochs=80, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(90.48, 1),
         hours=17,
     ),
     'board-woof-256-200': Experiment(
-        claim=EVERY_RECORD,
-        command=f'{ON_BOARD} --woof --size 256 --epochs 200 --mixup 0.2 --sa',
-        arms=attentions(replace(BOARD, dataset='imagewoof', size=256, epochs=200, mixup=0.2), 'none', 'simple'),
+        claim='Every record of the leaderboard has the layer: what is it worth?',
+        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 200'
+                ' --mixup 0.2 --sa',
+        arms=attentions(
+            Config(dataset='imagewoof', split='v2', size=256, epochs=200, lr=8e-3, opt='ranger', mom=0.95,
+                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
+            'none', 'simple'),
         runs=5,
         record=(90.38, 1),
         hours=43,
     ),
-
 
     # the digits of scikit-learn, which need no download
     'digits': Experiment(
