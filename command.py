@@ -1,4 +1,4 @@
-"""Has what all commands share: mistakes in one line, exit codes, and the end by a signal.
+"""Has what all commands share: mistakes in one line, the flags of a run, exit codes, and the end by a signal.
 
 It imports nothing else of this repository.
 """
@@ -8,9 +8,10 @@ import os
 import signal
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import lru_cache
+from pathlib import Path
 
 
 class UsageError(Exception):
@@ -62,6 +63,23 @@ class Parser(argparse.ArgumentParser):
         flag, equals, value = arg.partition('=')
         with_hyphens = flag.replace('_', '-')
         return with_hyphens + equals + value if with_hyphens in self._option_string_actions else arg
+
+
+def add_run_flags(ap):
+    "Adds the flags of the commands that train: where, and what is kept."
+    ap.add_argument('--gpu', type=int, metavar='N', help='GPU, of CUDA or of a Mac (default: the first, or the CPU)')
+    ap.add_argument('--results', type=Path, default=Path(__file__).parent / 'results', metavar='DIR',
+                    help='results directory')
+    ap.add_argument('--checkpoint-every', type=int, metavar='N',
+                    help='epochs between checkpoints (default 1; none in runs under a minute)')
+    ap.add_argument('--no-checkpoint', dest='checkpoint_every', action='store_const', const=0,
+                    help='keep no checkpoints')
+
+
+def check_run_flags(args):
+    "Raises UsageError on values of the flags of `add_run_flags` that are not possible."
+    if (args.checkpoint_every or 0) < 0:
+        raise UsageError(f'--checkpoint-every {args.checkpoint_every}: must be at least 1 (0: none)')
 
 
 def is_local_rank_0():
@@ -158,21 +176,28 @@ def shown(path):
     except ValueError: return str(path)
 
 
-def print_anything():
-    "Lets no output fail by its encoding: what a terminal or a log has no letter for is printed as its number, \\u2192."
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='backslashreplace')
+@contextmanager
+def printable():
+    """Lets no output of the block fail by its encoding.
+
+    What a terminal or a log has no letter for is printed as its number, \\u2192.
+    """
+    streams = [(stream, stream.errors) for stream in (sys.stdout, sys.stderr) if hasattr(stream, 'reconfigure')]
+    for stream, _ in streams: stream.reconfigure(errors='backslashreplace')
+    try: yield
+    finally:
+        for stream, errors in streams:
+            with suppress(OSError, ValueError): stream.reconfigure(errors=errors)  # its reader may be gone
 
 
 def exit_code(program, work):
-    """Returns the exit code of work(), a whole command; puts back the signal handlers that it sets.
+    """Returns the exit code of work(), a whole command; puts back what it sets of signal handlers and of streams.
 
     The code is 0 when all is done, 1 after a fault, and 2 after a mistake of the user. After a signal it is 130
     (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP) or 138 (SIGUSR1), and after a closed pipe 141. A mistake, the death of a
     loader process and a lack of memory are printed in one line. Any other fault is raised with its traceback.
     """
-    print_anything()
-    with restored():
+    with printable(), restored():
         try: return work()
         except UsageError as e:
             if is_local_rank_0(): print(f'{program}: {e}', file=sys.stderr)

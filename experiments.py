@@ -8,7 +8,7 @@ import ast
 import math
 import os
 import re
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from operator import ge, gt, le, lt
 from pathlib import Path
 
@@ -31,7 +31,7 @@ def literal(file, name):
     raise LookupError(f'{file} has no {name}')
 
 
-ARCHS = literal('xresnet.py', 'ARCHS') | literal('training/arch.py', 'FASTAI_ARCHS')  # name: (expansion, blocks)
+NETWORKS = literal('xresnet.py', 'ARCHS') | literal('training/arch.py', 'FASTAI_ARCHS')  # name: (expansion, blocks)
 STEMS = list(literal('xresnet.py', 'STEMS'))
 ATTENTION, ACTIVATIONS = literal('layers.py', 'ATTENTION'), literal('xresnet.py', 'ACTIVATIONS')
 POOLS = literal('xresnet.py', 'POOLS')
@@ -44,7 +44,7 @@ INSTEAD_OF_ARCH = {  # names of networks in the scripts of others
 INSTEAD_OF_OPT = dict.fromkeys(
     ['novograd', 'ralamb', 'over9000', 'rangervar', 'rangernovo', 'rangerlars', 'radams', 'Adams'],
     'is not in fastai; take ranger, radam, lamb or lookahead')
-ROLES = 'result', 'speed', 'label'
+ROLES = 'result', 'speed', 'run'
 SWITCH = [0, 1]
 
 
@@ -59,7 +59,7 @@ def knob(default, help, *aliases, choices=None, also=None, instead=None, least=N
     instead   {a name that upstream has and this repository has not: what to take instead, and why}
     role      result: runs that differ in it are different settings, which are never pooled.
               speed: it says how the same function is computed; runs that differ in it alone repeat one another.
-              label: it says which run it is, not what it computes.
+              run: it is of the run, and no part of the setting: its seed, its folder, what feeds it.
     for_life  whether a run that is continued must keep the value (default: every knob of the role result).
     before    how runs went before the knob was there, if not at its default: rows of older files get it.
     flag      whether it has a flag; a knob without one follows from others.
@@ -83,20 +83,20 @@ class Config:
     size: int = knob(128, 'image size in pixels', least=32, most=1024)
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
                        choices=['auto', '160', '320', 'full'])
-    data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download', role='label')
+    data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download', role='run')
     valid_pct: float = knob(0., 'with --data: the folder is flat, <class>/<image>, and this part of each class, '
                             'such as 0.2, validates', least=0, below=1)
     skip_damaged: int = knob(0, 'with --data: train without the images that cannot be read, and count them in the row',
-                             choices=SWITCH, role='label')
+                             choices=SWITCH, role='run')
     pct_noise: int = knob(0, 'percent of wrong training labels, from the CSV of the archive, which was made for v2: '
                           'with v1 it is about 0.7 times as many', choices=[0, 1, 5, 25, 50])
     # model
-    arch: str = knob('xresnet50', "network; all but xresnet18 to 152 are fastai's own", choices=list(ARCHS),
+    arch: str = knob('xresnet50', "network; all but xresnet18 to 152 are fastai's own", choices=list(NETWORKS),
                      instead=INSTEAD_OF_ARCH)
     attention: str = knob('none', 'attention layer: one of ours, or FILE.py:NAME or PACKAGE.MODULE:NAME of any '
                           'callable n_channels -> module', choices=ATTENTION)
     sa_at: str = knob('1', 'where the layer stands: stages (their last block) or stage.block, such as 1,2,3,4 or 2.0')
-    attention_file: str = knob('', 'file of a layer that is not ours', role='label', flag=False)
+    attention_file: str = knob('', 'file of a layer that is not ours', role='run', flag=False)
     attention_source: str = knob('', 'hash of the source of a layer that is not ours', flag=False)
     stem: str = knob('32-64-64', "channels of the stem; fastai's own is 32-32-64", choices=STEMS)
     act: str = knob('relu', 'activation', '--act-fn', choices=ACTIVATIONS,
@@ -139,10 +139,10 @@ class Config:
                             choices=SWITCH, role='speed', before=0)
     processes: int = knob(1, 'processes that train together, each with batches of bs: as many as accelerate launch or '
                           'torchrun starts', least=1, most=65_536)
-    workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256, role='speed')
-    seed: int = knob(0, 'seed of the weights, the order, crops, flips and mixup', least=0, most=2**31 - 1, role='label',
+    workers: int = knob(-1, 'loader processes; 0: none; -1: one a core, at most 8', least=-1, most=256, role='run')
+    seed: int = knob(0, 'seed of the weights, the order, crops, flips and mixup', least=0, most=2**31 - 1, role='run',
                      for_life=True)
-    meta: str = knob('', 'free text that is kept in the row', '--log', role='label')
+    meta: str = knob('', 'free text that is kept in the row', '--log', role='run')
 
     def __post_init__(self):
         outside = isinstance(self.attention, str) and layer_source.is_outside(self.attention)
@@ -156,7 +156,7 @@ class Config:
         for name, value in zip(('attention', 'attention_file', 'attention_source'), found): self._set(name, value)
         if self.data.startswith('~'): self._set('data', os.path.expanduser(self.data))  # no shell does so in --data=~/x
         self._check_together()
-        blocks = ARCHS[self.arch][1]
+        blocks = NETWORKS[self.arch][1]
         try: places = parse_places(self.sa_at, blocks)
         except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None
         self._set('places', places)  # [(stage, block)], what the network is built from
@@ -237,6 +237,32 @@ def flag(f):
     return '--sa' if f.name == 'attention' else '--' + f.name.replace('_', '-')
 
 
+def add_config_flags(ap, leave_out=(), **default):
+    "Adds a flag for each field of Config, with its aliases. `default`, if given, takes the place of all the defaults."
+    for f in fields(Config):
+        if f.name in leave_out or not f.metadata['flag']: continue
+        ap.add_argument(flag(f), *f.metadata['aliases'], dest=f.name, **options_of(f) | default)
+
+
+def options_of(f):
+    "Returns the options of `add_argument` for a field."
+    text, choices = f.metadata['help'], f.metadata['choices']
+    if choices and choices is not SWITCH: text += f' [{", ".join(map(str, choices))}]'
+    if f.default != '': text += f' (default {f.default})'
+    metavar = 'TEXT' if f.type is str else f.type.__name__.upper()
+    if f.type is str and choices: metavar = 'NAME'
+    options = dict(type=f.type, default=f.default, metavar=metavar, help=text.replace('%', '%%'))
+    if f.name == 'dataset': options |= dict(default=None)  # it depends on --woof and --data
+    if f.name == 'attention': options |= dict(nargs='?', const='simple', type=attention_name)
+    if choices is SWITCH: options |= dict(nargs='?', const=1, metavar='0|1')
+    return options
+
+
+def attention_name(text):
+    "Returns the name of an attention layer; 0 and 1 are those of 2019."
+    return {'0': 'none', '1': 'simple'}.get(text, text)
+
+
 LIMITS = {'least': ('at least', ge), 'above': ('above', gt), 'most': ('at most', le), 'below': ('below', lt)}
 MANY = 20  # choices are too many for one line
 KINDS = {int: (int, 'an integer'), float: ((int, float), 'a number'), str: (str, 'a text')}
@@ -281,12 +307,14 @@ SETTINGS = knobs(role='result')  # runs that agree in these, on the same images,
 
 
 def setting(cfg, names=SETTINGS):
-    """Returns the values of a resolved `cfg` that tell its setting from others.
+    "Returns the values of a resolved `cfg` that distinguish its setting from others."
+    values = asdict(cfg) | dict(sa_at=place_of(cfg.attention, cfg.sa_at))
+    return tuple(values[name] for name in names)
 
-    `none` is one setting, wherever the layer would be.
-    """
-    if cfg.attention == 'none': cfg = replace(cfg, sa_at=Config.sa_at)
-    return tuple(getattr(cfg, name) for name in names)
+
+def place_of(attention, sa_at):
+    "Returns the place of a layer; `none` is one setting, wherever the layer would be."
+    return Config.sa_at if attention == 'none' else sa_at
 
 
 @dataclass(frozen=True)
@@ -301,8 +329,8 @@ class Experiment:
     expect     {arm: (published accuracy in percent, number of runs)}
     metric     of which epoch `expect` is: 'last', or 'max' for the best one on the validation images
     hours      what all runs take on one RTX 2080 Ti of 2019, by scripts/estimate.py
-    record     of the leaderboard: (accuracy in percent of runs with the layer, number of runs)
-    needs      what the recipe of `record` has beyond the arms; the entry is not run under its name
+    leader     the record of the leaderboard: (accuracy in percent of runs with the layer, number of runs)
+    needs      what the recipe of `leader` has beyond the arms; the entry is not run under its name
     """
     claim: str
     arms: dict
@@ -314,7 +342,7 @@ class Experiment:
     expect: dict = field(default_factory=dict)
     metric: str = 'last'
     hours: float | None = None
-    record: tuple = ()
+    leader: tuple = ()
     needs: str = ''
 
     def wanted(self, arm):
@@ -698,7 +726,7 @@ EXPERIMENTS = {
                    mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(87.43, 5),
+        leader=(87.43, 5),
         needs=BLURRED_BS32,
         hours=0.28,
     ),
@@ -711,7 +739,7 @@ EXPERIMENTS = {
                    mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(91.57, 5),
+        leader=(91.57, 5),
         needs=BLURRED,
         hours=1.1,
     ),
@@ -726,7 +754,7 @@ EXPERIMENTS = {
                    stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(93.55, 1),
+        leader=(93.55, 1),
         hours=4.5,
     ),
     'board-nette-128-200': Experiment(
@@ -740,7 +768,7 @@ EXPERIMENTS = {
                    stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(94.24, 1),
+        leader=(94.24, 1),
         hours=11,
     ),
     'board-nette-192-5': Experiment(
@@ -752,7 +780,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(86.76, 5),
+        leader=(86.76, 5),
         needs=BLURRED,
         hours=0.63,
     ),
@@ -765,7 +793,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(92.5, 5),
+        leader=(92.5, 5),
         needs=BLURRED,
         hours=2.5,
     ),
@@ -778,7 +806,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(94.5, 1),
+        leader=(94.5, 1),
         hours=10,
     ),
     'board-nette-192-200': Experiment(
@@ -790,7 +818,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(95.03, 1),
+        leader=(95.03, 1),
         hours=25,
     ),
     'board-nette-256-5': Experiment(
@@ -802,7 +830,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(86.85, 5),
+        leader=(86.85, 5),
         needs=BLURRED,
         hours=1.1,
     ),
@@ -815,7 +843,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(93.53, 5),
+        leader=(93.53, 5),
         needs=BLURRED,
         hours=4.5,
     ),
@@ -828,7 +856,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(94.9, 1),
+        leader=(94.9, 1),
         hours=18,
     ),
     'board-nette-256-200': Experiment(
@@ -840,7 +868,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(95.11, 1),
+        leader=(95.11, 1),
         hours=45,
     ),
     'board-woof-128-5': Experiment(
@@ -853,7 +881,7 @@ EXPERIMENTS = {
                    mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(76.61, 5),
+        leader=(76.61, 5),
         needs=SEPARABLE,
         hours=0.27,
     ),
@@ -867,7 +895,7 @@ EXPERIMENTS = {
                    mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(86.27, 5),
+        leader=(86.27, 5),
         needs=SEPARABLE,
         hours=1.1,
     ),
@@ -882,7 +910,7 @@ EXPERIMENTS = {
                    stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(87.83, 1),
+        leader=(87.83, 1),
         needs=SEPARABLE,
         hours=4.3,
     ),
@@ -897,7 +925,7 @@ EXPERIMENTS = {
                    stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(87.2, 1),
+        leader=(87.2, 1),
         hours=11,
     ),
     'board-woof-192-5': Experiment(
@@ -909,7 +937,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(81.15, 5),
+        leader=(81.15, 5),
         needs=SEPARABLE,
         hours=0.61,
     ),
@@ -922,7 +950,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(88.37, 5),
+        leader=(88.37, 5),
         needs=SEPARABLE,
         hours=2.4,
     ),
@@ -936,7 +964,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(90.3, 1),
+        leader=(90.3, 1),
         needs=SEPARABLE,
         hours=9.7,
     ),
@@ -950,7 +978,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(89.54, 1),
+        leader=(89.54, 1),
         hours=24,
     ),
     'board-woof-256-5': Experiment(
@@ -962,7 +990,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(78.84, 5),
+        leader=(78.84, 5),
         needs=TRICK,
         hours=1.1,
     ),
@@ -975,7 +1003,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(88.58, 5),
+        leader=(88.58, 5),
         needs=TRICK,
         hours=4.3,
     ),
@@ -989,7 +1017,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(90.48, 1),
+        leader=(90.48, 1),
         hours=17,
     ),
     'board-woof-256-200': Experiment(
@@ -1002,7 +1030,7 @@ EXPERIMENTS = {
                    schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
-        record=(90.38, 1),
+        leader=(90.38, 1),
         hours=43,
     ),
 

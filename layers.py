@@ -160,6 +160,11 @@ class _Function(torch.autograd.Function):
     @classmethod
     def call(cls, *inputs): return cls.forward(*inputs) if _is_plain() else cls.apply(*inputs)
 
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.set_materialize_grads(False)
+
 
 def _is_plain():
     "Returns whether torch.jit.trace, ONNX's old exporter or torch.func.jvp runs: each has to see every operation."
@@ -176,11 +181,6 @@ class _Gram(_Function):
     def forward(z): return z.view_as(z), _product(z, _transpose(z), _wide(z.dtype))
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
     def backward(ctx, g, g_gram):
         z, = ctx.saved_tensors
         return g if g_gram is None else _product_like(z, (g_gram + g_gram.mT).to(z.dtype), z, g)
@@ -190,11 +190,6 @@ class _Linear(_Function):
     "Gives (z, w z) for z (B, C, N) and w (K, C) as `_wide`; the gradients of both come back together as in `_Gram`."
     @staticmethod
     def forward(z, w): return z.view_as(z), _product_like(z, _fit(w, z.dtype).expand(z.shape[0], -1, -1), z)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.save_for_backward(*inputs)
-        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, g, g_y):

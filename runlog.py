@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock
 
 from command import Parser, UsageError, exit_code
-from experiments import SETTINGS, Config, as_written_now, fields, setting
+from experiments import SETTINGS, Config, as_written_now, fields, place_of, setting
 
 RESULTS = Path(__file__).parent / 'results'
 STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
@@ -382,7 +382,7 @@ def by_setting(runs, names=SETTINGS):
     "Returns {values of the columns `names`: the runs with them}; without attention its place makes no difference."
     if runs.empty: return {}
     settings = runs[list(names)]
-    if 'sa_at' in names: settings = settings.assign(sa_at=runs.sa_at.where(runs.attention != 'none', Config.sa_at))
+    if 'sa_at' in names: settings = settings.assign(sa_at=list(map(place_of, runs.attention, runs.sa_at)))
     groups = settings.groupby(list(names), dropna=False, sort=False).indices
     return {key: runs.iloc[at] for key, at in groups.items()}
 

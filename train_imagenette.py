@@ -12,8 +12,18 @@ from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
-from command import Parser, UsageError, exit_code, is_local_rank_0, nearest, shown, stop_on_signals
-from experiments import SWITCH, Config, fields, flag
+from command import (
+    Parser,
+    UsageError,
+    add_run_flags,
+    check_run_flags,
+    exit_code,
+    is_local_rank_0,
+    nearest,
+    shown,
+    stop_on_signals,
+)
+from experiments import Config, add_config_flags, fields, flag
 from training.files import find_images
 
 PROGRAM = 'train_imagenette.py'
@@ -31,32 +41,6 @@ def switch(text):
     "Returns whether the text is 1; it must be 0 or 1."
     if text not in ('0', '1'): raise argparse.ArgumentTypeError(f'{text!r}: 0 or 1')
     return text == '1'
-
-
-def attention(text):
-    "Returns the name of an attention layer; 0 and 1 are those of 2019."
-    return {'0': 'none', '1': 'simple'}.get(text, text)
-
-
-def add_config_flags(ap, leave_out=(), **default):
-    "Adds a flag for each field of Config, with its aliases. `default`, if given, takes the place of all the defaults."
-    for f in fields(Config):
-        if f.name in leave_out or not f.metadata['flag']: continue
-        ap.add_argument(flag(f), *f.metadata['aliases'], dest=f.name, **options_of(f) | default)
-
-
-def options_of(f):
-    "Returns the options of `add_argument` for a field."
-    text, choices = f.metadata['help'], f.metadata['choices']
-    if choices and choices is not SWITCH: text += f' [{", ".join(map(str, choices))}]'
-    if f.default != '': text += f' (default {f.default})'
-    metavar = 'TEXT' if f.type is str else f.type.__name__.upper()
-    if f.type is str and choices: metavar = 'NAME'
-    options = dict(type=f.type, default=f.default, metavar=metavar, help=text.replace('%', '%%'))
-    if f.name == 'dataset': options |= dict(default=None)  # it depends on --woof and --data
-    if f.name == 'attention': options |= dict(nargs='?', const='simple', type=attention)
-    if choices is SWITCH: options |= dict(nargs='?', const=1, metavar='0|1')
-    return options
 
 
 def make_parser():
@@ -83,17 +67,6 @@ def make_parser():
     ap.add_argument('--dump', **on, help="print the model with shapes and parameters; don't train")
     ap.add_argument('--lrfinder', **on, help="suggest a learning rate and save the plot; don't train")
     return ap
-
-
-def add_run_flags(ap):
-    "Adds the flags of the commands that train: where, and what is kept."
-    ap.add_argument('--gpu', type=int, metavar='N', help='GPU, of CUDA or of a Mac (default: the first, or the CPU)')
-    ap.add_argument('--results', type=Path, default=Path(__file__).parent / 'results', metavar='DIR',
-                    help='results directory')
-    ap.add_argument('--checkpoint-every', type=int, metavar='N',
-                    help='epochs between checkpoints (default 1; none in runs under a minute)')
-    ap.add_argument('--no-checkpoint', dest='checkpoint_every', action='store_const', const=0,
-                    help='keep no checkpoints')
 
 
 # --- command lines ---
@@ -142,12 +115,6 @@ def config_of(args):
             raise UsageError(f'--sym: for --sa simple only, not {args.attention}')
         config['attention'] = 'simple_sym'
     return Config(**config)
-
-
-def check_run_flags(args):
-    "Raises UsageError on values of the flags of `add_run_flags` that are not possible."
-    if (args.checkpoint_every or 0) < 0:
-        raise UsageError(f'--checkpoint-every {args.checkpoint_every}: must be at least 1 (0: none)')
 
 
 TOOLS = {'csv': (), 'tensorboard': ('tensorboard',), 'wandb': ('wandb',)}  # of --log-to: the packages that it needs

@@ -32,6 +32,28 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import runlog
+from command import Parser, UsageError, exit_code
+
+PROGRAM = 'benchmark.py'
+
+
+def parse(argv):
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap.add_argument('what', choices=['layer', 'step', 'loader', 'switches', 'run', 'cost'])
+    ap.add_argument('--quick', action='store_true', help='smaller shapes and fewer repetitions, under a minute')
+    ap.add_argument('--data', help='folder train|val/<class>/<image> for the step (default: random images)')
+    ap.add_argument('--gpu', type=int, help='CUDA device (default: the first, or the CPU)')
+    ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
+    args, args.flags = ap.parse_known_args(argv)
+    if args.flags and args.what != 'run': raise UsageError(f'unknown argument {args.flags[0]}')
+    return args
+
+
+if __name__ == '__main__':  # --help or a mistake ends the command here, before the imports that take seconds
+    code = exit_code(PROGRAM, lambda: not parse(sys.argv[1:]))
+    if code: sys.exit(code)
+
 import training  # noqa: F401, I001  (first: it silences a warning that torch gives as fastai is imported)
 # Read at torch's import: its profiler writes lines for each use.
 os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}
@@ -56,9 +78,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-import runlog
 import train_imagenette
-from command import UsageError
 from experiments import Config
 from layers import ATTENTION, SelfAttention, SimpleSelfAttention, multiply_adds
 from training import run as training_run
@@ -409,22 +429,11 @@ def run(args, device):
 BENCHMARKS = {'layer': layer, 'step': step, 'loader': loader, 'switches': switches, 'run': run, 'cost': cost}
 
 
-def main(argv=None):
-    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                 allow_abbrev=False)
-    ap.add_argument('what', choices=BENCHMARKS)
-    ap.add_argument('--quick', action='store_true', help='smaller shapes and fewer repetitions, under a minute')
-    ap.add_argument('--data', help='folder train|val/<class>/<image> for the step (default: random images)')
-    ap.add_argument('--gpu', type=int, help='CUDA device (default: the first, or the CPU)')
-    ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
-    args, args.flags = ap.parse_known_args(argv)
-    if args.flags and args.what != 'run': ap.error(f'unknown argument {args.flags[0]}')
-    try:
-        device = get_device(args.gpu)
-        table = pd.DataFrame(BENCHMARKS[args.what](args, device))
-    except UsageError as e:
-        print(f'benchmark.py: {e}', file=sys.stderr)
-        return 2
+def work(argv):
+    "Does what the command line asks for."
+    args = parse(argv)
+    device = get_device(args.gpu)
+    table = pd.DataFrame(BENCHMARKS[args.what](args, device))
     print(table.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
     if args.what == 'cost': print(beside_fastai(table))
     file = args.results / 'benchmarks' / f'{args.what}{"-quick" * args.quick}.csv'
@@ -432,6 +441,9 @@ def main(argv=None):
     table = table.round(4).assign(device=device_name(device), started=runlog.timestamp(), **runlog.provenance())
     table.to_csv(file, index=False)
     print(f'-> {file}')
+
+
+def main(argv=None): return exit_code(PROGRAM, lambda: work(argv))
 
 
 if __name__ == '__main__': sys.exit(main())

@@ -1,11 +1,12 @@
 #!/usr/bin/env python
 """Estimates what the experiments cost: writes results/tables/cost.md and cost.csv.
 
-The work of a run is its multiply-adds: three forward passes for a training image, one for a validation image. What a
+A run costs its multiply-adds: three forward passes for a training image, one for a validation image. What a
 device does in a second is measured: by the wall times published for xresnet18 at 128 px, by our training steps in
 results/benchmarks, and by our runs on CUDA in results/runs.csv, which may have shared their GPU. That it does as many
 in another network at another size is assumed. Several devices take the runs one by one, the longest first.
 """
+import argparse
 import heapq
 import sys
 from functools import lru_cache
@@ -15,30 +16,32 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import training  # noqa: F401, I001  (first: it silences a warning that torch gives as fastai is imported)
 
 import pandas as pd
-import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import runlog
+from command import Parser, exit_code
 from experiments import EXPERIMENTS, N_IMAGES, Config, planned_runs, resolve
 from layer_source import is_outside
 from report.published import load_published, published_mean
-from training.run import get_model
 
 DEVICES = 1, 8, 64
 COUNTS = N_IMAGES | {('digits', 'v2'): (1_437, 360)}
 
 
-# --- the work of a run ---
+# --- the multiply-adds of a run ---
 
 @lru_cache
 def forward(arch, attention, sa_at, size, stem=Config.stem):
     "Returns the multiply-adds of one image through the network."
+    import torch  # It takes seconds: not before the command line is known to be good.
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from training.run import get_model
     model = get_model(Config(arch=arch, attention=attention, sa_at=sa_at, stem=stem), 10).eval()
     with torch.no_grad(), FlopCounterMode(display=False) as flops: model(torch.zeros(1, 3, size, size))
     return flops.get_total_flops() / 2
 
 
-def work(epochs, n_train, n_val, *network):
+def of_training(epochs, n_train, n_val, *network):
     "Returns the multiply-adds of training: `network` is what `forward` takes."
     return epochs * (3 * n_train + n_val) * forward(*network)
 
@@ -46,7 +49,8 @@ def work(epochs, n_train, n_val, *network):
 def multiply_adds(cfg):
     "Returns the multiply-adds of a run."
     cfg = resolve(cfg)
-    return work(cfg.epochs, *COUNTS[cfg.dataset, cfg.split], cfg.arch, cfg.attention, cfg.sa_at, cfg.size, cfg.stem)
+    network = cfg.arch, cfg.attention, cfg.sa_at, cfg.size, cfg.stem
+    return of_training(cfg.epochs, *COUNTS[cfg.dataset, cfg.split], *network)
 
 
 # --- what a device does in a second ---
@@ -81,8 +85,8 @@ def _run_rates(results):
     runs = runlog.load(results / 'runs.csv')
     runs = runs[(runs.status == 'ok') & ~runs.device.str.contains('threads') & ~runs.attention.map(is_outside)]
     settings = zip(runs.epochs, runs.n_train, runs.n_val, runs.arch, runs.attention, runs.sa_at, runs['size'])
-    runs = runs.assign(work=[work(*setting) for setting in settings])
-    return {f'{device}: {len(rows)} runs of {arch}, {size} px': rows.work.sum() / rows.fit_seconds.sum()
+    runs = runs.assign(multiply_adds=[of_training(*setting) for setting in settings])
+    return {f'{device}: {len(rows)} runs of {arch}, {size} px': rows.multiply_adds.sum() / rows.fit_seconds.sum()
             for (device, arch, size), rows in runs.groupby(['device', 'arch', 'size'])}
 
 
@@ -110,12 +114,12 @@ def makespan(seconds, n):
 
 
 def costs(results=runlog.RESULTS):
-    """Returns two frames: the work of each experiment, and the hours of all published runs by each rate.
+    """Returns two frames: the multiply-adds of each experiment, and the hours of all published runs by each rate.
 
     An experiment counts all of its runs, so that runs which two experiments share are in both.
     """
-    work_of = {name: [multiply_adds(cfg) for _, cfg in planned_runs(exp)] for name, exp in EXPERIMENTS.items()}
-    table = [dict(experiment=name, runs=len(runs), multiply_adds=sum(runs)) for name, runs in work_of.items()]
+    by_name = {name: [multiply_adds(cfg) for _, cfg in planned_runs(exp)] for name, exp in EXPERIMENTS.items()}
+    table = [dict(experiment=name, runs=len(runs), multiply_adds=sum(runs)) for name, runs in by_name.items()]
     published = pd.Series([multiply_adds(cfg) for cfg in published_runs()])
     rows = []
     for what, rate in rates(results).items():
@@ -130,11 +134,11 @@ def markdown(table, hours):
     device, rate = hours.measured[0].partition(',')[0], hours.multiply_adds_per_second[0]
     lines = [['experiment', 'runs', '10^15 multiply-adds', f'hours on one {device}'], ['---'] + ['---:'] * 3]
     for row in table.itertuples():
-        work_done = row.multiply_adds
-        lines.append([row.experiment, row.runs, f'{work_done / 1e15:,.1f}', f'{rounded(work_done / rate / 3600):,}'])
+        n = row.multiply_adds
+        lines.append([row.experiment, row.runs, f'{n / 1e15:,.1f}', f'{rounded(n / rate / 3600):,}'])
     all_hours = hours.hours_on_1[0]
-    all_work = f'{all_hours * 3600 * rate / 1e15:,.0f}'
-    lines.append(['every published mean, each run once', hours.runs[0], all_work, f'{all_hours:,.0f}'])
+    in_all = f'{all_hours * 3600 * rate / 1e15:,.0f}'
+    lines.append(['every published mean, each run once', hours.runs[0], in_all, f'{all_hours:,.0f}'])
     lines.append([])
     lines += [['what was measured', '10^12 multiply-adds a second', 'longest run', *DEVICES], ['---'] + ['---:'] * 5]
     for row in hours.itertuples():
@@ -150,13 +154,20 @@ def rounded(hours):
     return int(digits) if digits >= 10 else digits
 
 
-def main(results=runlog.RESULTS):
-    table, hours = costs(results)
-    tables = Path(results) / 'tables'
+def work(argv):
+    "Does what the command line asks for."
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap.add_argument('--results', type=Path, default=runlog.RESULTS, metavar='DIR', help='results directory')
+    args = ap.parse_args(argv)
+    table, hours = costs(args.results)
+    tables = args.results / 'tables'
     tables.mkdir(parents=True, exist_ok=True)
     hours.to_csv(tables / 'cost.csv', index=False, float_format='%.6g', lineterminator='\n')
     (tables / 'cost.md').write_text(markdown(table, hours), encoding='utf-8')
     print(markdown(table, hours))
 
 
-if __name__ == '__main__': main()
+def main(argv=None): return exit_code('estimate.py', lambda: work(argv))
+
+
+if __name__ == '__main__': sys.exit(main())

@@ -93,8 +93,8 @@ def listing(results):
         counts = ', '.join(f'{arm} {n}/{exp.wanted(arm)}' for arm, n in done.items())
         print_wrapped(f'{name}  {exp.claim}')
         print_wrapped(exp.command, indent=4)
-        if exp.record:
-            print_wrapped('record of the leaderboard, with the layer: {} % (runs: {})'.format(*exp.record), indent=4)
+        if exp.leader:
+            print_wrapped('record of the leaderboard, with the layer: {} % (runs: {})'.format(*exp.leader), indent=4)
         if exp.needs: print_wrapped(f'not run here: its recipe needs {exp.needs}', indent=4)
         print_wrapped(f'all runs: about {exp.hours:g} hours on one RTX 2080 Ti of 2019', indent=4)
         print_wrapped(f'runs done / wanted: {counts}', indent=4)

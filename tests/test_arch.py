@@ -13,7 +13,7 @@ from experiments import Config, literal
 from layers import ATTENTION, SimpleSelfAttention
 from training import arch as archs
 from training import layer
-from training.arch import ARCHS, FASTAI_ARCHS, network
+from training.arch import FASTAI_ARCHS, NETWORKS, network
 from training.run import get_model
 
 OFF = {'Threshold': 'needs arguments', 'MultiheadAttention': 'needs arguments', 'GLU': 'halves the channels',
@@ -30,14 +30,14 @@ def on_meta(arch, **kwargs):
 
 def test_the_names_are_all_of_fastais():
     fastais = {name for name in fastai_xresnet.__all__ if inspect.isfunction(getattr(fastai_xresnet, name))}
-    assert set(ARCHS) == fastais - {'init_cnn'} and list(experiments.ARCHS.items()) == list(ARCHS.items())
+    assert set(NETWORKS) == fastais - {'init_cnn'} and list(experiments.NETWORKS.items()) == list(NETWORKS.items())
     assert literal('training/arch.py', 'FASTAI_ARCHS') == FASTAI_ARCHS
 
 
 @pytest.mark.parametrize('arch', FASTAI_ARCHS)
 def test_the_blocks_and_widths_are_those_of_the_network(arch):
     "A layer can stand in every block, where it meets as many channels as its `width` says."
-    blocks = ARCHS[arch][1]
+    blocks = NETWORKS[arch][1]
     places = [(stage, block) for stage, n in enumerate(blocks, 1) for block in range(n)]
     widths = []
     model = on_meta(arch, attention=lambda n: widths.append(n) or torch.nn.Identity(), places=places)
@@ -63,9 +63,10 @@ def test_xsenet154_is_what_fastai_means():
 ])
 def test_fastais_own_layer_and_ours_give_the_same(arch, pool, act):
     "fastai's network with sa=True, and ours of the same weights at the same place."
-    theirs = getattr(fastai_xresnet, arch)(n_out=10, sa=True, pool=archs.POOLS[pool], act_cls=xresnet.ACTIVATIONS[act])
-    stage = len(ARCHS[arch][1]) - 3
-    places = [(stage, ARCHS[arch][1][stage - 1] - 1)]
+    options = dict(pool=archs.FASTAI_POOLS[pool], act_cls=xresnet.ACTIVATIONS[act])
+    theirs = getattr(fastai_xresnet, arch)(n_out=10, sa=True, **options)
+    stage = len(NETWORKS[arch][1]) - 3
+    places = [(stage, NETWORKS[arch][1][stage - 1] - 1)]
     ours = network(arch, 10, SimpleSelfAttention, places, '32-32-64', act, pool)
     at = [name for name, m in theirs.named_modules() if isinstance(m, fastai_layers.SimpleSelfAttention)]
     place = f'{stage + 3}.{places[0][1]}.convpath'

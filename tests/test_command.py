@@ -54,6 +54,12 @@ def test_a_command_that_fails_puts_back_what_it_sets(before):
     assert state() == before
 
 
+def test_a_command_puts_back_how_its_output_is_encoded():
+    before, seen = sys.stdout.errors, []
+    exit_code('command', lambda: seen.append(sys.stdout.errors))
+    assert seen == ['backslashreplace'] and sys.stdout.errors == before != seen[0]
+
+
 def test_a_handler_that_is_set_once_in_a_process_stays(before):
     def as_torch_does(number, frame): pass
     exit_code('command', lambda: signal.signal(signal.SIGCHLD, as_torch_does))

@@ -65,13 +65,13 @@ def test_every_record_of_the_leaderboard_is_an_experiment():
     for row in BOARD.itertuples():
         exp = EXPERIMENTS[f'board-{row.dataset.removeprefix("image")}-{row.size}-{row.epochs}']
         names.append(exp)
-        assert exp.record == (row.accuracy_pct, row.n_runs) and bool(exp.needs) != row.recipe.startswith('fastai')
+        assert exp.leader == (row.accuracy_pct, row.n_runs) and bool(exp.needs) != row.recipe.startswith('fastai')
         assert list(exp.arms) == ['none', 'simple'] and not exp.tables and not exp.expect
         for cfg in map(resolve, exp.arms.values()):
             assert (cfg.dataset, cfg.split, cfg.size, cfg.epochs) == (row.dataset, 'v2', row.size, row.epochs)
             assert cfg.source == ('320' if row.size <= 224 else 'full') and bool(cfg.mixup) == (row.epochs >= 80)
             assert flags_of(row.recipe).items() <= asdict(cfg).items() or exp.needs
-    assert len(names) == 24 and names == [exp for exp in EXPERIMENTS.values() if exp.record]
+    assert len(names) == 24 and names == [exp for exp in EXPERIMENTS.values() if exp.leader]
 
 
 def flags_of(recipe):

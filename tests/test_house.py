@@ -49,6 +49,18 @@ def test_training_knows_no_report(name):
     assert 'report' not in roots(reach(name))
 
 
+@pytest.mark.parametrize('name', [name for name in MODULES if name.startswith('training.')])
+def test_training_knows_no_command(name):
+    assert 'train_imagenette' not in reach(name)
+
+
+def test_the_map_of_training_names_each_of_its_modules():
+    lines = ast.get_docstring(ast.parse((REPO / 'training' / '__init__.py').read_text(encoding='utf-8'))).splitlines()
+    named = [line.split()[0] for line in lines[1:] if line]
+    there = [name.partition('.')[2] for name in MODULES if name.startswith('training.')]
+    assert sorted(named) == sorted(name for name in there if name != '__init__')
+
+
 def test_no_imports_go_in_a_circle():
     list(graphlib.TopologicalSorter({name: others & MODULES.keys() for name, others in IMPORTS.items()}).static_order())
 

@@ -26,7 +26,7 @@ from PIL import Image
 import command as command_module
 import runlog
 from command import UsageError
-from experiments import ARCHS, Config, resolve
+from experiments import NETWORKS, Config, resolve
 from training import check, data, images
 from training.data import find_set, get_dls
 from training.files import find_images, fingerprint, is_hidden, label_of, scan, split_files
@@ -552,7 +552,7 @@ def test_a_place_of_attention_survives_a_spreadsheet():
         cfg = Config(arch=arch, sa_at='3.10,3.1,3.20')
         assert cfg.places == [(3, 1), (3, 10), (3, 20)]
         assert cfg.sa_at == '3.1,3b10,3b20' and Config(arch=arch, sa_at=cfg.sa_at) == cfg
-        for block in range(ARCHS[arch][1][2] - 1):
+        for block in range(NETWORKS[arch][1][2] - 1):
             text = Config(arch=arch, sa_at=f'3.{block}').sa_at
             read_back = f'{float(text):g}' if text.replace('.', '').isdigit() else text
             assert Config(arch=arch, sa_at=read_back).places == [(3, block)]
@@ -577,7 +577,7 @@ def test_a_damaged_config_of_fastai_is_one_line(tmp_path, content, monkeypatch, 
     try:
         code, _, err = command('--woof', *TINY)
         assert code == 2 and f'{tmp_path / "config.ini"}: damaged (' in err and err.count('\n') == 1, err
-        assert data.memory() is None and find_set(config(tree)).skipped == 0  # images of one's own need no home
+        assert data.looks_folder() is None and find_set(config(tree)).skipped == 0  # images of one's own need no home
     finally: fastai_cfg.cache_clear()
 
 
@@ -594,7 +594,7 @@ def test_without_a_home_the_way_on_is_named(tmp_path, start, words, monkeypatch)
             'from training import data\n'
             'import matplotlib, getpass\n'
             'assert getpass.getuser() == "54321"\n'
-            'assert os.access(matplotlib.get_cachedir(), os.W_OK) and data.memory() is None\n'
+            'assert os.access(matplotlib.get_cachedir(), os.W_OK) and data.looks_folder() is None\n'
             'try: data.home("data")\n'
             'except data.UsageError as e: print(e)')
     try: out = run_python(code, user=54321, env={'HOME': '/', 'TMPDIR': str(tmp_path), 'FASTAI_HOME': '/no-such-home'})

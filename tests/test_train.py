@@ -290,7 +290,8 @@ def test_a_reader_that_closes_the_pipe_is_no_fault():
 
 @pytest.mark.slow(10)
 def test_lrfinder_suggests_and_plots_each_setting_in_its_own_file(tree, command, tmp_path):
-    code, out, err = command('--data', tree, *TINY, '--lrfinder', '--opt', 'sgd', '--sa-at', '1,2', '--wd', 0.01)
+    given = '--opt', 'sgd', '--sa-at', '1,2', '--wd', 0.01, '--act', 'mish'
+    code, out, err = command('--data', tree, *TINY, '--lrfinder', *given)
     assert code == 0, err
     file = tmp_path / 'results' / 'lr_find' / 'custom-32-xresnet18-bs6-sa_at1,2-optsgd.png'
     assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG'

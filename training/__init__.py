@@ -1,4 +1,33 @@
-"One run, from its Config to its row: images, loaders, learner, checkpoints, several processes, a cluster. Needs torch."
+"""Trains runs, each from its Config to its row; needs torch. The modules, in the order of the data's way:
+
+files        which images a folder has, their splits and their labels
+check        opens each image of a user's folder once, for damage and content
+images       reads an image, crops and resizes it
+readers      reads images from files, in loader processes
+data         makes the DataLoaders of a Config; downloads archives
+
+arch         builds every network by its name
+layer        finds the attention layer of a run, tries one from outside, counts its cost
+
+machine      knows the device, and what `auto` means there
+host         knows the cores and the memory that a container leaves to this process
+distributed  lets several processes train one run
+
+learner      makes the recipe of a Config into a fastai Learner
+measure      measures losses, accuracies, seconds and memory of the fit
+branch       measures what the attention layers add to their input
+checkpoint   keeps the state of a run, and finds it again
+trackers     shows a run in other tools while it trains
+run          trains one run and writes its row
+export       writes a trained model for other tools
+
+loop         trains the runs of an experiment, one by one
+jobs         does so side by side on this machine
+cluster      does so on Ray
+
+maps         shows what the attention layers of a trained model look at
+timing       measures steps and layers side by side
+"""
 import os
 import tempfile
 import warnings

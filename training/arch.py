@@ -42,8 +42,8 @@ FASTAI_ARCHS = {  # name: (expansion, blocks per stage)
     'xse_resnext50_deeper': (4, (3, 4, 4, 2, 2, 1, 1, 1)),
     'xsenet154': (4, (3, 8, 36, 3)),
 }
-ARCHS = xresnet.ARCHS | FASTAI_ARCHS
-POOLS = {'avg': AvgPool, 'max': MaxPool}
+NETWORKS = xresnet.ARCHS | FASTAI_ARCHS
+FASTAI_POOLS = {'avg': AvgPool, 'max': MaxPool}
 N_BEFORE = 4  # modules of fastai's network before its first stage: the stem and a pooling
 
 
@@ -51,7 +51,7 @@ def network(arch, n_classes, attention=nn.Identity, places=None, stem='32-64-64'
     "Returns the network `arch`, ours or fastai's; the arguments are those of `xresnet.xresnet`."
     if arch in xresnet.ARCHS: return xresnet.xresnet(arch, n_classes, attention, places, stem, act, pool)
     model = fastai_network(arch, n_classes, stem, act, pool)
-    for stage, block in places or [(1, ARCHS[arch][1][0] - 1)]:
+    for stage, block in places or [(1, NETWORKS[arch][1][0] - 1)]:
         with torch.random.fork_rng(devices=[]):  # So the other weights of a seed do not depend on the attention.
             layer = attention(width(arch, stage))
         model[N_BEFORE + stage - 1][block].convpath.add_module('attention', layer)
@@ -60,12 +60,12 @@ def network(arch, n_classes, attention=nn.Identity, places=None, stem='32-64-64'
 
 def fastai_network(arch, n_classes, stem, act, pool):
     "Returns fastai's own network of that name, with a dropout of 0.2 before the last layer of xsenet154."
-    options = dict(n_out=n_classes, stem_szs=STEMS[stem], act_cls=ACTIVATIONS[act], pool=POOLS[pool])
+    options = dict(n_out=n_classes, stem_szs=STEMS[stem], act_cls=ACTIVATIONS[act], pool=FASTAI_POOLS[pool])
     if arch != 'xsenet154': return getattr(fastai_xresnet, arch)(**options)
     # fastai 2.8.12 leaves the expansion out of its call here, and so fails: it is that of SENet-154, 4.
-    return fastai_xresnet.XResNet(SEBlock, *ARCHS[arch], groups=64, reduction=16, p=0.2, **options)
+    return fastai_xresnet.XResNet(SEBlock, *NETWORKS[arch], groups=64, reduction=16, p=0.2, **options)
 
 
 def width(arch, stage):
     "Returns the channels that a block of this stage puts out: 64, 128, 256, 512, then 256, times the expansion."
-    return ARCHS[arch][0] * (64 * 2**(stage - 1) if stage <= 4 else 256)
+    return NETWORKS[arch][0] * (64 * 2**(stage - 1) if stage <= 4 else 256)

@@ -143,10 +143,10 @@ def remove(file):
 # --- finding and reading ---
 
 def tidy(runs, results):
-    "Removes the checkpoints of those `runs` of the record that are done: kill -9 after the row leaves one."
+    "Removes the checkpoints and locks of those `runs` of the record that are done: kill -9 after the row leaves some."
     done = set(runs.run_id[runs.status.isin(runlog.DONE)])
-    for file in (Path(results) / 'checkpoints').glob('*.pt'):
-        if file.stem in done: remove(file)
+    for file in (Path(results) / 'checkpoints').glob('*'):
+        if file.suffix in ('.pt', '.lock') and file.stem in done: remove(file.with_suffix('.pt'))
 
 
 def find(cfg, data_fingerprint, runs, results, device='cpu'):
@@ -171,9 +171,7 @@ def find(cfg, data_fingerprint, runs, results, device='cpu'):
         try: return Found(file, load(file, device), held)
         except UsageError as e:
             held.release()
-            if not file.exists():
-                remove(file)
-                raise Busy(f'{file}: is gone, another process has just finished this run') from None
+            if not file.exists(): raise Busy(f'{file}: is gone, another process has just finished this run') from None
             print(f'{e}; it is left alone', file=sys.stderr)
     return None
 
@@ -217,7 +215,7 @@ def differences(old, new):
 
     Only what a run may change on its way is compared. A value that is not known is no difference.
     """
-    pairs = [(key, old['config'].get(key), new['config'][key]) for key in knobs(role='speed') if key != 'workers']
+    pairs = [(key, old['config'].get(key), new['config'][key]) for key in knobs(role='speed')]
     pairs += [(key, old.get(key), new[key]) for key in MADE_WITH]
     known = [(key, a, b) for key, a, b in pairs if not {a, b} & {None, ''}]
     return ', '.join(f'{key} {a}' for key, a, b in known if a != b)

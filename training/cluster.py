@@ -123,11 +123,11 @@ class Cluster:
 
         Raises UsageError after a mistake of the user.
         """
-        from training.run import record  # It needs torch, which takes seconds.
+        from training.run import keep  # It needs torch, which takes seconds.
         try: out = self.ray.get(ref)
         except self.ray.exceptions.TaskCancelledError: return None  # It had not begun.
         except self.ray.exceptions.RayError as e: return f'{type(e).__name__}: {str(e).splitlines()[0]}'
-        if out.row: record(out.row | self.provenance, self.results)
+        if out.row: keep(out.row | self.provenance, self.results)
         try: runlog.write_files(out.files, self.results)
         except OSError as e:
             print(f'{out.row["run_id"]}: its curve or predictions could not be written ({e})', file=sys.stderr)

@@ -122,7 +122,7 @@ def find_set(cfg):
         path = find_data(cfg)
         files, others = scan(path, cfg.valid_pct)
         if not cfg.data: return ImageSet(path, files, fingerprint(files), 0, {}, others)
-        looks, skipped = check.sound(path, check.look_at_all(path, files, memory()), cfg.skip_damaged)
+        looks, skipped = check.sound(path, check.look_at_all(path, files, looks_folder()), cfg.skip_damaged)
         data_fingerprint = check.fingerprint(looks) + (f'-{cfg.valid_pct:g}' if cfg.valid_pct else '')
         return ImageSet(path, {f: files[f] for f in looks}, data_fingerprint, skipped, looks, others)
     except (OSError, UnicodeError) as e: raise UsageError(f'cannot read the data: {e}') from None
@@ -143,7 +143,7 @@ def home(folder):
         raise UsageError(f'{where / "config.ini"}: damaged ({why}); remove it, and it is written anew') from None
 
 
-def memory():
+def looks_folder():
     "Returns the folder where `check` keeps what it found, or None where there is no home for it."
     try: return home('data').parent / 'looked-at'
     except UsageError: return None
@@ -318,13 +318,13 @@ def loaders(cfg, path, train, valid, data_fingerprint, device):
     return make(train_set, cfg.sh, drop_last=True, **options), make(valid_set, **options), kind
 
 
-def remarks(cfg, path, skipped, looks, others, train, valid):
-    "Yields lines on what of a folder of the user's is left out or changed."
+def remarks(cfg, images, train, valid):
+    "Yields lines on what of the ImageSet of a folder of the user's is left out or changed."
     if not cfg.data: return
-    if skipped: yield f'{skipped:,} damaged images are left out'
-    if others: yield left_out(others)
-    for folder in unused_folders(path): yield f'the folder {folder} is not used'
-    yield from check.remarks(looks, train, valid)
+    if images.skipped: yield f'{images.skipped:,} damaged images are left out'
+    if images.others: yield left_out(images.others)
+    for folder in unused_folders(images.path): yield f'the folder {folder} is not used'
+    yield from check.remarks(images.looks, train, valid)
 
 
 def get_dls(cfg, device='cpu'):
@@ -334,19 +334,21 @@ def get_dls(cfg, device='cpu'):
     left out), `loader` (the kind) and `workers`. Raises UsageError if the images or their labels cannot be used.
     """
     device = torch.device(device)
-    path, sizes, data_fingerprint, skipped, looks, others = find_set(cfg)
-    train, valid = split_files(list(sizes), cfg.split, cfg.valid_pct)
+    images = find_set(cfg)
+    path = images.path
+    train, valid = split_files(list(images.files), cfg.split, cfg.valid_pct)
     check_numbers(cfg, path, len(train), len(valid))
-    label = {file: label_of(file) for file in sizes}
+    label = {file: label_of(file) for file in images.files}
     vocab = find_classes(path, {label[file] for file in train}, {label[file] for file in valid})
     if cfg.pct_noise: label |= mislabelled(cfg, path, train, vocab)
     index = {name: i for i, name in enumerate(vocab)}
     train_pairs, valid_pairs = ([(file, index[label[file]]) for file in files] for files in (train, valid))
-    train_loader, valid_loader, kind = loaders(cfg, path, train_pairs, valid_pairs, data_fingerprint, device)
-    for line in remarks(cfg, path, skipped, looks, others, train, valid): say_once(f'{path}: {line}')
+    train_loader, valid_loader, kind = loaders(cfg, path, train_pairs, valid_pairs, images.fingerprint, device)
+    for line in remarks(cfg, images, train, valid): say_once(f'{path}: {line}')
     dls = DataLoaders(train_loader, valid_loader, path=path, device=device)
-    dls.vocab, dls.valid_files, dls.fingerprint, dls.loader, dls.skipped = vocab, valid, data_fingerprint, kind, skipped
-    dls.workers = dls.train.n_workers
+    dls.vocab, dls.valid_files = vocab, valid
+    dls.fingerprint, dls.skipped = images.fingerprint, images.skipped
+    dls.loader, dls.workers = kind, dls.train.n_workers
     return dls
 
 

@@ -72,7 +72,7 @@ class Worker:
     def __init__(self, results, device, checkpoint_every):
         context = multiprocessing.get_context('spawn')  # a forked one would have this process's threads and CUDA state
         (tasks, self.tasks), (self.answers, answers) = (context.Pipe(duplex=False) for _ in range(2))
-        self.process = context.Process(target=work, args=(tasks, answers, results, device, checkpoint_every))
+        self.process = context.Process(target=train_tasks, args=(tasks, answers, results, device, checkpoint_every))
         self.process.start()
         tasks.close()
         answers.close()
@@ -109,7 +109,7 @@ def environment(variables):
 def signals_held():
     """Holds back the signals of the block.
 
-    In a process that starts in it they are held back until it has handlers of its own, see `work`.
+    In a process that starts in it they are held back until it has handlers of its own, see `train_tasks`.
     """
     if not hasattr(signal, 'pthread_sigmask'): return (yield)
     before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
@@ -119,7 +119,7 @@ def signals_held():
 
 # --- in the process ---
 
-def work(tasks, answers, results, device, checkpoint_every):
+def train_tasks(tasks, answers, results, device, checkpoint_every):
     "Trains the tasks as they come. When the other end of `tasks` is closed, the run under way ends as by Ctrl-C."
     if hasattr(os, 'setsid'): os.setsid()  # Ctrl-C in a terminal is for the first process alone
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `listen` needs it, also where it was ignored

@@ -256,10 +256,10 @@ def choose_progress(learn):
 
 def print_epoch(learn, values):
     "Prints a line with what the table of a bar would show: names and values."
-    shown = dict(zip(learn.recorder.metric_names, values))
-    epoch, seconds = shown.pop('epoch') + 1, shown.pop('time')
-    metrics = '  '.join(f'{name} {value:.4f}' for name, value in shown.items())
-    print(f'epoch {epoch}  {metrics}  {seconds}', flush=True)
+    metrics = dict(zip(learn.recorder.metric_names, values))
+    epoch, seconds = metrics.pop('epoch') + 1, metrics.pop('time')
+    text = '  '.join(f'{name} {value:.4f}' for name, value in metrics.items())
+    print(f'epoch {epoch}  {text}  {seconds}', flush=True)
 
 
 def fit(learn, cfg):

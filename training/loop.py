@@ -6,9 +6,8 @@ import time
 from dataclasses import replace
 
 import runlog
-import train_imagenette
-from command import Busy, UsageError, is_stop
-from experiments import Config, fields, planned_runs
+from command import Busy, UsageError, add_run_flags, check_run_flags, is_stop
+from experiments import Config, add_config_flags, fields, planned_runs
 
 ARMS = 'attention', 'sa_at', 'seed'  # what tells the arms and the runs apart
 
@@ -29,9 +28,9 @@ def add_flags(ap, leave_out=ARMS):
     add('--cpus-per-run', type=float, default=1, metavar='N', help='with --ray: cores of a run (default 1)')
     add('--gpus-per-run', type=float, metavar='N',
         help='with --ray: GPUs of a run, 0.25 say (default 1, without any 0)')
-    train_imagenette.add_run_flags(ap)
+    add_run_flags(ap)
     group = ap.add_argument_group('in place of what the experiment sets, in all arms')
-    train_imagenette.add_config_flags(group, leave_out=leave_out, default=argparse.SUPPRESS)
+    add_config_flags(group, leave_out=leave_out, default=argparse.SUPPRESS)
 
 
 def check_flags(args):
@@ -42,7 +41,7 @@ def check_flags(args):
         raise UsageError(f'--until {args.until}: must be a number above 0')
     if not 1 <= args.jobs <= 1024: raise UsageError(f'--jobs {args.jobs}: must be from 1 to 1024')
     if args.ray is not None and args.jobs > 1: raise UsageError('--jobs, --ray: give one of them')
-    train_imagenette.check_run_flags(args)
+    check_run_flags(args)
     check_ray_flags(args)
 
 
@@ -153,14 +152,23 @@ class Loop:
 
         Raises UsageError where no run of a turn ends ok.
         """
-        turn = replace(self.exp, runs=1)
-        while not enough(runs := self.runs()):
-            left = self.left
-            while not (todo := self.todo(turn, seed)): seed += 1
+        runs = self.runs()
+        while not enough(runs):
+            seed, todo = self.next_turn(seed)
+            left, before = self.left, runs
             self.do(todo)
+            runs = self.runs()
             if self.left > left: seed += 1
-            elif all(n_ok(now) == n_ok(runs[arm]) for arm, now in self.runs().items()):
+            elif all(n_ok(runs[arm]) == n_ok(before[arm]) for arm in runs):
                 raise UsageError('--until: the last runs did not end ok; stopped')
+
+    def next_turn(self, seed):
+        "Returns (the first seed from `seed` on with a run of an arm that is not recorded yet, `todo` of its turn)."
+        turn = replace(self.exp, runs=1)
+        while True:
+            todo = self.todo(turn, seed)
+            if todo: return seed, todo
+            seed += 1
 
 
 def n_ok(runs): return int((runs.status == 'ok').sum())

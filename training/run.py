@@ -20,7 +20,7 @@ from fastai.torch_core import set_seed
 
 import runlog
 from command import UsageError, is_stop, shown, undisturbed
-from experiments import Config, model_name
+from experiments import Config, knobs, model_name
 from training import checkpoint, distributed, layer, trackers
 from training.arch import network
 from training.data import get_dls
@@ -83,9 +83,9 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
             device=device_name(device), data_fingerprint=dls.fingerprint)
         file = checkpoint.path(results, row['run_id'])
         saver = checkpoint.Checkpoint(file, checkpoint.identity(cfg, row), checkpoint_every, found)
-        hand_over = hand_over or partial(record, results=results)
-        shown = trackers.callbacks(log_to, cfg, row['run_id'], row['resumed'], results)
-        try: return fit_and_hand_over(cfg, dls, model, row, [saver, *shown], Path(results), save, export, hand_over)
+        hand_over = hand_over or partial(keep, results=results)
+        tracking = trackers.callbacks(log_to, cfg, row['run_id'], row['resumed'], results)
+        try: return fit_and_hand_over(cfg, dls, model, row, [saver, *tracking], Path(results), save, export, hand_over)
         finally: saver.release()
 
 
@@ -160,7 +160,7 @@ def fit_and_hand_over(cfg, dls, model, row, cbs, results, save, export, hand_ove
 
 # --- what a run writes ---
 
-def record(row, results):
+def keep(row, results):
     """Appends `row` and prints a line about it; removes the checkpoint of a run that is done.
 
     The checkpoint stays where the run is not done, or its row could not be written.
@@ -288,10 +288,10 @@ def find_lr(cfg, results=runlog.RESULTS, device=None):
     import matplotlib
     matplotlib.use('Agg')
     runlog.check(results)
+    file = Path(results) / 'lr_find' / f'{lr_plot_name(cfg)}.png'  # before `prepare` writes out what auto means
     cfg, dls, model = prepare(cfg, device or get_device())
     learn = get_learner(cfg, dls, model)
     learn.recorder.smooth_loss = AvgSmoothLoss()  # on the host, where the plot wants it
-    file = Path(results) / 'lr_find' / f'{lr_plot_name(cfg)}.png'
     file.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         learn.path = Path(folder)  # lr_find keeps the first weights in a file there.
@@ -303,8 +303,15 @@ def find_lr(cfg, results=runlog.RESULTS, device=None):
 
 
 def lr_plot_name(cfg):
-    "Returns a name for the plot of `cfg`, such as digits-32-xresnet18-bs64-optsgd, with the knobs off their defaults."
+    """Returns a name for the plot of `cfg`, such as digits-32-xresnet18-bs64-optsgd.
+
+    After what every name has come the knobs that were given, as far as they make another setting.
+    """
     name = f'{cfg.dataset}-{cfg.size}-{cfg.model.replace(":", "-")}-bs{cfg.bs}'
-    for knob in ('sa_at', 'opt', 'mom', 'wd', 'mixup'):
-        if getattr(cfg, knob) != getattr(Config, knob): name += f'-{knob}{getattr(cfg, knob)}'
+    for knob in knobs(role='result'):
+        value = getattr(cfg, knob)
+        if knob not in IN_EVERY_NAME and value != getattr(Config, knob): name += f'-{knob}{value}'
     return name
+
+
+IN_EVERY_NAME = 'dataset', 'size', 'arch', 'attention', 'bs'
