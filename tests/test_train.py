@@ -293,7 +293,7 @@ def test_lrfinder_suggests_and_plots_each_setting_in_its_own_file(tree, command,
     given = '--opt', 'sgd', '--sa-at', '1,2', '--wd', 0.01, '--act', 'mish'
     code, out, err = command('--data', tree, *TINY, '--lrfinder', *given)
     assert code == 0, err
-    file = tmp_path / 'results' / 'lr_find' / 'custom-32-xresnet18-bs6-sa_at1,2-optsgd.png'
+    file = tmp_path / 'results' / 'lr_find' / 'custom-32-xresnet18-bs6-splitv1-sa_at1,2-actmish-epochs1-optsgd.png'
     assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG'
     assert not (tmp_path / 'results' / 'runs.csv').exists()
 
