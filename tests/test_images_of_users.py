@@ -39,7 +39,7 @@ TINY = '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--epochs', 1, '--workers
 @pytest.fixture
 def memory(tmp_path, monkeypatch):
     "What is found in images is remembered in a folder of the test's own."
-    monkeypatch.setattr(data, 'memory', lambda: tmp_path / 'memory')
+    monkeypatch.setattr(data, 'looks_folder', lambda: tmp_path / 'memory')
     return tmp_path / 'memory'
 
 
