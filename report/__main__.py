@@ -39,7 +39,8 @@ def write(rows, runs, results, published):
 
     The same rows give the same bytes. What depends on the predictions, which are not in git, is left out.
     """
-    results, right = Path(results), set_right()
+    results = Path(results)
+    right = set_right()
     _write_table(results, 'gaps', tables.frame(rows, tables.FROM_PREDICTIONS), tables.markdown(rows))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
     _write_table(results, 'source_against_fork', source_against_fork(),
@@ -77,7 +78,8 @@ def make_report(argv):
     "Does what the command line asks for."
     args = parse(argv)
     file = args.results / 'runs.csv'
-    runs, published = runlog.load(file), load_published()
+    runs = runlog.load(file)
+    published = load_published()
     if args.readme: return write_readme(readme_table(runs, published))
     if runs.empty: raise UsageError(f'{file}: no runs yet; train_imagenette.py and scripts/reproduce.py make them')
     rows = gaps({name: EXPERIMENTS[name] for name in args.names or EXPERIMENTS}, runs, published, args.results)

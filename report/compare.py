@@ -78,17 +78,23 @@ def sets(exp, runs, own=None, recipes=None):
     by_recipe(runs), where that is known already.
     """
     recipes = by_recipe(runs) if recipes is None else recipes
-    planned, asked = _images(own or exp), _images(exp)
+    planned = _images(own or exp)
+    asked = _images(exp)
     dataset = next(iter(exp.arms.values())).dataset
     found = {}  # number of the set: (its columns, {arm: its runs})
     for name, cfg in exp.arms.items():
         for key, of_set in recipes.get(recipe(cfg), []):
-            if asked != planned and asked != {name: key[name] for name in asked}: continue
-            as_planned = planned == {name: key[name] for name in planned} and is_whole(dataset, key)
+            here = dict(split=key['split'], source=key['source'])
+            if asked != planned and asked != here: continue
             number = of_set.set_number.iloc[0]
-            _, arms = found.setdefault(number, (key | dict(planned=as_planned), dict.fromkeys(exp.arms, runs[:0])))
+            if number not in found:
+                columns = key | dict(planned=planned == here and is_whole(dataset, key))
+                found[number] = columns, dict.fromkeys(exp.arms, runs[:0])
+            _, arms = found[number]
             arms[name] = of_set
-    def age(found): return found[0]['planned'], max(of_arm.started.max() for of_arm in found[1].values() if len(of_arm))
+    def age(of_set):
+        columns, arms = of_set
+        return columns['planned'], max(of_arm.started.max() for of_arm in arms.values() if len(of_arm))
     return sorted(found.values(), key=age, reverse=True)
 
 
@@ -403,7 +409,9 @@ def _correct_for_many(family, n):
 
 def _verdict(row, apart):
     "Returns the verdict part of a row of `gaps`; `apart`: why its arms have no runs in common, if so."
-    sides, test, said = [row['ours'][side] for side in SIDES], row['difference'], row['published']['difference']
+    sides = [row['ours'][side] for side in SIDES]
+    test = row['difference']
+    said = row['published']['difference']
     least = min(sides, key=lambda side: side['n_done'] / side['n_wanted'])
     found = dict(verdict=NO_RUNS, reason='', at_chance='', claim=NAN, half_width=(test['high'] - test['low']) / 2,
                  n_runs=least['n_done'], n_wanted=least['n_wanted'])
@@ -433,6 +441,7 @@ def narrow_enough(pairs, points):
 
 
 def _is_narrow(base, arm, half_width, n_min=10):
+    "Returns whether one difference is known to that half-width, a fraction; see `narrow_enough`."
     shared = sorted(base.keys() & arm.keys())
     paired = len(shared) >= n_min
     values = [[arm[seed] for seed in (shared if paired else arm)] for arm in (base, arm)]

@@ -46,7 +46,8 @@ def verdict(cost):
     "Returns how the layers stand beside fastai's, in a sentence for each."
     lines = []
     for layer, rows in ratios(cost).groupby('layer', sort=False):
-        slower, larger = (rows.faster < 1).sum(), (rows.memory > 1).sum()
+        slower = (rows.faster < 1).sum()
+        larger = (rows.memory > 1).sum()
         lines.append(f"{layer} is {rows.faster.min():.2f} to {rows.faster.max():.2f} times as fast as fastai's, "
                      f'slower at {slower} of {len(rows)} shapes, and takes {rows.memory.min():.2f} to '
                      f'{rows.memory.max():.2f} times its memory, more at {larger}.')
@@ -111,7 +112,8 @@ def against_softmax(cost):
 def softmax_verdict(cost):
     "Returns whether simple attention wins against softmax attention without an N x N matrix, in a few sentences."
     table = against_softmax(cost).dropna(subset='faster')
-    won, lost = table[table.faster > 1], table[table.faster <= 1]
+    won = table[table.faster > 1]
+    lost = table[table.faster <= 1]
     text = [f'On {cost.device.iloc[0]}, torch {cost.torch.iloc[0]}, simple attention takes less time than softmax '
             f'attention that keeps no N x N matrix at {len(won)} of {len(table)} shapes. '
             f'sagan takes {table.faster.min():.2g} to {table.faster.max():.2g} times as long as simple, '
@@ -136,7 +138,8 @@ def cost_plot(cost):
 
     Bars go from quartile to quartile of the rounds, where these were measured.
     """
-    found, every = ratios(cost), sweeps(cost)
+    every = sweeps(cost)
+    found = ratios(cost)
     found = found[found.layer.isin(LINES)]
     with rc_context(STYLE):
         fig = Figure(figsize=(WIDTH, 4.6), layout='constrained')

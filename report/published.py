@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 import runlog
-from experiments import Config
+from experiments import Config, setting
 from report import stats
 
 FOLDER = runlog.RESULTS / 'published'
@@ -78,8 +78,8 @@ def weakest_recipe(*rows):
 
 def variant(cfg):
     "Returns the name of the attention of `cfg`, with its places where they are not the usual one: simple@1,2,3,4."
-    usual = cfg.attention == 'none' or cfg.sa_at == Config.sa_at
-    return cfg.attention if usual else f'{cfg.attention}@{cfg.sa_at}'
+    attention, place = setting(cfg, ('attention', 'sa_at'))
+    return attention if place == Config.sa_at else f'{attention}@{place}'
 
 
 def single_runs_sd(cfg, runs):
@@ -132,7 +132,8 @@ def set_right(folder=FOLDER):
 
     The columns are `said`, `found` and `shows`. All numbers are computed from the files in `folder`.
     """
-    runs, means = load_published_runs(folder), load_published(folder)
+    runs = load_published_runs(folder)
+    means = load_published(folder)
     leaderboard = pd.read_csv(Path(folder) / 'leaderboard.csv')
     return pd.DataFrame(columns=['said', 'found', 'shows'], data=[
         _recipes(means, source_against_fork(folder)),
@@ -187,7 +188,8 @@ def _baseline_at_400(means):
 
 def _symmetry(runs):
     settings = dict(variant='simple', size=256, dataset='imagewoof', epochs=5, lr=0.003)
-    plain, symmetric = _percent(runs, 'sdoria:v0.1', **settings), _percent(runs, f'{FORK}.ipynb', **settings)
+    plain = _percent(runs, 'sdoria:v0.1', **settings)
+    symmetric = _percent(runs, f'{FORK}.ipynb', **settings)
     return ('sym=1: a small improvement',
             f'256 px, 5 epochs, sym=1 ({len(symmetric)} runs) against plain ({len(plain)}): {_gap(plain, symmetric)}',
             'the option has no effect in that code: both are the same layer, run by two people')

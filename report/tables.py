@@ -36,6 +36,7 @@ def titles(rows):
 
 
 def _title(row, differing):
+    "Returns the title of a row, with those columns of SET that differ in its experiment."
     words = [row['experiment'] + (' (best epoch)' if row['metric'] == 'max' else '')]
     if not row['planned']: words.append(f'split {row["split"]}')
     if row['verdict']['verdict'] == NO_VERDICT or 'source' in differing: words.append(f'archive {row["source"]}')
@@ -373,6 +374,7 @@ def plan(rows):
 
 
 def _plan(row, singles):
+    "Returns the line of `plan` of a row, but for its title."
     have = f'have {row["ours"]["base"]["n_ok"]} and {row["ours"]["arm"]["n_ok"]}'
     whose, sd, paired = _spread(row, singles)
     differences = dict(published=row['published']['difference'], seen=row['difference'])

@@ -203,7 +203,8 @@ Holm's correction. The runs are {n_runs} rows of `runs.csv`, on {devices}."""
 
 def page(plan, runs, results):
     "Returns the page of a trial in Markdown."
-    rows, counted = gaps(plan, runs, results), runs_of(plan, runs)
+    rows = gaps(plan, runs, results)
+    counted = runs_of(plan, runs)
     equal_time = [row for row in rows if {row['arm'], row['base']} & plan['equal_time'].keys()]
     devices = sorted(set(counted.device[counted.status == 'ok']) - {''})
     words = dict(n_pairs=len(rows), n_runs=len(counted), devices='; '.join(devices) or 'no machine yet')
@@ -220,7 +221,8 @@ def page(plan, runs, results):
 
 def figure(plan, runs, results):
     "Returns the figure of a trial: every run beside the mean of its arm, and the differences."
-    exp, cfg = experiment(plan), next(iter(experiment(plan).arms.values()))
+    exp = experiment(plan)
+    cfg = next(iter(exp.arms.values()))
     arms = {arm: found for arm, found in of_arms(plan, runs).items() if compare.accuracies(found)}
     rows = [row for row in gaps(plan, runs, results) if not np.isnan(row['difference']['difference'])]
     with rc_context(figures.STYLE):
