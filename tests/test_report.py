@@ -343,6 +343,8 @@ def test_the_like_pairs_decide_where_there_are_five_and_all_runs_stand_beside(co
     assert (beside['n_base'], beside['p']) == (7, pytest.approx(everything.pvalue))
     assert tables.changes(r)[0].endswith('(5 like pairs)')
     assert tables.changes(r)[-1].startswith('all runs, 7 and 7: +2.9 [')
+    assert 'all runs, 7 and 7:' in tables.text([r]) and 'all runs' in tables.markdown([r])
+    assert f'(5, 5) | {tables.change(r["difference"])} |' in tables.brief_markdown([r])  # what decides, and no more
     assert (r['verdict']['n_runs'], r['verdict']['n_wanted']) == (7, 12)
     if column == 'fused':
         assert r['sensitivity']['steps']['n_base'] == 5

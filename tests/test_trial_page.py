@@ -73,6 +73,12 @@ def test_a_damaged_plan_is_one_line(tmp_path):
     with pytest.raises(UsageError, match=r'x\.json: not a plan'): trial.load(tmp_path, 'x')
 
 
+def test_a_plan_from_before_equal_time_was_kept_in_it_is_read(tmp_path):
+    plan = made_plan()
+    trial.save({key: value for key, value in plan.items() if key != 'equal_time'}, tmp_path)
+    assert trial.load(tmp_path, 'made') == plan
+
+
 def test_the_page_says_it_in_numbers_that_follow_from_the_rows(tmp_path):
     plan = made_plan(recorded=dict(none=3, conv=0))
     runs = made_runs(plan, tmp_path)
