@@ -46,7 +46,7 @@ def test_crops_and_batches_stay_on_the_device(tmp_path):
         pixels.data = torch.empty(pixels.data.shape, dtype=torch.uint8, device=CUDA)
         x = pixels.crops(order, crop_boxes(u, pixels.width, pixels.height)[order], flip[order], 32)
         batch, _ = ImageLoader.after_batch(SimpleNamespace(erase=None), (x, None))
-    data._statistics.cache_clear()  # of fake tensors
+    data.imagenet_statistics.cache_clear()  # of fake tensors
     for t, dtype in ((x, torch.uint8), (batch, torch.float32)):
         assert t.device == CUDA and t.dtype == dtype and t.shape == (3, 3, 32, 32)
         assert t.is_contiguous(memory_format=torch.channels_last)

@@ -219,7 +219,7 @@ class ImageLoader(DataLoader):
 
     def after_batch(self, b):
         x, y = b
-        mean, std = _statistics(x.device)
+        mean, std = imagenet_statistics(x.device)
         x = (x.float() / 255 - mean) / std
         x = x.contiguous(memory_format=memory_format(x.device))
         if self.erase: x = self.erase(TensorImage(x), split_idx=0).as_subclass(torch.Tensor)
@@ -232,7 +232,7 @@ def memory_format(device):
 
 
 @lru_cache
-def _statistics(device):
+def imagenet_statistics(device):
     "Returns ImageNet's mean and standard deviation (3, 1, 1), copied to `device` once: it would wait for each copy."
     return [torch.tensor(s, device=device).view(3, 1, 1) for s in (IMAGENET_MEAN, IMAGENET_STD)]
 
