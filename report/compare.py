@@ -23,7 +23,7 @@ RECIPE = [key for key in SETTINGS if key not in SET]
 SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'n', 'mean', 'sd', 'low', 'high',
            'bca_low', 'bca_high', 'median', 'min', 'max', 'mean_max', 'sd_max', 'diverged', 'interrupted', 'failed',
            'seconds']  # of `summarise`, for readers
-STEPS = [name for name in knobs(role='speed') if name != 'workers']  # how a step is computed; the workers only feed it
+STEPS = knobs(role='speed')  # how a step is computed
 WAY = [*STEPS, 'torch', 'device']  # how a run was made: what can move its accuracy without being a setting
 LIKE_PAIRS = 5  # so many pairs of runs that were made alike decide the verdict where not all runs were
 CHANCE = dict.fromkeys(('imagenette', 'imagewoof', 'digits'), 0.1)  # the accuracy of guessing
