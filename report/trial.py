@@ -197,7 +197,7 @@ turn, and so is its ratio to none in the same turn; on a machine with other work
 of a step is the peak of the tensors that it allocates.
 
 Intervals are of 95 %. How they are made and how a verdict is reached is written in \
-[results/README.md](../README.md#how-a-verdict-is-reached). P values are of {n_pairs} comparisons, in brackets after \
+results/README.md of the repository. P values are of {n_pairs} comparisons, in brackets after \
 Holm's correction. The runs are {n_runs} rows of `runs.csv`, on {devices}."""
 
 
