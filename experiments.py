@@ -252,7 +252,7 @@ def options_of(f):
     metavar = 'TEXT' if f.type is str else f.type.__name__.upper()
     if f.type is str and choices: metavar = 'NAME'
     options = dict(type=f.type, default=f.default, metavar=metavar, help=text.replace('%', '%%'))
-    if f.name == 'dataset': options |= dict(default=None)  # it depends on --woof and --data
+    if f.name in ('dataset', 'act'): options |= dict(default=None)  # It depends on --woof and --data, or on --arch.
     if f.name == 'attention': options |= dict(nargs='?', const='simple', type=attention_name)
     if choices is SWITCH: options |= dict(nargs='?', const=1, metavar='0|1')
     return options
@@ -268,13 +268,17 @@ MANY = 20  # choices are too many for one line
 KINDS = {int: (int, 'an integer'), float: ((int, float), 'a number'), str: (str, 'a text')}
 
 
+def _plain(name):
+    "Returns a name without its capitals and underscores, which do not matter."
+    return str(name).lower().replace('_', '')
+
+
 def _spelled(value, meta):
     "Returns the choice that a text means, as upstream spells it or with other capitals: MaxPool is max, ReLU is relu."
     choices = meta['choices']
     if not choices or not isinstance(value, str) or value in choices: return value
-    def plain(name): return str(name).lower().replace('_', '')
-    names = {plain(name): name for name in choices} | {plain(name): choice for name, choice in meta['also'].items()}
-    return names.get(plain(value), value)
+    names = {_plain(name): name for name in choices} | {_plain(name): choice for name, choice in meta['also'].items()}
+    return names.get(_plain(value), value)
 
 
 def _check(name, value, type_, meta):
@@ -285,7 +289,8 @@ def _check(name, value, type_, meta):
         raise UsageError(f'{name} {value!r}: has characters that cannot be printed')
     if type_ is float and not math.isfinite(value): raise UsageError(f'{name} {value}: not a finite number')
     choices = meta['choices']
-    if value in meta['instead']: raise UsageError(f'{name} {value}: {meta["instead"][value]}')
+    instead = {_plain(other): what for other, what in meta['instead'].items()}.get(_plain(value))
+    if instead: raise UsageError(f'{name} {value}: {instead}')
     if choices and value not in choices:
         names = [str(choice) for choice in choices]
         hint = nearest(str(value), names)

@@ -57,6 +57,7 @@ def make_parser():
     ap.add_argument('--resume', **on,
                     help='go on where this command was stopped: recorded runs are skipped, the last one continues')
     ap.add_argument('--scale-lr', **on, help='with several processes: multiply lr by their number')
+    ap.add_argument('--local-rank', help=argparse.SUPPRESS)  # torch.distributed.launch gives it; LOCAL_RANK says it too
     add_run_flags(ap)
     ap.add_argument('--save', type=Path, metavar='FILE',
                     help='write the trained model here (with --runs: the last one); also its weights as .safetensors')
@@ -105,7 +106,9 @@ def config_of(args):
         raise UsageError(f'--woof and --dataset {args.dataset}: give one of them')
     if args.woof: config['dataset'] = 'imagewoof'
     elif not args.dataset: config['dataset'] = 'custom' if args.data and args.woof is None else 'imagenette'
-    if args.arch.startswith('mxresnet'): config |= dict(arch=args.arch[1:], act='mish')  # of the replication of 2019
+    with_mish = args.arch.startswith('mxresnet')  # of the replication of 2019
+    if with_mish: config['arch'] = args.arch[1:]
+    if args.act is None: config['act'] = 'mish' if with_mish else Config.act
     if args.fp16 is not None:
         config['precision'] = 'fp16' if args.fp16 else 'fp32'
         if args.precision not in ('auto', config['precision']):
@@ -114,7 +117,10 @@ def config_of(args):
         if args.attention not in ('simple', 'simple_sym'):
             raise UsageError(f'--sym: for --sa simple only, not {args.attention}')
         config['attention'] = 'simple_sym'
-    return Config(**config)
+    cfg = Config(**config)
+    if with_mish and cfg.act != 'mish':
+        raise UsageError(f'--arch {args.arch} and --act {args.act}: that network has Mish; take --arch {cfg.arch}')
+    return cfg
 
 
 TOOLS = {'csv': (), 'tensorboard': ('tensorboard',), 'wandb': ('wandb',)}  # of --log-to: the packages that it needs
@@ -163,7 +169,8 @@ REFUSED = {  # flags of the scripts of others that have no meaning here
 SWITCHES_OF_2019 = {'--woof', '--sa', '--sym', '--dump', '--lrfinder'}
 NAMES_OF_2019 = {'--epoch', '--run', '--sched_type'}
 DEFAULTS_OF_2019 = {'--lr': 0.001, '--bs': 256}
-NAMES_OF_2020 = {'--fp16', '--act_fn', '--pct_noise', 'MaxPool', 'AvgPool'}  # fastai's script, up to fastai 2.8.12
+SWITCHES_OF_2020 = {'--fp16'}
+NAMES_OF_2020 = {'--act_fn', 'MaxPool', 'AvgPool'}  # fastai's script, up to fastai 2.8.12
 DEFAULTS_OF_2020 = {'--lr': 0.01, '--opt': 'ranger', '--act': 'mish', '--schedule': 'flat_cos', '--split': 'v2',
                     '--source': '320', '--stem': '32-32-64'}
 
@@ -204,8 +211,8 @@ def is_given(name, words):
 
 
 def is_of_2020(words):
-    "Returns whether a command line is written as for fastai's script of 2020 to 2.8.12."
-    return bool(NAMES_OF_2020 & set(words))
+    "Returns whether a command line is written as for fastai's script of 2020 to 2.8.12: --act_fn, or --fp16 1."
+    return bool(NAMES_OF_2020 & set(words)) or has_value(SWITCHES_OF_2020, words)
 
 
 def is_of_2019(words):
@@ -214,8 +221,12 @@ def is_of_2019(words):
     There each switch was followed by 0 or 1 (--sa 1), and some flags had another name. Command lines of today have
     neither, so that only those who bring one of 2019 read what has changed.
     """
-    if NAMES_OF_2019 & set(words): return True
-    return any(word in SWITCHES_OF_2019 and value in ('0', '1') for word, value in pairwise(words))
+    return bool(NAMES_OF_2019 & set(words)) or has_value(SWITCHES_OF_2019, words)
+
+
+def has_value(switches, words):
+    "Returns whether one of these switches is followed by 0 or 1, as nobody needs to write it today."
+    return any(word in switches and value in ('0', '1') for word, value in pairwise(words))
 
 
 # --- what the command does ---

@@ -109,6 +109,13 @@ def test_the_shapes_a_layer_meets(arch, sa_at, expected):
     assert tuple(seen) == expected
 
 
+@pytest.mark.parametrize('arch, size', [('xse_resnext18', 144), ('xresnet18_deep', 100), ('xresnet18_deeper', 64)])
+def test_a_max_pooling_takes_odd_sides(arch, size):
+    "Of 144 pixels the last stage halves 9; fastai's own MaxPool rounds down there, and its convolutions round up."
+    with torch.device('meta'): x = torch.zeros(2, 3, size, size)
+    assert on_meta(arch, pool='max')(x).shape == on_meta(arch, pool='avg')(x).shape == (2, 10)
+
+
 def test_the_stem_is_ours_or_fastais():
     assert on_meta('xresnext50', stem='32-64-64')[1][0].out_channels == 64
     assert on_meta('xresnext50', stem='32-32-64')[1][0].out_channels == 32
@@ -140,6 +147,9 @@ def test_what_fastai_calls_an_activation_is_that_of_torch(name):
 @pytest.mark.parametrize('wrong, words', [
     (dict(arch='yresnet50'), '--arch yresnet50: unknown (did you mean xresnet50?); --help lists all 31'),
     (dict(arch='resnet50'), '--arch resnet50: is of torchvision and has no place for the layer'),
+    (dict(arch='Resnet50'), '--arch Resnet50: is of torchvision'), (dict(opt='Over9000'), '--opt Over9000: is not in'),
+    (dict(opt='Adams'), '--opt Adams: is not in fastai'),
+    (dict(pool='maxblurpool'), '--pool maxblurpool: is of another package'),
     (dict(act='Mush'), '--act Mush: unknown (did you mean mish?); --help lists all'),
     (dict(pool='BlurPool'), '--pool BlurPool: unknown; choose from avg, max'),
     (dict(arch='xresnet18_deep', sa_at='7'), '--sa-at 7: no place'),

@@ -2,6 +2,7 @@
 import copy
 import os
 import shutil
+from dataclasses import asdict, replace
 
 import numpy as np
 import pandas as pd
@@ -254,6 +255,21 @@ def test_a_checkpoint_of_other_code_is_a_mistake_in_one_line(tree, command, stop
     assert code == 2 and f'{file}: does not fit this code' in err and err.count('\n') == 1 and file.exists()
     file.unlink()
     assert command(*argv, '--resume')[0] == 0
+
+
+@pytest.mark.parametrize('place', ['2.0', '2b0'])
+def test_a_checkpoint_whose_place_is_written_as_it_was_is_found(place, tmp_path):
+    "Rows and checkpoints of before had 2.0, of which a spreadsheet makes 2."
+    cfg = Config(attention='simple', arch='xresnet18', sa_at='2.0')
+    file = checkpoint.path(tmp_path, 'r')
+    file.parent.mkdir()
+    torch.save(dict(format=checkpoint.FORMAT, config=asdict(cfg) | dict(sa_at=place), data_fingerprint='d', run_id='r',
+                    epoch=1), file)
+    runs = pd.DataFrame(dict(run_id=[], status=[]))
+    found = checkpoint.find(cfg, 'd', runs, tmp_path)
+    assert found.file == file
+    found.held.release()
+    assert checkpoint.find(replace(cfg, sa_at='2'), 'd', runs, tmp_path) is None
 
 
 @pytest.mark.slow(5)

@@ -122,11 +122,11 @@ print(training == folder + '/training', *files)
 @pytest.fixture
 def task(tree, tmp_path):
     "Runs the task as a node would: an Outcome. `mark`: whether the node shares the results folder."
-    def call(shared=True):
+    def call(shared=True, device=None):
         (tmp_path / 'results').mkdir(exist_ok=True)
         if shared: (tmp_path / 'results' / 'mark').touch()
         cfg = Config(dataset='digits', data=str(tree), size=32, bs=6, arch='xresnet18', epochs=1, workers=0)
-        return cluster.train_run(cfg, tmp_path / 'results', 'mark', None)
+        return cluster.train_run(cfg, tmp_path / 'results', 'mark', None, device=device)
     return call
 
 
@@ -138,6 +138,15 @@ def test_a_node_that_does_not_share_the_folder_hands_over_its_files(shared, task
     assert set(out.files) == (set() if shared else names)
     runlog.write_files(out.files, results)
     assert all((results / name).exists() for name in names)
+
+
+def test_the_runs_of_a_cluster_without_gpus_train_on_the_cpu_where_a_node_has_one(task, monkeypatch):
+    "As on a Mac, whose GPU Ray does not count."
+    def other(): raise AssertionError('the device of the cluster is to be taken')
+    monkeypatch.setattr(training.run, 'get_device', other)
+    driver = cluster.Cluster.__new__(cluster.Cluster)
+    driver.gpus = 0
+    assert task(device=driver.device).row['status'] == 'ok'
 
 
 def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, monkeypatch):

@@ -73,6 +73,7 @@ def test_every_flag_of_a_script_is_there(script):
      'one_cycle --split auto --source auto --stem 32-64-64'),
     ('--size 192 --lr 8e-3 --opt ranger --act_fn=Mish --sched_type flat_cos',
      'the default was --split v2 --stem 32-32-64; here'),
+    ('--fp16', ''), ('--pct_noise 5', ''), ('--fp16 --local-rank=0', ''), ('--fp16 --local_rank 0', ''),
     ('--fp16 --lr 1e-2 --opt ranger --act Mish --schedule flat_cos --split v2 --source 320 --stem 32-32-64', ''),
 ])
 def test_a_reader_of_2020_is_told_what_differs(line, note, capsys):
@@ -84,6 +85,7 @@ def test_a_reader_of_2020_is_told_what_differs(line, note, capsys):
 @pytest.mark.parametrize('line, message', [
     ('--fp16 0 --precision bf16', '--fp16 and --precision bf16: give one of them'), ('--repro=1', '--repro: every run'),
     ('--beta 1 --opt sgd', '--beta: for --opt ranger and radam only, not sgd'),
+    ('--arch mxresnet18 --act_fn relu', '--arch mxresnet18 and --act relu: that network has Mish; take --arch x'),
 ])
 def test_flags_that_do_not_go_together(line, message):
     with pytest.raises(UsageError) as e: train_imagenette.parse(line.split())

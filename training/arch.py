@@ -4,11 +4,12 @@ The plain ones are those of xresnet.py. The others, with squeeze and excitation 
 (resnext), with six or eight stages (deep, deeper), are built by fastai, and our layer is put where theirs stands: at
 the end of a block's convolutions, after the zero-initialised batch norm and the squeeze and excitation, before the
 shortcut is added. At stage 1, the default, it is where fastai's `sa=True` puts it; in the deep and deeper networks
-fastai takes stages 3 and 5, here `--sa-at 3` and `--sa-at 5`.
+fastai takes stages 3 and 5, here `--sa-at 3` and `--sa-at 5`. It calls the layer by its number in the block, and we by
+the name `attention`: the weights of fastai's xse_resnext50(sa=True) load once `convpath.4` is renamed so.
 """
 import torch
 import torch.nn as nn
-from fastai.layers import AvgPool, MaxPool, SEBlock
+from fastai.layers import AvgPool, SEBlock
 from fastai.vision.models import xresnet as fastai_xresnet
 
 import xresnet
@@ -43,7 +44,6 @@ FASTAI_ARCHS = {  # name: (expansion, blocks per stage)
     'xsenet154': (4, (3, 8, 36, 3)),
 }
 NETWORKS = xresnet.ARCHS | FASTAI_ARCHS
-FASTAI_POOLS = {'avg': AvgPool, 'max': MaxPool}
 N_BEFORE = 4  # modules of fastai's network before its first stage: the stem and a pooling
 
 
@@ -56,6 +56,14 @@ def network(arch, n_classes, attention=nn.Identity, places=None, stem='32-64-64'
             layer = attention(width(arch, stage))
         model[N_BEFORE + stage - 1][block].convpath.add_module('attention', layer)
     return model
+
+
+def max_pool(ks, ndim=2, ceil_mode=False):
+    "Returns a max pooling that covers odd sides; fastai's own drops `ceil_mode`, and its block then fails there."
+    return nn.MaxPool2d(ks, ceil_mode=ceil_mode)
+
+
+FASTAI_POOLS = {'avg': AvgPool, 'max': max_pool}
 
 
 def fastai_network(arch, n_classes, stem, act, pool):

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 import runlog
 from command import Busy, UsageError
-from experiments import Config, fields, knobs
+from experiments import Config, as_written_now, fields, knobs
 from training import distributed
 
 FORMAT = 'checkpoint 1'
@@ -164,7 +164,9 @@ def find(cfg, data_fingerprint, runs, results, device='cpu'):
             if file.exists(): print(f'{e}; it is left alone', file=sys.stderr)  # else its run has just been finished
             continue
         same_data = state['data_fingerprint'] == data_fingerprint
-        same_config = all(state['config'].get(key, BEFORE[key]) == getattr(cfg, key) for key in FOR_LIFE)
+        old = BEFORE | state['config']
+        old['sa_at'] = as_written_now(old['sa_at'])
+        same_config = all(old[key] == getattr(cfg, key) for key in FOR_LIFE)
         if same_data and same_config and state['run_id'] not in done: epochs[file] = state['epoch']
     for file in sorted(epochs, key=epochs.get, reverse=True):
         held = lock(file)

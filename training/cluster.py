@@ -69,9 +69,9 @@ class Cluster:
 
     @property
     def device(self):
-        "Returns the kind of device that the runs train on."
+        "Returns the device that the runs train on: of a node's GPUs a run sees its own alone, as the first."
         import torch
-        return torch.device('cuda' if self.gpus else 'cpu')
+        return torch.device('cuda', 0) if self.gpus else torch.device('cpu')
 
     def each(self, todo, checkpoint_every=None):
         """Trains `todo`, [(arm, Config)], as many runs at once as there is room for.
@@ -85,7 +85,7 @@ class Cluster:
             try:
                 for arm, cfg in todo:
                     files = layer_source.packed(cfg.attention, cfg.attention_file)
-                    ref = task.remote(self.for_node(cfg), self.results, mark, checkpoint_every, files)
+                    ref = task.remote(self.for_node(cfg), self.results, mark, checkpoint_every, files, self.device)
                     pending[ref] = arm, cfg
                 while pending:
                     (ref,), _ = self.ray.wait(list(pending))
@@ -151,8 +151,8 @@ def reach(address, wait=10):
     if host and port.isdigit(): socket.create_connection((host.strip('[]'), int(port)), wait).close()
 
 
-def train_run(cfg, results, mark, checkpoint_every, layer_files=None):
-    """Trains a run in a process of its own on a node; returns an Outcome.
+def train_run(cfg, results, mark, checkpoint_every, layer_files=None, device=None):
+    """Trains a run on `device` in a process of its own on a node; returns an Outcome.
 
     `layer_files` are those of a layer from a file (layer_source.packed), for a node that does not have them.
     """
@@ -168,7 +168,7 @@ def train_run(cfg, results, mark, checkpoint_every, layer_files=None):
         signal.signal(signal.SIGINT, stop_at_next_batch)  # Ray cancels a task by SIGINT.
         try:
             here = layer_source.unpacked(cfg, layer_files or {}, own)
-            run(here, folder, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
+            run(here, folder, device, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
         except Busy as e: out.busy = str(e)
         except UsageError as e: out.mistake = str(e)
         except BaseException as e:
