@@ -5,6 +5,7 @@ It imports nothing else of this repository.
 import argparse
 import gc
 import os
+import re
 import signal
 import sys
 import threading
@@ -156,6 +157,12 @@ def undisturbed():
 
 # --- exit codes ---
 
+def in_a_line(e):
+    "Returns what an exception says, in a line without colours."
+    text = ' '.join(re.sub(r'\x1b\[[0-9;]*m', '', str(e)).split())
+    return text[:200] or type(e).__name__
+
+
 def lack_of_memory(e):
     "Returns a line on an exception that a lack of memory raised, of a GPU or of the computer, and what to do; else ''."
     text = ' '.join(str(e).split())
@@ -174,6 +181,12 @@ def shown(path):
     "Returns a path as it is shown, from the current folder on; Windows has none from one drive to another."
     try: return os.path.relpath(path)
     except ValueError: return str(path)
+
+
+def weights_file(file):
+    "Returns where --save writes the weights of a model: woof.safetensors for woof.pt, v1.0.safetensors for v1.0."
+    name = file.stem if file.suffix in ('.pt', '.pth', '.bin') else file.name
+    return file.with_name(f'{name}.safetensors')
 
 
 @contextmanager

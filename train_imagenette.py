@@ -22,8 +22,10 @@ from command import (
     nearest,
     shown,
     stop_on_signals,
+    weights_file,
 )
 from experiments import Config, add_config_flags, fields, flag
+from layer_source import is_file, is_outside
 from training.files import find_images
 
 PROGRAM = 'train_imagenette.py'
@@ -88,11 +90,15 @@ def parse(argv):
         if cfg.data: find_images(Path(cfg.data), cfg.valid_pct)
     except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
     if args.log_to: check_tool(args.log_to)
-    if args.export: check_export(args.export)
+    if args.export: check_export(args.export, cfg.attention)
     if args.save and args.save.suffix == '.safetensors':
         raise UsageError(f'--save {args.save}: take another suffix, such as .pt; its .safetensors is written beside it')
+    if args.save and args.export and os.path.realpath(args.save) == os.path.realpath(args.export):
+        raise UsageError(f'--save and --export {args.export}: give them two names')
     if is_local_rank_0():
-        if args.save: probe('--save', args.save)
+        if args.save:
+            probe('--save', args.save)
+            probe('--save', weights_file(args.save))
         if args.export: probe('--export', args.export)
         for note in notes_on_2019(sys.argv[1:] if argv is None else argv, args):
             print(f'{PROGRAM}: {note}', file=sys.stderr)
@@ -134,9 +140,11 @@ def check_tool(name):
     check_installed(f'--log-to {name}', TOOLS[name])
 
 
-def check_export(file):
-    "Raises UsageError unless the format that the suffix of `file` names can be written."
+def check_export(file, attention):
+    "Raises UsageError unless the format that the suffix of `file` names can be written of a network with `attention`."
     if file.suffix not in EXPORTS: raise UsageError(f'--export {file}: the name must end in {" or ".join(EXPORTS)}')
+    if file.suffix == '.pkl' and is_outside(attention) and is_file(attention.rpartition(':')[0]):
+        raise UsageError(f'--export {file}: load_learner cannot import a layer from a file ({attention}); take .onnx')
     check_installed(f'--export {file}', EXPORTS[file.suffix])
 
 

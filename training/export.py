@@ -14,28 +14,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from fastai.data.block import CategoryBlock, DataBlock
-from fastai.data.transforms import Normalize, parent_label
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.transforms import IntToFloatTensor, Normalize, parent_label
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.vision.core import PILImage
-from fastai.vision.data import ImageBlock
 from fasttransform import Transform
 from PIL import Image
 
 import runlog
 from command import UsageError
 from training.data import IMAGENET_MEAN, IMAGENET_STD
-from training.images import valid_image
+from training.images import read_image, valid_image
 
 TOLERANCE = 1e-4  # between onnxruntime and torch, on the largest logit
 
 
 def export(file, model, cfg, vocab):
     "Writes a model as the suffix of `file` says; the file is replaced as a whole."
+    content = exported(file, model, cfg, vocab)
+    with runlog.replacing(file, 'wb') as f: f.write(content)
+
+
+def exported(file, model, cfg, vocab):
+    "Returns the bytes of what `export` writes."
     model = copy.deepcopy(model).cpu().float().eval().to(memory_format=torch.contiguous_format)
     write = write_onnx if Path(file).suffix == '.onnx' else write_learner
-    with runlog.replacing(file, 'wb') as f: f.write(write(model, cfg, vocab))
+    return write(model, cfg, vocab)
 
 
 # --- ONNX ---
@@ -71,6 +76,12 @@ def onnx_difference(content, model, x):
 
 # --- fastai ---
 
+def read(item: Path | str | bytes | torch.Tensor | np.ndarray | Image.Image):
+    "Returns the image of a file, or of its bytes, as a run reads it; what else PILImage.create takes, as fastai does."
+    if isinstance(item, bytes): item = io.BytesIO(item)
+    return PILImage.create(np.array(read_image(item)) if isinstance(item, (str, Path, io.BytesIO)) else item)
+
+
 class ValidCrop(Transform):
     "Crops an image as validation does."
     def __init__(self, size): self.size = size
@@ -85,7 +96,8 @@ def write_learner(model, cfg, vocab):
             file.parent.mkdir()
             Image.new('RGB', (cfg.size, cfg.size)).save(file)
         n = len(vocab)
-        block = DataBlock((ImageBlock, CategoryBlock(vocab=list(vocab), sort=False)), get_y=parent_label,
+        images = TransformBlock(read, batch_tfms=IntToFloatTensor)
+        block = DataBlock((images, CategoryBlock(vocab=list(vocab), sort=False)), get_y=parent_label,
                           splitter=lambda items: (range(n), range(n)), item_tfms=ValidCrop(cfg.size),
                           batch_tfms=Normalize.from_stats(IMAGENET_MEAN, IMAGENET_STD, cuda=False))
         dls = block.dataloaders(blanks, bs=2, device=torch.device('cpu'), num_workers=0)

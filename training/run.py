@@ -19,7 +19,7 @@ from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import set_seed
 
 import runlog
-from command import UsageError, is_stop, shown, undisturbed
+from command import UsageError, in_a_line, is_stop, shown, undisturbed, weights_file
 from experiments import Config, knobs, model_name
 from training import checkpoint, distributed, layer, trackers
 from training.arch import network
@@ -84,9 +84,23 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
         file = checkpoint.path(results, row['run_id'])
         saver = checkpoint.Checkpoint(file, checkpoint.identity(cfg, row), checkpoint_every, found)
         hand_over = hand_over or partial(keep, results=results)
-        tracking = trackers.callbacks(log_to, cfg, row['run_id'], row['resumed'], results)
-        try: return fit_and_hand_over(cfg, dls, model, row, [saver, *tracking], Path(results), save, export, hand_over)
+        try:
+            tracking = outlets(cfg, dls, model, row, results, log_to, export if first else None)
+            return fit_and_hand_over(cfg, dls, model, row, [saver, *tracking], Path(results), save, export, hand_over)
         finally: saver.release()
+
+
+def outlets(cfg, dls, model, row, results, log_to, export):
+    """Returns the callbacks of `log_to`, and tries `export` with the untrained model.
+
+    Where one of them fails, the run does not start, and leaves no curve: else it would be known after the training.
+    """
+    try:
+        if export: try_export(export, cfg, dls.vocab, model)
+        return trackers.callbacks(log_to, cfg, row['run_id'], row['resumed'], results)
+    except UsageError:
+        if not row['resumed']: runlog.curve_file(row['run_id'], results).unlink(missing_ok=True)
+        raise
 
 
 def begin(cfg, dls, results, resume):
@@ -151,10 +165,9 @@ def fit_and_hand_over(cfg, dls, model, row, cbs, results, save, export, hand_ove
             if first and save:
                 if whole: write_model(save, cfg, dls.vocab, model, run_id)
                 else: say_not_saved('--save', save, row['status'])
-            if first and export:
-                if whole: write_export(export, cfg, dls.vocab, model)
-                else: say_not_saved('--export', export, row['status'])
+            if first and export and not whole: say_not_saved('--export', export, row['status'])
             if first: hand_over(row)
+    if first and export and whole: write_export(export, cfg, dls.vocab, model)  # It takes long: the row is there.
     return row
 
 
@@ -195,28 +208,42 @@ def write_predictions(run_id, results, **arrays):
 
 
 def write_model(file, cfg, vocab, model, run_id):
-    """Writes the model for `load_model`, and its weights as safetensors beside it.
-
-    Prints why they could not be written, if so: the row is worth more.
-    """
+    "Writes the model for `load_model`, and its weights as safetensors beside it."
     saved = dict(config=asdict(cfg), vocab=vocab, model=model.state_dict(), run_id=run_id)
-    try:
-        with runlog.replacing(file, 'wb') as f: torch.save(saved, f)
-        with runlog.replacing(Path(file).with_suffix('.safetensors'), 'wb') as f: f.write(safetensors_of(saved))
-    except (OSError, RuntimeError) as e: print(f'--save {file}: could not be written ({e})', file=sys.stderr)
+    with at_best('--save', file), runlog.replacing(file, 'wb') as f: torch.save(saved, f)
+    beside = weights_file(Path(file))
+    with at_best('--save', beside), runlog.replacing(beside, 'wb') as f: f.write(safetensors_of(saved))
 
 
 def write_export(file, cfg, vocab, model):
-    "Writes the model for other tools, or prints why it could not be written: the row is worth more."
+    "Writes the model for other tools."
     from training.export import export  # Few runs need it.
-    try: export(file, model, cfg, vocab)
-    except Exception as e:  # what torch's exporter raises has no end
-        print(f'--export {file}: could not be written ({" ".join(str(e).split())[:200]})', file=sys.stderr)
+    with at_best('--export', file): export(file, model, cfg, vocab)
+
+
+@contextlib.contextmanager
+def at_best(what, file):
+    "Prints why the block could not write `file`, if so, and goes on: the row is worth more."
+    try: yield
+    except Exception as e:  # What pickle and the exporters raise has no end.
+        print(f'{what} {file}: could not be written ({in_a_line(e)})', file=sys.stderr)
+
+
+def try_export(file, cfg, vocab, model):
+    "Raises UsageError where the untrained model cannot be exported."
+    from training.export import exported
+    try: exported(file, model, cfg, vocab)
+    except Exception as e:
+        raise UsageError(f'--export {file}: this model cannot be exported ({in_a_line(e)})') from None
 
 
 def safetensors_of(saved):
-    "Returns the weights of what `--save` keeps as the bytes of a safetensors file, with the rest as its metadata."
-    weights = {name: value.detach().cpu().contiguous() for name, value in saved['model'].items()}
+    """Returns the weights of what `--save` keeps as the bytes of a safetensors file, with the rest as its metadata.
+
+    Weights that two modules share are written for each; what a module keeps beside tensors is left out.
+    """
+    weights = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, value in saved['model'].items() if isinstance(value, torch.Tensor)}
     return safetensors.torch.save(weights, {key: json.dumps(saved[key]) for key in ('config', 'vocab', 'run_id')})
 
 
