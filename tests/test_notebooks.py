@@ -1,11 +1,15 @@
 import os
+import re
 import subprocess
 import sys
+from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pytest
 from conftest import REPO
+from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
+from test_house import MODULES, reach, roots
 from test_report import unchanged
 
 import runlog
@@ -38,6 +42,24 @@ def test_runs_top_to_bottom_and_its_outputs_are_not_stale(path):
         record, text = SHOWN[path.name]
         assert text() in texts(notebook)
         if unchanged(record): assert stored == texts(notebook)
+
+
+@pytest.mark.parametrize('on_colab', [True, False])
+def test_the_first_cell_fetches_on_colab_what_the_report_needs(on_colab, monkeypatch):
+    notebook = nbformat.read(REPO / 'notebooks' / 'results.ipynb', as_version=4)
+    cell = next(cell for cell in notebook.cells if cell.cell_type == 'code')
+    called = []
+    shell = SimpleNamespace(system=called.append, run_line_magic=lambda *words: called.append(' '.join(words)))
+    if on_colab: monkeypatch.setitem(sys.modules, 'google.colab', ModuleType('google.colab'))
+    exec(TransformerManager().transform_cell(cell.source), dict(get_ipython=lambda: shell))
+    if not on_colab:
+        assert not called
+        return
+    assert [re.match(r'git clone|\w+', call)[0] for call in called] == ['git clone', 'cd', 'pip']
+    packages = re.findall(r'"(.*?)"', called[2])
+    needed = roots(reach('report.__main__')) - set(sys.stdlib_module_names) - roots(MODULES) - {'numpy'}
+    assert {re.match(r'\w+', package)[0] for package in packages} == needed
+    assert set(packages) <= set((REPO / 'requirements.txt').read_text(encoding='utf-8').split())
 
 
 @pytest.mark.slow(5)
