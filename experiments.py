@@ -880,9 +880,9 @@ EXPERIMENTS = {
         claim='Every record of the leaderboard has the layer: what is it worth?',
         command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
                 ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320 --epochs 5'
-                ' --sa',
+                ' --bs 16 --sa',
         arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=5, lr=8e-3, opt='ranger',
+            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=5, bs=16, lr=8e-3, opt='ranger',
                    mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
@@ -894,9 +894,9 @@ EXPERIMENTS = {
         claim='Every record of the leaderboard has the layer: what is it worth?',
         command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
                 ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320'
-                ' --epochs 20 --sa',
+                ' --epochs 20 --bs 16 --sa',
         arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=20, lr=8e-3, opt='ranger',
+            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=20, bs=16, lr=8e-3, opt='ranger',
                    mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
@@ -908,9 +908,9 @@ EXPERIMENTS = {
         claim='Every record of the leaderboard has the layer: what is it worth?',
         command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
                 ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320'
-                ' --epochs 80 --mixup 0.2 --sa',
+                ' --epochs 80 --mixup 0.2 --bs 16 --sa',
         arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=80, lr=8e-3, opt='ranger',
+            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=80, bs=16, lr=8e-3, opt='ranger',
                    mom=0.95, schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max',
                    stem='32-32-64'),
             'none', 'simple'),
@@ -936,9 +936,9 @@ EXPERIMENTS = {
     'board-woof-192-5': Experiment(
         claim='Every record of the leaderboard has the layer: what is it worth?',
         command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 5 --sa',
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 5 --bs 16 --sa',
         arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=192, epochs=5, lr=8e-3, opt='ranger', mom=0.95,
+            Config(dataset='imagewoof', split='v2', size=192, epochs=5, bs=16, lr=8e-3, opt='ranger', mom=0.95,
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
@@ -949,9 +949,10 @@ EXPERIMENTS = {
     'board-woof-192-20': Experiment(
         claim='Every record of the leaderboard has the layer: what is it worth?',
         command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 20 --sa',
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 20 --bs 16'
+                ' --sa',
         arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=192, epochs=20, lr=8e-3, opt='ranger', mom=0.95,
+            Config(dataset='imagewoof', split='v2', size=192, epochs=20, bs=16, lr=8e-3, opt='ranger', mom=0.95,
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
@@ -963,9 +964,9 @@ EXPERIMENTS = {
         claim='Every record of the leaderboard has the layer: what is it worth?',
         command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
                 ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 80 --mixup 0.2'
-                ' --sa',
+                ' --bs 16 --sa',
         arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=192, epochs=80, lr=8e-3, opt='ranger', mom=0.95,
+            Config(dataset='imagewoof', split='v2', size=192, epochs=80, bs=16, lr=8e-3, opt='ranger', mom=0.95,
                    schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
@@ -989,9 +990,9 @@ EXPERIMENTS = {
     'board-woof-256-5': Experiment(
         claim='Every record of the leaderboard has the layer: what is it worth?',
         command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 5 --sa',
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 5 --bs 32 --sa',
         arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=256, epochs=5, lr=8e-3, opt='ranger', mom=0.95,
+            Config(dataset='imagewoof', split='v2', size=256, epochs=5, bs=32, lr=8e-3, opt='ranger', mom=0.95,
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,
@@ -1002,9 +1003,10 @@ EXPERIMENTS = {
     'board-woof-256-20': Experiment(
         claim='Every record of the leaderboard has the layer: what is it worth?',
         command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 20 --sa',
+                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 20 --bs 32'
+                ' --sa',
         arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=256, epochs=20, lr=8e-3, opt='ranger', mom=0.95,
+            Config(dataset='imagewoof', split='v2', size=256, epochs=20, bs=32, lr=8e-3, opt='ranger', mom=0.95,
                    schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
             'none', 'simple'),
         runs=5,

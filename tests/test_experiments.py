@@ -70,6 +70,7 @@ def test_every_record_of_the_leaderboard_is_an_experiment():
         for cfg in map(resolve, exp.arms.values()):
             assert (cfg.dataset, cfg.split, cfg.size, cfg.epochs) == (row.dataset, 'v2', row.size, row.epochs)
             assert cfg.source == ('320' if row.size <= 224 else 'full') and bool(cfg.mixup) == (row.epochs >= 80)
+            assert re.findall(r'at batches of (\d+)', exp.needs) in ([], [str(cfg.bs)])
             assert flags_of(row.recipe).items() <= asdict(cfg).items() or exp.needs
     assert len(names) == 24 and names == [exp for exp in EXPERIMENTS.values() if exp.leader]
 
