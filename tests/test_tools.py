@@ -309,6 +309,18 @@ def test_an_exported_network_predicts_what_the_saved_one_does(tree, command, tmp
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+class Branching(torch.nn.Module):
+    "Does what an exporter cannot follow."
+    def forward(self, x): return x.flatten(1) if x.sum() > 0 else -x.flatten(1)
+
+
+def test_a_network_that_torch_cannot_export_is_one_line(tmp_path, capfd):
+    pytest.importorskip('onnxscript')
+    with pytest.raises(UsageError, match=r'm\.onnx: this model cannot be exported \(Could not guard'):
+        training.run.try_export('m.onnx', Config(size=32), ['a', 'b'], Branching())
+    assert not ''.join(capfd.readouterr())
+
+
 def test_logits_that_differ_are_not_written(tmp_path, monkeypatch, capsys):
     def fail(*args): raise RuntimeError('\x1b[31mlogits\n differ\x1b[0m')
     monkeypatch.setattr(training.export, 'write_onnx', fail)

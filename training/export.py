@@ -48,15 +48,17 @@ def exported(file, model, cfg, vocab):
 def write_onnx(model, cfg, vocab):
     """Returns a model as the bytes of an ONNX file: images (B, 3, size, size), for any B, to logits (B, n_classes).
 
-    Raises UsageError where onnxruntime does not give the logits of torch.
+    Raises UsageError where torch cannot export it, or onnxruntime does not give the logits of torch.
     """
     x = torch.randn(2, 3, cfg.size, cfg.size, generator=torch.Generator().manual_seed(0))
-    buffer = io.BytesIO()
-    logging.getLogger('torch.onnx').setLevel(logging.ERROR)
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    buffer, said = io.BytesIO(), io.StringIO()
+    for name in ('torch.onnx', 'torch.fx'): logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         warnings.simplefilter('ignore')
-        program = torch.onnx.export(model, (x,), dynamo=True, input_names=['images'], output_names=['logits'],
-                                    dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+        try:
+            program = torch.onnx.export(model, (x,), dynamo=True, input_names=['images'], output_names=['logits'],
+                                        dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
+        except Exception as e: raise UsageError(str(e.__cause__ or e)) from None  # Its own words are advice alone.
     program.model.metadata_props['vocab'] = json.dumps(list(vocab))
     program.save(buffer)
     difference = onnx_difference(buffer.getvalue(), model, torch.cat([x, x.flip(0), x.neg()]))
