@@ -41,9 +41,9 @@ def read_to(process, words):
 
 @pytest.mark.slow(80)
 def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, tmp_path):
-    plain = start('plain', '--epochs', 8)
+    plain = start('plain', '--epochs', 16)
     assert plain.wait(300) == 0
-    process = start('ray', '--epochs', 8, '--ray')
+    process = start('ray', '--epochs', 16, '--ray')
     line = read_to(process, r'\(train_run pid=\d+\).* epoch 2 ')
     os.kill(int(re.search(r'pid=(\d+)', line)[1]), signal.SIGKILL)
     out, err = process.communicate(timeout=300)
@@ -55,7 +55,7 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
     for name in ('curves', 'predictions'):
         assert {f.stem for f in (tmp_path / 'ray' / name).iterdir()} == set(there.run_id)
     assert not list((tmp_path / 'ray').glob('.ray-*'))
-    assert '0 runs to do, 2 recorded' in start('ray', '--epochs', 8, '--dry-run').communicate()[0]
+    assert '0 runs to do, 2 recorded' in start('ray', '--epochs', 16, '--dry-run').communicate()[0]
 
 
 @pytest.mark.slow(60)

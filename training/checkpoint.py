@@ -173,7 +173,9 @@ def find(cfg, data_fingerprint, runs, results, device='cpu'):
         try: return Found(file, load(file, device), held)
         except UsageError as e:
             held.release()
-            if not file.exists(): raise Busy(f'{file}: is gone, another process has just finished this run') from None
+            if not file.exists():
+                remove(file)  # what locking it has made again
+                raise Busy(f'{file}: is gone, another process has just finished this run') from None
             print(f'{e}; it is left alone', file=sys.stderr)
     return None
 
