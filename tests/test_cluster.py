@@ -1,9 +1,10 @@
 """The runs of an experiment on a real local Ray of two workers."""
 import os
-import re
 import signal
+import time
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from conftest import REPO
 
@@ -32,20 +33,21 @@ def start(spawn, tree, tmp_path):
 def rows(folder): return runlog.load(folder / 'runs.csv').sort_values(['attention', 'seed']).reset_index(drop=True)
 
 
-def read_to(process, words):
-    "The first line with `words` that the process prints."
-    for line in process.stdout:
-        if re.search(words, line): return line
-    raise AssertionError(process.stderr.read())
+def wait_for_two_under_way(process, results):
+    "Returns the ids of the processes that train for `process`, as soon as two runs have a checkpoint."
+    while len(list(results.glob('checkpoints/*.pt'))) < 2:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
+    return [child.pid for child in children if child.name().startswith('ray::train_run')]
 
 
 @pytest.mark.slow(80)
 def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, tmp_path):
-    plain = start('plain', '--epochs', 16)
+    plain = start('plain', '--epochs', 8)
     assert plain.wait(300) == 0
-    process = start('ray', '--epochs', 16, '--ray')
-    line = read_to(process, r'\(train_run pid=\d+\).* epoch 2 ')
-    os.kill(int(re.search(r'pid=(\d+)', line)[1]), signal.SIGKILL)
+    process = start('ray', '--epochs', 8, '--ray')
+    os.kill(wait_for_two_under_way(process, tmp_path / 'ray')[0], signal.SIGKILL)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and 'continues after epoch' in out, err
     assert '2/2 ' in out and 'none → simple' in out, err
@@ -55,22 +57,20 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
     for name in ('curves', 'predictions'):
         assert {f.stem for f in (tmp_path / 'ray' / name).iterdir()} == set(there.run_id)
     assert not list((tmp_path / 'ray').glob('.ray-*'))
-    assert '0 runs to do, 2 recorded' in start('ray', '--epochs', 16, '--dry-run').communicate()[0]
+    assert '0 runs to do, 2 recorded' in start('ray', '--epochs', 8, '--dry-run').communicate()[0]
 
 
 @pytest.mark.slow(60)
 def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(start, tmp_path):
-    process = start('results', '--epochs', 25, '--ray')
-    begun = set()
-    while len(begun) < 2:  # both workers have a checkpoint then
-        begun.add(re.search(r'pid=(\d+)', read_to(process, 'epoch 2 '))[1])
+    process = start('results', '--epochs', 12, '--ray')
+    wait_for_two_under_way(process, tmp_path / 'results')
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=300)
     left = rows(tmp_path / 'results')
     assert process.returncode == 130 and 'Traceback' not in err and 'no runs' in out, err
     assert set(left.status) == {'interrupted'} and left.epochs_done.min() >= 1
     assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
-    out, err = start('results', '--epochs', 25).communicate(timeout=300)
+    out, err = start('results', '--epochs', 12).communicate(timeout=300)
     df = rows(tmp_path / 'results')
     assert out.count('continues after epoch') == len(left) and set(df.status) == {'ok'}, err
     assert 'epochs so far had git_commit' not in err, err
