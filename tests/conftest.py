@@ -112,15 +112,17 @@ def fixed_seed():
 def spawn():
     """Starts python with these arguments as a process with pipes, in a group of its own, as in a terminal.
 
-    A script starts warm, see warm.py, unless the call has options of subprocess.Popen. No process outlives the test.
+    A script starts warm, see warm.py, unless the call has options of subprocess.Popen or another PYTHONPATH, which is
+    read at the start. No process outlives the test.
     """
     started = []
 
     def call(*argv, env=None, **options):
-        argv = list(map(str, argv))
-        if argv[0].endswith('.py') and not options:
+        argv, env = list(map(str, argv)), dict(env or os.environ)
+        same_path = env.get('PYTHONPATH') == os.environ.get('PYTHONPATH')
+        if argv[0].endswith('.py') and same_path and not options:
             from warm import Warm  # It needs torch.
-            started.append(Warm(argv, dict(env or os.environ)))
+            started.append(Warm(argv, env))
         else:
             options = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) | options
             started.append(subprocess.Popen([sys.executable, *argv], env=env, **options))
