@@ -1,9 +1,13 @@
+import json
 import os
 import shutil
 import stat
 import subprocess
+from pathlib import Path
 
+import pandas as pd
 import pytest
+from conftest import REPO
 
 import runlog
 from command import UsageError
@@ -176,6 +180,15 @@ def test_the_committed_record_loads():
     assert df.run_id.is_unique and set(df.status) <= set(runlog.STATUSES)
     assert df.accuracy[df.status != 'ok'].isna().all() and df.accuracy[df.status == 'ok'].between(0, 1).all()
     for run_id in df.run_id[df.epochs_done > 0]: assert (runlog.RESULTS / 'curves' / f'{run_id}.csv').exists()
+
+
+def test_what_is_committed_names_no_folder_of_a_machine():
+    "A row has the path of the user's images and layer: in a record that others get, it is one they can have."
+    for file in (runlog.RESULTS / 'runs.csv', REPO / 'notebooks' / 'trial' / 'runs.csv'):
+        for path in pd.read_csv(file)[['data', 'attention_file']].stack(): assert not Path(path).is_absolute(), file
+    (plan,) = (REPO / 'notebooks' / 'trial' / 'trials').glob('*.json')
+    for cfg in json.loads(plan.read_text(encoding='utf-8'))['arms'].values():
+        assert not any(Path(cfg[name]).is_absolute() for name in ('data', 'attention_file'))
 
 
 @pytest.fixture
