@@ -20,6 +20,7 @@ ARCHS = {  # name: (expansion, blocks per stage)
     'xresnet101': (4, (3, 4, 23, 3)),
     'xresnet152': (4, (3, 8, 36, 3)),
 }
+WIDTHS = 64, 128, 256, 512  # of the stages, before the expansion
 STEMS = {'32-64-64': (32, 64, 64), '32-32-64': (32, 32, 64)}  # the source's, and fastai's
 ACTIVATIONS = {
     'relu': partial(nn.ReLU, inplace=True),
@@ -100,7 +101,7 @@ def xresnet(arch, n_classes=1000, attention=nn.Identity, places=None, stem='32-6
     layers = {f'stem{i}': conv_layer(widths[i], widths[i + 1], stride=1 if i else 2, act=act) for i in range(3)}
     layers['pool'] = nn.MaxPool2d(3, stride=2, padding=1)
     ni = widths[-1]
-    for stage, (nh, n_blocks) in enumerate(zip((64, 128, 256, 512), blocks), 1):
+    for stage, (nh, n_blocks) in enumerate(zip(WIDTHS, blocks), 1):
         modules = []
         for block in range(n_blocks):
             stride = 2 if block == 0 and stage > 1 else 1

@@ -130,12 +130,15 @@ def method(test):
     return METHODS[test['method']] + (f', {test["n_pairs"]} seeds' if test['n_pairs'] else '')
 
 
-def changes(row):
-    "Returns the change of a row, then what other analyses of the same runs say, a text each."
-    return [' '.join(parts) for parts in change_parts(row)]
+ANALYSES = dict(alike='like pairs', steps='one kind of step', all='all runs')  # of the same runs, see compare.gaps
 
 
-def change_parts(row):
+def changes(row, analyses=ANALYSES):
+    "Returns the change of a row, then what other `analyses` of the same runs say, a text each."
+    return [' '.join(parts) for parts in change_parts(row, analyses)]
+
+
+def change_parts(row, analyses=ANALYSES):
     """Returns the texts of `changes`, each as parts.
 
     There is more than one only where not all runs were made alike, see compare.gaps.
@@ -145,11 +148,10 @@ def change_parts(row):
     found = [[words] if words else []]
     if words and test['runs'] != 'all': found[0].append(f'({test["n_pairs"]} {test["runs"]})')
     elif words and others['mixed'] and not others['alike']['n_base']: found.append(['no like pairs'])
-    names = dict(alike='like pairs', steps='one kind of step', all='all runs')
-    for key, name in names.items():
+    for key in analyses:
         n_base, n_arm = others[key]['n_base'], others[key]['n_arm']
         if not n_base or not n_arm: continue
-        runs = f'{n_base} {name}' if key == 'alike' else f'{name}, {n_base} and {n_arm}'
+        runs = f'{n_base} {ANALYSES[key]}' if key == 'alike' else f'{ANALYSES[key]}, {n_base} and {n_arm}'
         found.append([f'{runs}:', change(others[key])])
     return found
 
@@ -207,12 +209,15 @@ def _cells(row, title):
 
 
 def brief_markdown(rows):
-    "Returns `gaps` as a Markdown table for readers: of each row only the runs and the change that decide its verdict."
+    """Returns `gaps` as a Markdown table for readers: of each row the runs and the change that decide its verdict.
+
+    Where these runs were not all made alike, the change of those that were stands below it.
+    """
     lines = []
     for row, title in zip(rows, titles(rows)):
         said = '<br>'.join(' '.join(parts) for parts in (both(row['published']), published(row)) if parts)
         ours = f'{" → ".join(mean(row["ours"][side]) for side in SIDES)} ({n_runs(row["ours"])})'
-        lines.append([title, arms(row), said, ours, change(row['difference']), holm(row), verdict(row)])
+        lines.append([title, arms(row), said, ours, '<br>'.join(changes(row, ['alike'])), holm(row), verdict(row)])
     return _markdown(BRIEF, lines, numbers=range(2, 6))
 
 

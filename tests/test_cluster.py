@@ -44,9 +44,9 @@ def wait_for_two_under_way(process, results):
 
 @pytest.mark.slow(80)
 def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, tmp_path):
-    plain = start('plain', '--epochs', 8)
+    plain = start('plain', '--epochs', 5)
     assert plain.wait(300) == 0
-    process = start('ray', '--epochs', 8, '--ray')
+    process = start('ray', '--epochs', 5, '--ray')
     os.kill(wait_for_two_under_way(process, tmp_path / 'ray')[0], signal.SIGKILL)
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0 and 'continues after epoch' in out, err
@@ -57,12 +57,12 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
     for name in ('curves', 'predictions'):
         assert {f.stem for f in (tmp_path / 'ray' / name).iterdir()} == set(there.run_id)
     assert not list((tmp_path / 'ray').glob('.ray-*'))
-    assert '0 runs to do, 2 recorded' in start('ray', '--epochs', 8, '--dry-run').communicate()[0]
+    assert '0 runs to do, 2 recorded' in start('ray', '--epochs', 5, '--dry-run').communicate()[0]
 
 
 @pytest.mark.slow(60)
 def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(start, tmp_path):
-    process = start('results', '--epochs', 12, '--ray')
+    process = start('results', '--epochs', 8, '--ray')
     wait_for_two_under_way(process, tmp_path / 'results')
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=300)
@@ -70,7 +70,7 @@ def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(st
     assert process.returncode == 130 and 'Traceback' not in err and 'no runs' in out, err
     assert set(left.status) == {'interrupted'} and left.epochs_done.min() >= 1
     assert {f.stem for f in (tmp_path / 'results' / 'checkpoints').glob('*.pt')} == set(left.run_id)
-    out, err = start('results', '--epochs', 12).communicate(timeout=300)
+    out, err = start('results', '--epochs', 8).communicate(timeout=300)
     df = rows(tmp_path / 'results')
     assert out.count('continues after epoch') == len(left) and set(df.status) == {'ok'}, err
     assert 'epochs so far had git_commit' not in err, err

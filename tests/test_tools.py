@@ -19,6 +19,7 @@ from command import UsageError, weights_file
 from experiments import Config
 from layers import ATTENTION
 from training import trackers
+from training.data import IMAGENET_MEAN, IMAGENET_STD
 from training.export import export
 from training.learner import EpochLearner
 
@@ -191,6 +192,24 @@ def test_weights_of_any_module_are_written(tmp_path, capsys):
         assert torch.equal(f.get_tensor('1.weight'), model[0].weight)
 
 
+class Stubborn(torch.nn.Linear):
+    def get_extra_state(self): raise ValueError('no state')
+
+
+def test_a_model_without_a_state_has_its_row(tree, command, tmp_path, monkeypatch):
+    make = training.run.get_model
+    def get_model(*args):
+        model = make(*args)
+        model.head = Stubborn(model.head.in_features, model.head.out_features)
+        return model
+    monkeypatch.setattr(training.run, 'get_model', get_model)
+    argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1, '--save', tmp_path / 'model.pt']
+    code, _, err = command(*argv)
+    assert code == 0 and runlog.load(tmp_path / 'results' / 'runs.csv').status.tolist() == ['ok']
+    assert [line.endswith('could not be written (no state); the run goes on') for line in err.splitlines()] == [1, 0]
+    assert err.splitlines()[1] == f'--save {tmp_path}/model.pt: could not be written (no state)'
+
+
 def test_the_file_that_could_not_be_written_is_named(tmp_path, capsys):
     (tmp_path / 'model.safetensors').mkdir()
     training.run.write_model(tmp_path / 'model.pt', Config(), ['a', 'b'], torch.nn.Linear(2, 2), 'run')
@@ -289,12 +308,15 @@ def logits_of(file, x):
 def test_every_layer_is_the_same_in_onnxruntime(attention, tmp_path):
     "For another number of images than it was exported with."
     pytest.importorskip('onnxscript')
-    pytest.importorskip('onnxruntime')
+    onnxruntime = pytest.importorskip('onnxruntime')
     model = Small(attention)
     for name, p in model.named_parameters():
         if 'gamma' in name: torch.nn.init.constant_(p, 0.5)
     export(tmp_path / 'model.onnx', model, Config(size=32), ['a', 'b', 'c', 'd'])
     x = torch.randn(5, 3, 32, 32)
+    about = onnxruntime.InferenceSession(tmp_path / 'model.onnx').get_modelmeta().custom_metadata_map
+    assert json.loads(about['vocab']) == ['a', 'b', 'c', 'd'] and json.loads(about['size']) == 32
+    assert json.loads(about['mean']) == list(IMAGENET_MEAN) and json.loads(about['std']) == list(IMAGENET_STD)
     with torch.no_grad(): expected = model.eval()(x).numpy()
     assert np.abs(logits_of(tmp_path / 'model.onnx', x) - expected).max() <= 1e-4 * np.abs(expected).max()
 

@@ -18,7 +18,7 @@ from fastai.callback.progress import ProgressCallback
 from filelock import FileLock, Timeout
 
 import runlog
-from command import Busy, UsageError
+from command import Busy, UsageError, in_a_line, is_stop
 from experiments import Config, as_written_now, fields, knobs
 from training import distributed
 
@@ -85,16 +85,18 @@ class Checkpoint(Callback):
     def write(self):
         "Writes the state of the fit after this epoch, or prints why it could not be written."
         smooth, scaler = self.learn.recorder.smooth_loss, getattr(self.learn, 'scaler', None)
-        state = dict(
-            epoch=self.epoch + 1, model=self.learn.model.state_dict(), optimizer=optimizer_state(self.learn.opt),
-            scaler=scaler.state_dict() if scaler else {}, smooth_loss=(smooth.count, smooth.val),
-            measured=self.learn.measure.state())
-        buffer = io.BytesIO()  # Where torch.save writes to a file itself, it does not say that the disk is full.
-        torch.save(dict(format=FORMAT, **self.identity, **state), buffer)
         try:
+            state = dict(
+                epoch=self.epoch + 1, model=self.learn.model.state_dict(), optimizer=optimizer_state(self.learn.opt),
+                scaler=scaler.state_dict() if scaler else {}, smooth_loss=(smooth.count, smooth.val),
+                measured=self.learn.measure.state())
+            buffer = io.BytesIO()  # Where torch.save writes to a file itself, it does not say that the disk is full.
+            torch.save(dict(format=FORMAT, **self.identity, **state), buffer)
             if not self.held: self.held = lock(self.file)
             with runlog.replacing(self.file, 'wb') as f: f.write(buffer.getbuffer())
-        except OSError as e: print(f'{self.file}: could not be written ({e}); the run goes on', file=sys.stderr)
+        except Exception as e:  # What a layer's own state raises has no end.
+            if is_stop(e) or isinstance(e, UsageError): raise
+            print(f'{self.file}: could not be written ({in_a_line(e)}); the run goes on', file=sys.stderr)
 
     def release(self):
         "Lets other processes have the run."

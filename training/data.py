@@ -13,6 +13,7 @@ import os
 import shutil
 import tarfile
 import tempfile
+import threading
 import zlib
 from contextlib import contextmanager
 from functools import lru_cache
@@ -41,7 +42,7 @@ from training.files import (
     split_files,
     unused_folders,
 )
-from training.images import Pixels, crop_boxes, stack_valid_images
+from training.images import Pixels, bar, crop_boxes, stack_valid_images
 from training.readers import ImageFiles, Images
 
 ARCHIVES = {  # (dataset, source): URL
@@ -52,6 +53,7 @@ ARCHIVES = {  # (dataset, source): URL
     ('imagewoof', '320'): URLs.IMAGEWOOF_320,
     ('imagewoof', 'full'): URLs.IMAGEWOOF,
 }
+COUNT_EVERY = 1  # second: how often the files are counted that an archive has given so far
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -68,9 +70,11 @@ def find_data(cfg):
     archive, folder = home('archive') / Path(url).name, home('data') / Path(url).stem
     if folder.exists(): return folder
     try:
+        expected = sum(N_IMAGES[cfg.dataset, cfg.split])
         with filled(folder) as part:
-            untar_data(url, base=part.parent, archive=archive.parent, data=part.parent)
-            n, expected = len(scan(part)[0]), sum(N_IMAGES[cfg.dataset, cfg.split])
+            with extracted_in(part.parent, expected):
+                untar_data(url, base=part.parent, archive=archive.parent, data=part.parent)
+            n = len(scan(part)[0])
             if n != expected:  # at a damaged header tarfile ends in silence
                 raise tarfile.ReadError(f'{n:,} of {expected:,} images')
     except (EOFError, UsageError, gzip.BadGzipFile, shutil.ReadError, tarfile.TarError, zlib.error) as e:
@@ -98,6 +102,30 @@ def filled(folder):
         try: part.rename(folder)
         except OSError:
             if not folder.exists(): raise  # Else another process was first.
+
+
+@contextmanager
+def extracted_in(folder, n):
+    """Has fastai extract an archive of `n` images in `folder`, with a bar in a terminal.
+
+    By itself it does so in the system's folder for temporary files, which may be too small, and copies them from there.
+    """
+    done, before = threading.Event(), tempfile.tempdir
+
+    def arrivals():
+        n_seen = 0
+        while not done.wait(COUNT_EVERY):
+            n_there = min(n, sum(len(files) for *_, files in os.walk(folder)))
+            yield from range(n_seen, n_there)
+            n_seen = n_there
+    watcher = threading.Thread(target=lambda: list(bar(arrivals(), n, 'extracting')), daemon=True)
+    tempfile.tempdir = str(folder)
+    watcher.start()
+    try: yield
+    finally:
+        tempfile.tempdir = before
+        done.set()
+        watcher.join()
 
 
 class ImageSet(NamedTuple):

@@ -48,6 +48,7 @@ def exported(file, model, cfg, vocab):
 def write_onnx(model, cfg, vocab):
     """Returns a model as the bytes of an ONNX file: images (B, 3, size, size), for any B, to logits (B, n_classes).
 
+    The images are RGB from 0 to 1, less `mean` and over `std`; these, `size` and `vocab` are its metadata, as JSON.
     Raises UsageError where torch cannot export it, or onnxruntime does not give the logits of torch.
     """
     x = torch.randn(2, 3, cfg.size, cfg.size, generator=torch.Generator().manual_seed(0))
@@ -59,7 +60,8 @@ def write_onnx(model, cfg, vocab):
             program = torch.onnx.export(model, (x,), dynamo=True, input_names=['images'], output_names=['logits'],
                                         dynamic_shapes=({0: torch.export.Dim('batch')},), verbose=False)
         except Exception as e: raise UsageError(str(e.__cause__ or e)) from None  # Its own words are advice alone.
-    program.model.metadata_props['vocab'] = json.dumps(list(vocab))
+    about = dict(vocab=list(vocab), size=cfg.size, mean=IMAGENET_MEAN, std=IMAGENET_STD)
+    program.model.metadata_props.update({key: json.dumps(value) for key, value in about.items()})
     program.save(buffer)
     difference = onnx_difference(buffer.getvalue(), model, torch.cat([x, x.flip(0), x.neg()]))
     if not difference <= TOLERANCE:

@@ -209,8 +209,11 @@ def write_predictions(run_id, results, **arrays):
 
 def write_model(file, cfg, vocab, model, run_id):
     "Writes the model for `load_model`, and its weights as safetensors beside it."
-    saved = dict(config=asdict(cfg), vocab=vocab, model=model.state_dict(), run_id=run_id)
-    with at_best('--save', file), runlog.replacing(file, 'wb') as f: torch.save(saved, f)
+    saved = dict(config=asdict(cfg), vocab=vocab, run_id=run_id)
+    with at_best('--save', file):
+        saved['model'] = model.state_dict()
+        with runlog.replacing(file, 'wb') as f: torch.save(saved, f)
+    if 'model' not in saved: return
     beside = weights_file(Path(file))
     with at_best('--save', beside), runlog.replacing(beside, 'wb') as f: f.write(safetensors_of(saved))
 

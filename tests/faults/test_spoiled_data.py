@@ -11,7 +11,9 @@ import os
 import shutil
 import signal
 import tarfile
+import tempfile
 import threading
+import time
 from pathlib import Path
 
 import fastdownload.core
@@ -247,15 +249,13 @@ def test_an_archive_damaged_where_its_checksum_does_not_look_is_named(
 
 
 def from_file(monkeypatch, n, then):
-    "Let file `n` that is copied from one file system to another, as from /tmp, call `then`."
-    files, copy = iter(range(10**6)), shutil.copyfile
+    "Let file `n` of an archive, from 0, call `then` in place of being extracted."
+    files, extract = iter(range(10**6)), tarfile.TarFile.makefile
 
-    def copyfile(*args, **kwargs):
+    def makefile(*args):
         if next(files) >= n: then()
-        return copy(*args, **kwargs)
-    def rename(*args): raise OSError(errno.EXDEV, 'Invalid cross-device link')
-    monkeypatch.setattr(shutil, 'copyfile', copyfile)
-    monkeypatch.setattr(os, 'rename', rename)
+        return extract(*args)
+    monkeypatch.setattr(tarfile.TarFile, 'makefile', makefile)
 
 
 def test_an_extraction_ended_by_kill_9_leaves_no_folder_that_passes_for_the_whole(fetch, archive, tmp_path):
@@ -266,9 +266,9 @@ def test_an_extraction_ended_by_kill_9_leaves_no_folder_that_passes_for_the_whol
     process.start()
     process.join()
     left = list(archive.folder.parent.glob('woof-*'))
-    assert process.exitcode == -signal.SIGKILL and len(list(left[0].rglob('*.JPEG'))) == 5
-    assert not archive.folder.exists()
-    shutil.rmtree(left[0])
+    assert process.exitcode == -signal.SIGKILL and not archive.folder.exists()
+    assert sum(len(list(folder.rglob('*.JPEG'))) for folder in left) == 5
+    for folder in left: shutil.rmtree(folder)
     assert_the_same_command_works_now(fetch, archive, tmp_path)
     assert archive.asked == 1  # the archive was whole
 
@@ -280,6 +280,27 @@ def test_a_disk_full_while_extracting_is_a_mistake_in_one_line(fetch, archive, t
         code, _, err = fetch()
     assert code == 2 and 'No space left on device' in err and err.count('\n') == 1 and not archive.folder.exists()
     assert_the_same_command_works_now(fetch, archive, tmp_path)
+
+
+def test_an_archive_is_extracted_beside_its_place_with_a_bar(archive, monkeypatch):
+    "Not in the system's temporary folder, which may be smaller."
+    shown, places, extract, before = [], [], tarfile.TarFile.makefile, tempfile.tempdir
+
+    def bar(items, n, what):
+        shown.append((what, n, len(list(items))))
+        return []
+
+    def slowly(tar, info, path):
+        places.append(Path(path))
+        time.sleep(0.05)
+        return extract(tar, info, path)
+    monkeypatch.setattr(data, 'bar', bar)
+    monkeypatch.setattr(data, 'COUNT_EVERY', 0.01)
+    monkeypatch.setattr(tarfile.TarFile, 'makefile', slowly)
+    data.find_data(resolve(Config(dataset='imagewoof', split='v2')))
+    assert len(places) == 36 and all(place.is_relative_to(archive.folder.parent) for place in places)
+    ((what, n, n_shown),) = shown
+    assert (what, n) == ('extracting', 36) and 18 <= n_shown <= 36 and tempfile.tempdir == before
 
 
 def test_two_processes_that_fetch_at_once_find_the_same_whole_folder(archive):
