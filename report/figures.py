@@ -75,7 +75,7 @@ def forest(rows):
     """Returns a Figure of the differences of `rows` with their 95 % intervals, a group a claim.
 
     Of a comparison ours stands first, as a disc; below it stands the published one, as a hollow square. A difference
-    whose spread is not known has no bar, and says so.
+    whose spread is not known has no bar, and says so. A star marks an assumed recipe.
     """
     rows = [row for row in rows if _is_known(row)]
     if not rows: raise UsageError('no differences to plot')
@@ -100,9 +100,11 @@ def forest(rows):
                 ax.plot([0, 0], [y - 0.5, y + 0.5], color=INK, lw=0.6, zorder=0)
                 _bar(ax, in_points(test), y, whose, limits)
                 write(CHANGE, y, tables.change(test) + ('  no interval' if np.isnan(test['low']) else ''), color=color)
-                write(RUNS, y, f'{whose} ({tables.n_runs(row[whose])})', color=color)
+                star = ' *' if whose == 'published' and _is_assumed(row) else ''
+                write(RUNS, y, f'{whose} ({tables.n_runs(row[whose])}){star}', color=color)
         for x, head in ((AXIS[0], 'second arm minus first'), (CHANGE, 'points [95 %]'), (RUNS, 'whose (runs)')):
             write(x, -0.4, head, color=GREY)
+        if any(map(_is_assumed, rows)): write(RUNS, y + 1.2, '* assumed recipe', color=GREY)
         ax.set(xlim=limits, ylim=(len(lines) + spacing[-1] - 0.4, -0.6), yticks=[],
                xlabel='difference in accuracy (points)')
         for side in ('left', 'bottom'): ax.spines[side].set_visible(side == 'bottom')
@@ -142,6 +144,11 @@ def _images(row):
     if pd.isna(row['n_val']): return f'split {row["split"]}'
     words = f'{int(row["n_val"]):,} validation images'
     return f'split {row["split"]}, {words}' if row['planned'] else words
+
+
+def _is_assumed(row):
+    "Returns whether a difference is published by a recipe that is assumed in part."
+    return row['published']['recipe'] == 'assumed' and not np.isnan(row['published']['difference']['difference'])
 
 
 def _pair(row): return tables.arms(row) + ('' if row['tested'] else ' (described)')
@@ -192,7 +199,9 @@ def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes
         heights = [_height(arms, of_set) for _, arms, of_set in parts]
         fig = Figure(figsize=(WIDTH, sum(heights)))
         for top, (key, arms, of_set) in zip(np.cumsum([0, *heights]), parts):
-            fig.text(0.08 / WIDTH, 1 - (top + 0.17) / sum(heights), _what(name, key), fontsize=8.5, weight='bold')
+            y, assumed = 1 - (top + 0.17) / sum(heights), any(map(_is_assumed, of_set))
+            fig.text(0.08 / WIDTH, y, _what(name, key), fontsize=8.5, weight='bold')
+            if assumed: fig.text(1 - RIGHT / WIDTH, y, 'published: assumed recipe', ha='right', color=GREY, size=7)
             first, second = (place(fig, left, top + below, *size) for left, below, *size in _two(arms, of_set))
             points(first, exp, arms, published if key['planned'] else published[:0], metric)
             differences(second, of_set)

@@ -31,6 +31,7 @@ def pytest_configure(config):
 
 
 REPO = Path(__file__).parent.parent
+NARROW = 64, 64, 64, 64  # channels of the stages
 CLASSES = ['n02086240', 'n02087394', 'n02088364']
 TIMES = ['run_id', 'started', 'resumed', 'fit_seconds', 'median_epoch_seconds', 'images_per_second', 'peak_memory_mb',
          'workers']
@@ -92,9 +93,10 @@ def config(tree, **kwargs):
 
 
 @pytest.fixture
-def command(capfd, tmp_path):
+def command(capfd, tmp_path, narrow, monkeypatch):
     "Runs the training command in this process: (exit code, stdout, stderr), results in tmp_path/results."
     import train_imagenette
+    if narrow: monkeypatch.setattr('xresnet.WIDTHS', NARROW)
 
     def call(*argv):
         code = train_imagenette.main([*map(str, argv), '--results', str(tmp_path / 'results')])
@@ -110,16 +112,18 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True)
 def narrow(request, monkeypatch):
-    """Makes the plain networks of this process narrow: xresnet18 has 0.6 instead of 11 million weights.
+    """Makes the plain networks narrow, here and in processes that start warm: xresnet18 has 0.6 of 11 million weights.
 
-    Most tests train some network, whatever it is. The mark `full_width` is for those that need the real one.
+    Most tests train some network, whatever it is. The mark `full_width` is for those that need the real one, or that
+    compare with a process that does not start warm. Returns whether they are narrow.
     """
-    if 'xresnet' in sys.modules and not request.node.get_closest_marker('full_width'):
-        monkeypatch.setattr(sys.modules['xresnet'], 'WIDTHS', (64, 64, 64, 64))
+    is_narrow = not request.node.get_closest_marker('full_width')
+    if is_narrow and 'xresnet' in sys.modules: monkeypatch.setattr('xresnet.WIDTHS', NARROW)
+    return is_narrow
 
 
 @pytest.fixture
-def spawn():
+def spawn(narrow):
     """Starts python with these arguments as a process with pipes, in a group of its own, as in a terminal.
 
     A script starts warm, see warm.py, unless the call has options of subprocess.Popen or another PYTHONPATH, which is
@@ -131,8 +135,8 @@ def spawn():
         argv, env = list(map(str, argv)), dict(env or os.environ)
         same_path = env.get('PYTHONPATH') == os.environ.get('PYTHONPATH')
         if argv[0].endswith('.py') and same_path and not options:
-            from warm import Warm  # It needs torch.
-            started.append(Warm(argv, env))
+            from warm import Warm  # It imports torch.
+            started.append(Warm(argv, env, NARROW if narrow else None))
         else:
             options = dict(text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True) | options
             started.append(subprocess.Popen([sys.executable, *argv], env=env, **options))

@@ -179,6 +179,7 @@ def test_a_refusal_is_one_line_before_anything_is_trained(attention, words, file
 
 # --- in the network ---
 
+@pytest.mark.full_width
 @pytest.mark.parametrize('arch', ARCHS)
 def test_the_shapes_tried_are_those_of_the_network(arch):
     cfg, found = Config(arch=arch, size=75, sa_at='1,2.0,3,4'), []

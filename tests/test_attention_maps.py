@@ -94,14 +94,14 @@ def test_the_ratio_is_that_of_the_change():
     model(batch)  # no longer watched
     hook.remove()
     x, y = seen[0]
-    assert branch.ratio() == pytest.approx(((y - x).square().sum() / x.square().sum()).sqrt().item(), rel=1e-4)
+    assert branch.ratio() == pytest.approx(((y - x).square().sum() / x.square().sum()).sqrt().item(), rel=5e-4)
     assert branch.ratios() == [branch.ratio()]
     few = Branch(n_images=2)
     few.watch(model)
     model(batch)
     few.stop()
     x, y = x[:2], y[:2]
-    assert few.ratio() == pytest.approx(((y - x).square().sum() / x.square().sum()).sqrt().item(), rel=1e-4)
+    assert few.ratio() == pytest.approx(((y - x).square().sum() / x.square().sum()).sqrt().item(), rel=5e-4)
     fresh = xresnet('xresnet18', 3, SimpleSelfAttention).eval()  # what it is given is 0 at the start
     branch.watch(fresh)
     fresh(batch)

@@ -15,6 +15,8 @@ from command import Busy, UsageError
 from experiments import Config
 from training import cluster
 
+pytestmark = pytest.mark.full_width
+
 ray = pytest.importorskip('ray', reason='needs ray: pip install -r requirements-cluster.txt')
 TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '1']
 SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint',

@@ -21,7 +21,7 @@ from layers import ATTENTION
 from training.data import get_dls
 
 pytest.importorskip('accelerate', reason='needs accelerate: pip install -r requirements-cluster.txt')
-pytestmark = pytest.mark.slow(40)
+pytestmark = [pytest.mark.slow(40), pytest.mark.full_width]  # as its processes that start cold
 LAUNCH = '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2'  # as users start it
 TINY = '--split', 'v1', '--size', '32', '--bs', '4', '--arch', 'xresnet18', '--workers', '0'
 

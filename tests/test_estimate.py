@@ -5,6 +5,8 @@ from conftest import REPO, script
 from experiments import EXPERIMENTS, Config, planned_runs
 from report import published as published_record
 
+pytestmark = pytest.mark.full_width
+
 estimate = script('estimate')
 
 

@@ -10,6 +10,8 @@ from conftest import REPO
 import runlog
 from training import jobs
 
+pytestmark = pytest.mark.full_width
+
 TINY = ['digits', '--bs', '6', '--workers', '0', '--checkpoint-every', '1', '--runs', '2']
 SAME = ['attention', 'seed', 'status', 'accuracy', 'valid_loss', 'train_loss', 'epochs_done', 'data_fingerprint',
         'device', 'resumed']

@@ -48,6 +48,7 @@ def test_arms_take_turns_and_what_is_recorded_is_skipped(loop, tmp_path):
     assert rows(tmp_path).wd.tolist()[-2:] == [0.1, 0.1] and rows(tmp_path).seed.tolist()[-2:] == [1, 2]
 
 
+@pytest.mark.full_width
 @pytest.mark.slow(15)
 def test_a_run_of_the_loop_is_the_run_of_a_fresh_process(loop, tree, tmp_path):
     assert loop('--runs', 2)[0] == 0

@@ -222,6 +222,7 @@ def test_runs_are_those_of_single_commands(tree, command, tmp_path):
     assert df.run_id.is_unique
 
 
+@pytest.mark.full_width
 @pytest.mark.slow(25)
 def test_the_whole_way_on_digits(command, tmp_path):
     code, _, err = command('--dataset', 'digits', '--size', 32, '--epochs', 3, '--arch', 'xresnet18', '--sa')

@@ -7,6 +7,8 @@ from experiments import format_places, parse_places
 from layers import ATTENTION, SimpleSelfAttention
 from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS, ResBlock, xresnet
 
+pytestmark = pytest.mark.full_width
+
 
 @pytest.mark.parametrize('arch', ARCHS)
 def test_without_attention_it_is_fastais_network(arch):

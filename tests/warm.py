@@ -12,6 +12,8 @@ import sys
 import threading
 from multiprocessing.reduction import DupFd
 
+import xresnet
+
 SERVER = multiprocessing.get_context('forkserver')
 SERVER.set_forkserver_preload(['training.run', 'training.loop', 'report.compare', 'report.tables', 'report.trial'])
 
@@ -19,11 +21,12 @@ SERVER.set_forkserver_preload(['training.run', 'training.loop', 'report.compare'
 class Warm:
     """Runs `argv` (a script and its arguments) as a process of its own, in a group of its own, with pipes as text.
 
-    It has the part of subprocess.Popen that the tests use. `env` is the whole environment of the process.
+    It has the part of subprocess.Popen that the tests use. `env` is the whole environment of the process; `widths`, if
+    given, are those of the stages of its networks.
     """
-    def __init__(self, argv, env):
+    def __init__(self, argv, env, widths=None):
         (out, its_out), (err, its_err) = os.pipe(), os.pipe()
-        self.process = SERVER.Process(target=run_script, args=(argv, env, DupFd(its_out), DupFd(its_err)))
+        self.process = SERVER.Process(target=run_script, args=(argv, env, widths, DupFd(its_out), DupFd(its_err)))
         self.process.start()
         for fd in (its_out, its_err): os.close(fd)
         self.stdout, self.stderr, self.pid = os.fdopen(out), os.fdopen(err), self.process.pid
@@ -53,7 +56,7 @@ class Warm:
         return texts[self.stdout], texts[self.stderr]
 
 
-def run_script(argv, env, out, err):
+def run_script(argv, env, widths, out, err):
     "Becomes the process of the script, with its streams, its environment and its group; ends as Python ends."
     os.setsid()
     for stream, fd in ((os.open(os.devnull, os.O_RDONLY), 0), (out.detach(), 1), (err.detach(), 2)): os.dup2(stream, fd)
@@ -61,6 +64,7 @@ def run_script(argv, env, out, err):
     os.environ.clear()
     os.environ.update(env)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if widths: xresnet.WIDTHS = widths
     sys.argv = argv
     try: runpy.run_path(argv[0], run_name='__main__')
     finally:

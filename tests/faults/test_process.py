@@ -16,13 +16,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import REPO, TIMES
+from conftest import NARROW, REPO, TIMES
 
 import command
 import runlog
 import train_imagenette
 import training.measure
 import training.run
+import xresnet
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
 
@@ -149,7 +150,7 @@ def test_a_loader_process_that_dies_leaves_a_failed_row_and_a_checkpoint(tree, c
 
 
 def _main(argv):
-    os.environ['FASTAI_HOME'], sys.stdout = argv.pop(), open(os.devnull, 'w')
+    os.environ['FASTAI_HOME'], sys.stdout, xresnet.WIDTHS = argv.pop(), open(os.devnull, 'w'), NARROW
     train_imagenette.main(argv)
 
 
@@ -158,7 +159,7 @@ def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tre
     context = mp.get_context('forkserver')
     context.set_forkserver_preload(['training.run'])
     argv = ['--data', tree, *TINY, '--sa', '--checkpoint-every', 1, '--resume']
-    def start(results, runs=4, epochs=4):
+    def start(results, runs=4, epochs=10):
         words = [*argv, '--runs', runs, '--epochs', epochs, '--results', results, os.environ['FASTAI_HOME']]
         process = context.Process(target=_main, args=(list(map(str, words)),), daemon=True)
         process.start()
@@ -166,11 +167,11 @@ def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tre
     start(tmp_path / 'first', 1, 1).join()  # the server has imported torch by now
     begun = time.perf_counter()
     start(tmp_path / 'whole').join()
-    epoch = (time.perf_counter() - begun) / 16
+    run = (time.perf_counter() - begun) / 4
     rng, results, killed = random.Random(0), tmp_path / 'results', 0
     while killed < 20:
         process = start(results)
-        process.join(rng.uniform(0, 2 * epoch))
+        process.join(rng.uniform(0, run / 2))
         killed += process.is_alive()
         process.kill()
         process.join()

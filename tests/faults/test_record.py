@@ -131,14 +131,14 @@ def test_a_disk_full_for_the_row_keeps_record_and_checkpoint_and_prints_the_row(
     results, fill = small_disk
     for i in range(30): runlog.append(row(f'old{i}'), results)
     before = (results / 'runs.csv').read_bytes()
-    full_from(monkeypatch, fill, 1, 0)
     argv = ['--data', tree, *TINY[:-4], '--epochs', 2, '--checkpoint-every', 1]
-    code, out, err = command(*argv)
+    with monkeypatch.context() as m:
+        full_from(m, fill, 1, 0)
+        code, out, err = command(*argv)
     assert code == 2 and 'the row could not be written ([Errno 28] No space left on device' in err
     assert 'Traceback' not in err
     assert '"status": "ok"' in err and (results / 'runs.csv').read_bytes() == before
     assert not [p for p in results.rglob('*.part')]
-    monkeypatch.undo()
     (results / 'filler').unlink()
     code, out, err = command(*argv, '--resume')
     assert code == 0 and 'continues after epoch 1 of 2' in out, err
