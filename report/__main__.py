@@ -37,7 +37,7 @@ def write_readme(table, file=runlog.RESULTS.parent / 'README.md'):
 def write(rows, runs, results, published):
     """Writes results/tables (.csv and .md) and results/figures (.png and .svg).
 
-    The same rows give the same bytes. What depends on the predictions, which are not in git, is left out.
+    The same rows give the same bytes. What depends on the predictions, few of which are in git, is left out.
     """
     results = Path(results)
     right = set_right()

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import runlog
 from experiments import Config, resolve
 
 
@@ -66,6 +67,11 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def rows(results):
+    "The record of a results folder as a frame, by arm and seed."
+    return runlog.load(results / 'runs.csv').sort_values(['attention', 'seed']).reset_index(drop=True)
 
 
 def make_image(seed, size=(60, 48)):

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from conftest import REPO
+from conftest import REPO, rows
 
 import runlog
 import training.measure
@@ -30,9 +30,6 @@ def start(spawn, tree, tmp_path):
         argv = [REPO / 'scripts' / 'reproduce.py', *TINY, '--data', tree, '--results', tmp_path / folder, *argv]
         return spawn(*argv, env=os.environ | dict(RAY_DEDUP_LOGS='0') | env)
     return call
-
-
-def rows(folder): return runlog.load(folder / 'runs.csv').sort_values(['attention', 'seed']).reset_index(drop=True)
 
 
 def wait_for_two_under_way(process, results):

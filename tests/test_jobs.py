@@ -5,9 +5,8 @@ import signal
 import time
 
 import pytest
-from conftest import REPO
+from conftest import REPO, rows
 
-import runlog
 from training import jobs
 
 pytestmark = pytest.mark.full_width
@@ -23,9 +22,6 @@ def start(spawn, tree, tmp_path):
     def call(folder, *argv):
         return spawn(REPO / 'scripts' / 'reproduce.py', *TINY, '--data', tree, '--results', tmp_path / folder, *argv)
     return call
-
-
-def rows(folder): return runlog.load(folder / 'runs.csv').sort_values(['attention', 'seed']).reset_index(drop=True)
 
 
 def read_to(process, words):

@@ -146,10 +146,11 @@ def test_the_gpu_of_a_mac_is_a_device_like_the_others(mac):
     assert len(timing.take_turns([lambda: None], MPS, 2)[0]) == 2
 
 
-def test_several_processes_on_a_mac_are_on_its_cpu(mac, monkeypatch):
+def test_several_processes_on_a_mac_are_on_its_cpu(mac, monkeypatch, capsys):
     for key in ('RANK', 'LOCAL_RANK'): monkeypatch.setenv(key, '0')
     for key in ('WORLD_SIZE', 'LOCAL_WORLD_SIZE'): monkeypatch.setenv(key, '2')
     assert machine.get_device() == CPU
+    assert 'several processes train on the CPU' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize('works', [True, False])

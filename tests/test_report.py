@@ -1,3 +1,4 @@
+import re
 import shutil
 import subprocess
 import time
@@ -526,6 +527,30 @@ def test_tables_on_a_terminal_fit_100_columns(rows_of_record, indent):
     assert max(map(len, lines)) <= 100 and all(line.startswith(' ' * indent) for line in lines)
     for word in ('published', 'change [95 %]', 'P (Holm)', 'verdict', 'none → simple'):
         assert any(word in line for line in lines)
+
+
+def test_the_result_that_readme_opens_with_is_what_the_record_says():
+    "Computed without the report: a paired t interval, and one of the variance components of runs and images."
+    runs = pd.read_csv(REPO / 'results' / 'runs.csv').query('size == 128 and split == "v1" and status == "ok"')
+    none, simple = (runs[runs.attention == arm].sort_values('seed') for arm in ('none', 'simple'))
+    assert none.seed.tolist() == simple.seed.tolist() == list(range(12))
+    over_runs = st.ttest_rel(simple.accuracy, none.accuracy).confidence_interval()
+
+    def right(run_id):
+        with np.load(REPO / 'results' / 'predictions' / f'{run_id}.npz') as saved:
+            return saved['logits'].argmax(1) == saved['targets']
+    a, b = (np.array(list(map(right, arm.run_id)), float) for arm in (none, simple))
+    assert np.allclose(a.mean(1), none.accuracy, atol=1e-6) and np.allclose(b.mean(1), simple.accuracy, atol=1e-6)
+    of_runs = (a.mean(1).var(ddof=1) + b.mean(1).var(ddof=1)) / 12
+    of_images = (b.mean(0) - a.mean(0)).var(ddof=1) / 500
+    in_both = (a.var(0, ddof=1) + b.var(0, ddof=1)).mean() / 12 / 500
+    half = st.t.ppf(0.975, 22) * (of_runs + of_images - in_both)**0.5
+    difference = b.mean() - a.mean()
+    first = ' '.join((REPO / 'README.md').read_text(encoding='utf-8').split())
+    said = re.search(r'adds ([\d.]+) points of accuracy, with a 95 % interval from ([\d.]+) to ([\d.]+) over runs, and '
+                     r'from ([\d.]+) to ([\d.]+) over images too', first).groups()
+    found = [difference, *over_runs, difference - half, difference + half]
+    assert [f'{100 * value:.1f}' for value in found] == list(said)
 
 
 def test_predictions_give_the_share_of_the_images(tmp_path, published):

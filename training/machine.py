@@ -26,8 +26,12 @@ def get_device(gpu=None):
     if distributed.n_processes() > 1:
         if gpu is not None: raise UsageError(f'--gpu {gpu}: each process has the device of its number; leave it out')
         gpu = distributed.local_device(n)
-        if gpu is not None: torch.cuda.set_device(gpu)
-        return torch.device('cpu') if gpu is None else torch.device('cuda', gpu)
+        if gpu is None:
+            if torch.backends.mps.is_available():
+                say_once('several processes train on the CPU: the GPU of a Mac is for one process')
+            return torch.device('cpu')
+        torch.cuda.set_device(gpu)
+        return torch.device('cuda', gpu)
     if not n and torch.backends.mps.is_available():
         if gpu: raise UsageError(f'--gpu {gpu}: the one GPU of a Mac is 0')
         return torch.device('mps', 0)
