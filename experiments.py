@@ -330,6 +330,7 @@ class Experiment:
     tables     the tables of published means (report.published.load_published) that the arms answer to
     contrasts  the comparisons [(base, arm)] that were named before the first run; without any, see `pairs`
     complete   arms of which a seed counts only once all of them that were to run with it have done so
+    precision  of the plan, where it says so: runs in another one belong to other experiments
     command    what trains the second arm once
     expect     {arm: (published accuracy in percent, number of runs)}
     metric     of which epoch `expect` is: 'last', or 'max' for the best one on the validation images
@@ -343,6 +344,7 @@ class Experiment:
     tables: tuple = ()
     contrasts: tuple = ()
     complete: tuple = ()
+    precision: str = ''
     command: str = ''
     expect: dict = field(default_factory=dict)
     metric: str = 'last'
@@ -668,6 +670,8 @@ EXPERIMENTS = {
             Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
             'none', 'simple', 'sagan', 'simple_sym'),
         runs={'none': 10, 'simple': 10, 'sagan': 6, 'simple_sym': 6},
+        contrasts=(('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym')),
+        precision='fp32',
         hours=0.11,
     ),
     'woof-64-5-r18-ranger': Experiment(

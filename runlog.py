@@ -343,7 +343,7 @@ def curve_file(run_id, results): return Path(results) / 'curves' / f'{run_id}.cs
 
 
 def write_predictions(run_id, results=RESULTS, **arrays):
-    "Writes `arrays` to predictions/<run_id>.npz, which is kept out of git."
+    "Writes `arrays` to predictions/<run_id>.npz."
     import numpy as np
     with replacing(Path(results) / 'predictions' / f'{run_id}.npz', 'wb') as f: np.savez_compressed(f, **arrays)
 

@@ -37,11 +37,11 @@ def write_readme(table, file=runlog.RESULTS.parent / 'README.md'):
 def write(rows, runs, results, published):
     """Writes results/tables (.csv and .md) and results/figures (.png and .svg).
 
-    The same rows give the same bytes. What depends on the predictions, few of which are in git, is left out.
+    The same rows and predictions give the same bytes.
     """
     results = Path(results)
     right = set_right()
-    _write_table(results, 'gaps', tables.frame(rows, tables.FROM_PREDICTIONS), tables.markdown(rows))
+    _write_table(results, 'gaps', tables.frame(rows), tables.markdown(rows))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
     _write_table(results, 'source_against_fork', source_against_fork(),
                  tables.plain_markdown(source_against_fork_text()))

@@ -86,6 +86,7 @@ def sets(exp, runs, own=None, recipes=None):
         for key, of_set in recipes.get(recipe(cfg), []):
             here = dict(split=key['split'], source=key['source'])
             if asked != planned and asked != here: continue
+            if exp.precision not in ('', key['precision']): continue
             number = of_set.set_number.iloc[0]
             if number not in found:
                 columns = key | dict(planned=planned == here and is_whole(dataset, key))
@@ -307,7 +308,8 @@ def _gap(base, arm, said_base, said_arm, results):
     return dict(published=_published(said_base, said_arm), ours=ours, pairs=pairs,
                 difference=stats.compare_by_seed(*values) | dict(runs=which, holm_p=NAN), sensitivity=sensitivity,
                 chance=_at_chance(values, base['at_chance'], arm['at_chance']) | dict(holm_p=NAN),
-                welch=_welch(ours['base'], ours['arm']), images=_over_images(**right))
+                welch=_welch(ours['base'], ours['arm']),
+                images=_over_images(**right, paired=len(pairs) == len(chosen[0]) == len(chosen[1])))
 
 
 def _welch(base, arm):
@@ -389,10 +391,13 @@ def _mean_sd_n(row):
     return dict.fromkeys(keys, NAN) if row is None else {key: row[key] for key in keys}
 
 
-def _over_images(base, arm):
-    "Returns low and high of the difference for new runs and new images; nan where predictions are not at hand."
+def _over_images(base, arm, paired):
+    """Returns low and high of the difference for new runs and new images; nan where predictions are not at hand.
+
+    `base` and `arm` are as `correct` returns them; `paired`: both have the same seeds, in the same order.
+    """
     if base is None or arm is None: return dict(low=NAN, high=NAN)
-    interval = stats.image_bootstrap(base, arm)
+    interval = stats.image_bootstrap(base, arm, paired)
     return dict(low=interval['low'], high=interval['high'])
 
 

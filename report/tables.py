@@ -18,7 +18,6 @@ HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: fir
 BRIEF = ['experiment', 'arms', 'published', 'ours', 'change [95 %]', 'P (Holm)', 'verdict']
 ONE_ARM = 'one arm: nothing to compare it with'
 TERMINAL = 100  # characters in a line of a terminal
-FROM_PREDICTIONS = 'images', 'images_share'  # parts of a row of compare.gaps that need files which are not in git
 
 
 # --- the words of a row of compare.gaps ---
@@ -121,6 +120,11 @@ def published(row):
     return [f'{words},', 'assumed recipe'] if recipe == 'assumed' else [words]
 
 
+def over_images(row):
+    "Returns ['over images too: [1.8, 4.8]'], the interval over runs and images; [] where predictions are not at hand."
+    return [] if np.isnan(row['images']['low']) else [f'over images too: {interval(row["images"])}']
+
+
 METHODS = {stats.PAIRED: 'paired t', stats.MODEL: 'seed + arm', stats.UNPAIRED: 'Welch'}
 
 
@@ -164,8 +168,8 @@ def verdict(row):
 def verdict_parts(row):
     """Returns the verdict of a row and, where runs diverged, the one with these at chance, each as parts.
 
-    In brackets are its reason where it is not the usual one, the half-width where nothing is claimed, and how many runs
-    there are so far.
+    In brackets are its reason where it is not the usual one, the half-width where nothing is claimed, whether not all
+    runs were made alike, and how many runs there are so far.
     """
     found = row['verdict']
     if found['verdict'] in (NO_RUNS, APART, INCOMPLETE, NO_VERDICT):
@@ -174,6 +178,7 @@ def verdict_parts(row):
     claimed, half_width = not np.isnan(found['claim']), found['half_width']
     if claimed and row['published']['recipe'] == 'assumed': notes.append('assumed recipe')
     if not claimed and not np.isnan(half_width): notes.append(f'± {100 * half_width:.1f} points')
+    if row['difference']['runs'] == 'all' and row['sensitivity']['mixed']: notes.append('of unlike runs')
     if found['n_runs'] < found['n_wanted']: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
     words = [[found['verdict'], f'({", ".join(notes)})'] if notes else [found['verdict']]]
     if found['at_chance']: words.append(['with the diverged runs at chance:', found['at_chance']])
@@ -204,7 +209,8 @@ def _cells(row, title):
     said, ours, test = row['published'], row['ours'], row['difference']
     permutation_p = '' if np.isnan(test['permutation_p']) or not row['tested'] else f'{test["permutation_p"]:.2g}'
     return [title, arms(row), percent(said['base']), percent(said['arm']), ' '.join(published(row)),
-            percent(ours['base']), percent(ours['arm']), '<br>'.join(changes(row)), method(test), holm(row),
+            percent(ours['base']), percent(ours['arm']), '<br>'.join(changes(row) + over_images(row)), method(test),
+            holm(row),
             permutation_p, verdict(row)]
 
 
@@ -274,7 +280,7 @@ def _tests(row):
     words = [method(test), f'better {better}', f'P = {test["p"]:.2g} (Holm {test["holm_p"]:.2g})',
              f'permutation P = {test["permutation_p"]:.2g}', f'Hedges g = {test["g"]:.2f}']
     if test['method'] != stats.UNPAIRED: words.append(f'Welch {interval(welch)}, P = {welch["p"]:.2g}')
-    if not np.isnan(row['images']['low']): words.append(f'over runs and images {interval(row["images"])}')
+    words += over_images(row)
     shares = [images_share(row['ours'][side]) for side in SIDES]
     if any(shares): words.append(f"the validation images' share of the variance: {', '.join(filter(None, shares))}")
     return words
@@ -298,13 +304,12 @@ def images_share(arm):
     return f'{share:.0%} [{low:.0%}, {high:.0%}] of {n} runs'
 
 
-def frame(rows, leave_out=()):
+def frame(rows):
     """Returns `gaps` as a frame with one column per number, for a CSV: ours_base_mean of row['ours']['base']['mean'].
 
-    A name is not repeated: row['difference']['difference'] is the column `difference`. Parts of a row with a name in
-    `leave_out` have no column.
+    A name is not repeated: row['difference']['difference'] is the column `difference`. The pairs have no column.
     """
-    return pd.DataFrame([_flat(row, {'pairs', *leave_out}) for row in rows])
+    return pd.DataFrame([_flat(row, ['pairs']) for row in rows])
 
 
 def _flat(nested, leave_out, path=()):

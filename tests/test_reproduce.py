@@ -111,7 +111,7 @@ def test_fewer_arms_leave_holm_and_the_seeds_of_the_whole_experiment():
                 if (row['base'], row['arm']) == pair and compare.has_runs(row)]
         assert found and {(row['base'], row['arm']) for row in found} == {pair}
         assert tables.markdown(rows) == tables.markdown([row for row in found if compare.has_runs(row)])
-    args, exp = reproduce.parse(['woof-64-5-r18', '--plan', '--arms', 'simple,none'])
+    args, exp = reproduce.parse(['woof-64-5-r18-ranger', '--plan', '--arms', 'simple,none'])
     assert {(row['base'], row['arm'], row['tested']) for row in reproduce.so_far(args, exp)} == {
         ('simple', 'none', True)}
 

@@ -486,10 +486,10 @@ def test_runs_may_stop_where_there_is_no_spread_as_their_interval_is_the_differe
 
 # --- with validation predictions ---
 
-def predictions(rng, n_runs, n, run_sd=0., image_sd=0., shift=0.):
-    """A function (images' own) -> right or not (n_runs, n): normal scores of image (sd 2), arm and image, run, and the
-    single prediction."""
-    own = rng.normal(0, image_sd, n) + shift
+def predictions(rng, n_runs, n, run_sd=0., image_sd=0., shift=0., of_seeds=0.):
+    """A function (images' own) -> right or not (n_runs, n): normal scores of image (sd 2), arm and image, seed, run and
+    the single prediction."""
+    own = rng.normal(0, image_sd, n) + shift + of_seeds
     return lambda image: (image + own + run_sd * rng.normal(size=(n_runs, 1)) + rng.normal(size=(n_runs, n)) > 0) * 1
 
 
@@ -535,11 +535,24 @@ def test_image_bootstrap_covers_the_difference_on_all_images(n_runs, run_sd, ima
     for _ in range(400):
         image = rng.normal(1, 2, 200)
         a, b = predictions(rng, n_runs, 200, run_sd)(image), predictions(rng, n_runs, 200, run_sd, image_sd, 0.3)(image)
-        r = stats.image_bootstrap(a, b, 499)
+        r = stats.image_bootstrap(a, b, resamples=499)
         holds.append(r['low'] <= truth <= r['high'])
         width.append(r['high'] - r['low'])
         seen.append(r['difference'])
     assert np.mean(holds) >= 0.925 and np.mean(width) < 1.15 * 2 * st.t.ppf(0.975, 2 * n_runs - 2) * np.std(seen)
+
+
+def test_image_bootstrap_of_pairs_covers_the_difference_and_is_narrower_where_seeds_matter():
+    rng = np.random.default_rng(0)
+    truth = chance((0.2**2 + 0.5**2)**0.5, 0.3) - chance((0.2**2 + 0.5**2)**0.5)
+    holds, narrower = [], []
+    for _ in range(400):
+        image, of_seeds = rng.normal(1, 2, 200), rng.normal(0, 0.5, (12, 1))
+        a, b = (predictions(rng, 12, 200, 0.2, 0, shift, of_seeds)(image) for shift in (0, 0.3))
+        paired, apart = (stats.image_bootstrap(a, b, is_paired, 499) for is_paired in (True, False))
+        holds.append(paired['low'] <= truth <= paired['high'])
+        narrower.append((paired['high'] - paired['low']) / (apart['high'] - apart['low']))
+    assert 0.925 <= np.mean(holds) <= 0.985 and np.mean(narrower) < 0.8
 
 
 def test_image_bootstrap_of_equal_or_too_few_arms():
