@@ -12,6 +12,7 @@ import threading
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 
 
@@ -49,14 +50,21 @@ def nearest(name, names):
     return f' (did you mean {close[0]}?)' if close else ''
 
 
+PATHS = '--data', '--results', '--save', '--export', '--out'  # Empty, they would mean none, or the current folder.
+
+
 class Parser(argparse.ArgumentParser):
     "Parses a command line, with underscores in a flag as good as hyphens; raises UsageError on a mistake."
     def error(self, message): raise UsageError(message)
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
-        for arg in args:  # Python 3.11 would take --flag=-- for an empty list.
-            if arg.startswith('--') and arg.endswith('=--'): raise UsageError(f'{arg}: expected an argument')
+        for before, arg in pairwise(['', *args]):
+            if arg.startswith('--') and arg.endswith('=--'):  # Python 3.11 would take it for an empty list.
+                raise UsageError(f'{arg}: expected an argument')
+            if (before in PATHS and not arg) or (arg.endswith('=') and arg[:-1] in PATHS):
+                what = arg or f'{before} ""'
+                raise UsageError(f'{what}: an empty value; is a variable of the shell not set?')
         return super().parse_known_args([self.hyphenated(arg) for arg in args], namespace)
 
     def hyphenated(self, arg):
@@ -163,14 +171,22 @@ def in_a_line(e):
     return text[:200] or type(e).__name__
 
 
+GPU_IS_FULL = re.compile(r'(CUDA|HIP|MPS backend) out of memory.*|(CUDA|HIP) error: out of memory|'
+                         r'CU(BLAS|DNN|SOLVER|SPARSE)_STATUS_\w*ALLOC\w*_FAILED')
+SHARED_MEMORY_IS_FULL = re.compile(r'unable to (?!open)[^<>]*</torch_.*')  # in /dev/shm, of a loader process
+NO_MEMORY = 'DefaultCPUAllocator: ', '[Errno 12]', 'Cannot allocate memory (12)'  # 12: errno.ENOMEM
+
+
 def lack_of_memory(e):
     "Returns a line on an exception that a lack of memory raised, of a GPU or of the computer, and what to do; else ''."
     text = ' '.join(str(e).split())
-    of_gpu = type(e).__name__ == 'OutOfMemoryError' or text.startswith('MPS backend out of memory')
-    if of_gpu:
-        what = '. '.join(text.split('. ')[:2])
+    of_gpu, of_loader = GPU_IS_FULL.search(text), SHARED_MEMORY_IS_FULL.search(text)
+    if of_gpu or type(e).__name__ == 'OutOfMemoryError':
+        what = '. '.join((of_gpu[0] if of_gpu else text).split('. ')[:2])
+        if 'out of memory' not in what: what = f'out of memory ({what})'
         return f'{what}; lower --bs or --size, take --loader workers, or end what else uses the GPU'
-    if isinstance(e, MemoryError) or 'DefaultCPUAllocator: ' in text:
+    if of_loader: return f'{of_loader[0]}; take fewer --workers, or more shared memory (docker run --shm-size 2g)'
+    if isinstance(e, MemoryError) or any(words in text for words in NO_MEMORY):
         what = text.partition('DefaultCPUAllocator: ')[2] or text or 'no memory is left'
         return f'out of memory ({what.rstrip(".")}); lower --bs or --size, or take fewer --workers'
     if text.startswith('DataLoader worker'): return f'{text} (out of memory? fewer --workers need less)'

@@ -334,6 +334,7 @@ class _BlockedSoftmax(_Function):
     def blocks(x):
         "Returns (images, columns) of each block: columns of one image, or all columns of some images."
         B, _, N = x.shape
+        if not N: return []
         images = max(1, _BlockedSoftmax.BLOCK // N**2)
         width = -(-N // -(-N**2 // _BlockedSoftmax.BLOCK))
         return [(slice(b, b + images), slice(j, j + width)) for b in range(0, B, images) for j in range(0, N, width)]

@@ -49,6 +49,18 @@ def test_a_command_puts_back_what_it_sets(work, code, before):
     assert exit_code('command', work) == code and state() == before
 
 
+@pytest.mark.parametrize('argv', [['--data', ''], ['--data='], ['--runs', '2', '--data', '']])
+def test_an_empty_value_is_not_taken_for_the_default(argv):
+    parser = command.Parser()
+    parser.add_argument('--data', default='')
+    parser.add_argument('--runs')
+    parser.add_argument('--meta', default='none')
+    with pytest.raises(UsageError, match=r'^--data(=| ""): an empty value; is a variable of the shell not set\?$'):
+        parser.parse_args(argv)
+    assert parser.parse_args([]).data == '' and parser.parse_args(['--data', 'a=']).data == 'a='
+    assert parser.parse_args(['--meta', '']).meta == ''
+
+
 def test_a_command_that_fails_puts_back_what_it_sets(before):
     with pytest.raises(ValueError, match='broken'): exit_code('command', fails(ValueError('broken')))
     assert state() == before

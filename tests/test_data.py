@@ -1,3 +1,4 @@
+import contextlib
 import os
 from pathlib import Path
 
@@ -131,6 +132,22 @@ def test_images_are_decoded_once_for_many_runs_and_anew_when_they_change(tree):
 def test_images_that_do_not_fit_on_the_device(tree, monkeypatch):
     monkeypatch.setattr(data, 'device_bytes', lambda *_: 1000)
     with pytest.raises(UsageError, match='MiB of decoded images; take --loader workers'):
+        get_dls(config(tree, loader='device'))
+
+
+def test_validation_images_count_among_those_that_are_to_fit_on_the_device(tree, monkeypatch):
+    data._decoded.cache_clear()
+    dls = get_dls(config(tree, loader='device'))
+    needed = dls.train.dataset.pixels.data.numel() + dls.valid.dataset.pixels.numel()
+    for room in (needed, needed - 1):
+        data._decoded.cache_clear()
+        monkeypatch.setattr(data, 'device_bytes', lambda *_, room=room: room)
+        with contextlib.nullcontext() if room == needed else pytest.raises(UsageError, match='no room for'):
+            get_dls(config(tree, loader='device'))
+    def no_memory(*args): raise MemoryError('Unable to allocate 9 GiB')
+    monkeypatch.setattr(data, '_decoded_valid', no_memory)
+    monkeypatch.setattr(data, 'device_bytes', lambda *_: needed)
+    with pytest.raises(UsageError, match='no room for Unable to allocate 9 GiB; take --loader workers'):
         get_dls(config(tree, loader='device'))
 
 

@@ -14,6 +14,7 @@ import sys
 import warnings
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -29,8 +30,9 @@ from command import UsageError
 from experiments import NETWORKS, Config, resolve
 from training import check, data, images
 from training.data import find_set, get_dls
-from training.files import find_images, fingerprint, is_hidden, label_of, scan, split_files
+from training.files import find_images, fingerprint, is_hidden, labels_of, scan, split_files
 from training.images import Pixels, inspect, read_image, stack_valid_images, upright_size_of
+from training.loop import Loop
 from training.machine import settle
 
 TINY = '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--epochs', 1, '--workers', 0
@@ -223,14 +225,15 @@ def test_images_of_all_suffixes_are_found_and_the_rest_is_counted(tree, memory, 
     make_image(0).save(folder / 'picture.img', format='PNG')
     (folder / 'labels.txt').write_text('a,b')
     (folder / 'notes').write_text('none')
+    make_image(0).save(folder / 'drawing.eps')  # Pillow needs Ghostscript for it
     os.mkfifo(folder / 'pipe.png')
     make_image(0).save(tree / 'train' / 'stray.png')
     files, others = scan(tree)
     found = {f'train/{CLASSES[0]}/{name}' for name in ('no_suffix', 'picture.img', 'a.tif')}
     assert len(files) == 36 + 7 and found < files.keys()
-    assert [Path(f).name for f in others] == ['labels.txt', 'notes', 'pipe.png', 'stray.png']
+    assert [Path(f).name for f in others] == ['drawing.eps', 'labels.txt', 'notes', 'pipe.png', 'stray.png']
     get_dls(config(tree))
-    assert f'{tree}: 4 files are left out' in capsys.readouterr().out
+    assert f'{tree}: 5 files are left out' in capsys.readouterr().out
     get_dls(config(tree))
     assert 'left out' not in capsys.readouterr().out  # said once
 
@@ -259,12 +262,16 @@ def test_images_in_subfolders_belong_to_their_class(tree, memory):
     assert dls.train.dataset.labels[at] == 2 and list(dls.vocab) == CLASSES
 
 
-def test_links_are_followed_but_not_in_a_circle(tree, tmp_path):
+def test_links_are_followed_but_not_in_a_circle(tree, tmp_path, monkeypatch):
     (tree / 'train' / CLASSES[0]).rename(tmp_path / 'elsewhere')
     (tree / 'train' / CLASSES[0]).symlink_to(tmp_path / 'elsewhere')
-    before = len(find_images(tree))
-    (tmp_path / 'elsewhere' / 'back').symlink_to(tmp_path / 'elsewhere')
-    assert before == 36 and len(find_images(tree)) in (36, 36 + 8)
+    before = find_images(tree)
+    assert len(before) == 36
+    for folder in (tree / 'train' / c for c in CLASSES[:2]):  # the first is a link, the second a folder
+        for name, to in dict(back=folder, up='..', out=tree, top=tree.parent).items(): (folder / name).symlink_to(to)
+    assert find_images(tree) == before
+    monkeypatch.chdir(tree)
+    assert find_images(Path('.')) == before
 
 
 @pytest.mark.parametrize('name', ['mit Leerzeichen, und Komma', 'größe', '犬', "it's", '100%', '#1'])
@@ -328,15 +335,44 @@ def test_of_valid_and_test_valid_validates_and_it_is_said(tree, memory, capsys):
     assert 'the folder test is not used' in capsys.readouterr().out
 
 
+def test_test_images_without_classes_do_not_validate(tree, memory, capsys):
+    shutil.rmtree(tree / 'val')
+    (tree / 'test').mkdir()
+    make_image(0).save(tree / 'test' / '1.png')
+    words = 'the folder test has no class folders, so it cannot validate; --valid-pct 0.2 validates on a part of train'
+    with pytest.raises(UsageError, match=words): get_dls(config(tree, split='v2'))
+    dls = get_dls(config(tree, split='v2', valid_pct=0.25))
+    assert (len(dls.train.dataset.files), len(dls.valid_files)) == (18, 6)
+    assert 'the folder test is not used, as it has no class folders' in capsys.readouterr().out
+    shutil.copytree(tree / 'train', tree / 'validation')
+    assert all(f.startswith('validation/') for f in get_dls(config(tree, split='v2')).valid_files)
+    with pytest.raises(UsageError, match='there are no images to validate on'): split_files(['train/cat/1.png'], 'v2')
+
+
+@pytest.mark.parametrize('name', ['test', 'val'])
+def test_a_class_of_a_flat_folder_may_have_the_name_of_a_split(tree, name, memory, capsys):
+    flat = tree / 'train'
+    (flat / CLASSES[0]).rename(flat / name)
+    dls = get_dls(config(flat, split='v2', valid_pct=0.25))
+    assert list(dls.vocab) == sorted([name, *CLASSES[1:]]) and len(dls.valid_files) == 6
+    assert 'left out' not in capsys.readouterr().out
+
+
 def test_a_flat_folder_of_classes_is_split_by_valid_pct(tree, memory):
     flat = tree / 'train'
     with pytest.raises(UsageError, match=r'no folder train; .*--valid-pct 0\.2'): get_dls(config(flat, split='v2'))
     dls = get_dls(config(flat, split='v2', valid_pct=0.25))
     assert (len(dls.train.dataset.files), len(dls.valid_files)) == (18, 6)
-    assert [label_of(f) for f in dls.valid_files] == [c for c in CLASSES for _ in range(2)]  # of each class
+    assert list(labels_of(dls.valid_files).values()) == [c for c in CLASSES for _ in range(2)]  # of each class
     again, other = (get_dls(config(flat, split='v2', seed=7, valid_pct=part)) for part in (0.25, 0.5))
     assert again.valid_files == dls.valid_files and again.fingerprint == dls.fingerprint  # whatever the seed of the run
     assert set(dls.valid_files) < set(other.valid_files) and other.fingerprint != dls.fingerprint
+
+
+def test_a_loop_tells_arms_apart_that_split_a_folder_in_two_ways(tree, memory):
+    loop = SimpleNamespace(device=torch.device('cpu'), digests={}, args=SimpleNamespace(dry_run=False))
+    parts = [Loop.settled(loop, config(tree / 'train', split='v2', valid_pct=part))[1] for part in (0.25, 0.5)]
+    assert [digest.rpartition('-')[2] for digest in parts] == ['0.25', '0.5']
 
 
 def test_a_folder_train_without_another_is_split_by_valid_pct(tree, memory):
@@ -349,7 +385,7 @@ def test_a_folder_train_without_another_is_split_by_valid_pct(tree, memory):
 
 def test_valid_pct_that_cannot_be(tree):
     with pytest.raises(UsageError, match='--valid-pct: with --data only'): Config(valid_pct=0.2)
-    with pytest.raises(UsageError, match='give one of them'): config(tree, valid_pct=0.2)
+    with pytest.raises(UsageError, match='give one of them'): config(tree, split='v1', valid_pct=0.2)
     with pytest.raises(UsageError, match='must be below 1'): config(tree, split='v2', valid_pct=1.)
     with pytest.raises(UsageError, match='class cat has one image only'): split_files(['cat/1.png'], 'v2', 0.2)
 
@@ -451,6 +487,17 @@ def test_what_was_found_is_remembered_until_a_file_changes(tree, memory, monkeyp
     with pytest.raises(UsageError, match='1 of 36'): find_set(config(tree))
     assert len(looked) == 37 + 36
 
+
+@pytest.mark.parametrize('where, error', [
+    ((Path, 'read_bytes'), OSError(errno.EMFILE, 'Too many open files')), ((check, 'inspect'), MemoryError()),
+    ((check, 'inspect'), OSError(errno.EIO, 'Input/output error')),
+])
+def test_a_fault_of_the_system_is_not_remembered_as_damage(tree, memory, monkeypatch, where, error):
+    def fail(*args): raise error
+    with monkeypatch.context() as m:
+        m.setattr(*where, fail)
+        with pytest.raises(UsageError, match='36 of 36 images cannot be read'): find_set(config(tree))
+    assert find_set(config(tree)).skipped == 0
 
 def test_images_of_the_record_keep_their_fingerprint(tree, memory, monkeypatch):
     digest = find_set(config(tree)).fingerprint

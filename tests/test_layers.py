@@ -596,6 +596,15 @@ def test_distributed_gradients_are_those_of_the_whole_batch():
 
 
 @pytest.mark.parametrize('name', VARIANTS)
+@pytest.mark.parametrize('shape', [(0, 16, 3, 4), (2, 16, 0, 4), (2, 16, 0)])
+def test_an_empty_input_gives_an_empty_output(name, shape):
+    layer, x = trained(name), torch.zeros(shape, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert y.shape == x.shape == x.grad.shape
+
+
+@pytest.mark.parametrize('name', VARIANTS)
 @pytest.mark.parametrize('shape', [(16, 4), (2, 8, 4, 4), (2, 8, 16)])
 def test_wrong_input_names_both_shapes(name, shape):
     with pytest.raises(ValueError) as e: ATTENTION[name](16)(torch.randn(shape))

@@ -2,7 +2,10 @@
 
 GPUs are there but cannot be used, or are too few; the hardware and torch offer this or that.
 """
+import errno
 import stat
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from types import SimpleNamespace
 
 import pytest
@@ -12,9 +15,11 @@ from conftest import config
 
 import training.distributed
 import training.machine
-from command import UsageError, exit_code, say_once
+from command import UsageError, exit_code, lack_of_memory, restored, say_once
 from experiments import Config
-from training import data, host, learner, machine, measure, timing
+from training import check, checkpoint, cluster, data, host, images, jobs, learner, machine, measure, timing
+from training.files import find_images
+from training.loop import Loop
 from training.readers import ImageFiles
 
 CUDA, CPU, MPS = torch.device('cuda', 0), torch.device('cpu'), torch.device('mps', 0)
@@ -195,11 +200,63 @@ def test_a_lack_of_memory_is_one_line(capsys):
     mps = 'MPS backend out of memory (MPS allocated: 5.12 GB, max allowed: 9.07 GB). Tried to allocate 4.00 GB on pool'
     for e, words in [(RuntimeError(cpu), 'out of memory (can\'t allocate memory: you tried to allocate 80'),
                      (RuntimeError(mps), 'Tried to allocate 4.00 GB on pool; lower --bs or --size'),
+                     (RuntimeError('CUDA error: out of memory\nCUDA kernel errors might be reported at another call.'),
+                      ': CUDA error: out of memory; lower --bs'),
+                     (RuntimeError('CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`'),
+                      'out of memory (CUBLAS_STATUS_ALLOC_FAILED); lower --bs'),
+                     (RuntimeError('cuDNN error: CUDNN_STATUS_ALLOC_FAILED'), '(CUDNN_STATUS_ALLOC_FAILED); lower'),
+                     (OSError(errno.ENOMEM, 'Cannot allocate memory'), 'Cannot allocate memory); lower --bs'),
+                     (RuntimeError('unable to mmap 512 bytes from file <x.pt>: Cannot allocate memory (12)'),
+                      'out of memory (unable to mmap 512 bytes'),
+                     (RuntimeError('Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback: ...\n'
+                                   'RuntimeError: unable to write to file </torch_7>: No space left on device (28)'),
+                      ': unable to write to file </torch_7>: No space left on device (28); take fewer --workers'),
                      (MemoryError(), 'out of memory (no memory is left); lower --bs')]:
         def work(e=e): raise e
         assert exit_code('train_imagenette.py', work) == 1
         err = capsys.readouterr().err
         assert err.count('\n') == 1 and words in err
+    assert not lack_of_memory(OSError(errno.ENOSPC, 'No space left on device'))
+    assert not lack_of_memory(RuntimeError('unable to open shared memory object </torch_7>: Too many open files (24)'))
+
+
+@pytest.mark.parametrize('error', [torch.OutOfMemoryError('CUDA out of memory.'),
+                                   RuntimeError('CUDA error: out of memory'), RuntimeError('broken')])
+def test_a_lack_of_memory_passes_for_no_other_mistake(error, tree, tmp_path, monkeypatch):
+    def fail(*args, **kwargs): raise error
+    expected = UsageError if 'broken' in str(error) else type(error)
+    file = tmp_path / 'run.pt'
+    found = checkpoint.Found(file, dict(epoch=1, model={}, config={}), None)
+    identity = dict(config=asdict(Config())) | dict.fromkeys(checkpoint.MADE_WITH)
+    callback = checkpoint.Checkpoint(file, identity, 0, found)
+    callback.learn = SimpleNamespace(model=SimpleNamespace(load_state_dict=fail))
+    with pytest.raises(expected): callback.before_fit()
+    file.write_bytes(b'PK')
+    monkeypatch.setattr(torch, 'load', fail)
+    with pytest.raises(expected): checkpoint.peek(file)
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', fail)
+    graphs = learner.Graphs(32)
+    dls = SimpleNamespace(device=CPU, train=SimpleNamespace(bs=2))
+    graphs.learn = SimpleNamespace(model=torch.nn.Flatten(), dls=dls)
+    with pytest.raises(expected): graphs.before_fit()
+    monkeypatch.setattr(torch, 'compile', fail)
+    machine.check_compiler.cache_clear()
+    with pytest.raises(expected): machine.check_compiler('cpu')
+
+
+def test_a_run_of_a_loop_that_has_no_memory_says_what_to_do(tmp_path, monkeypatch):
+    def fail(*args, **kwargs): raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 2.00 GiB. And so on')
+    monkeypatch.setattr('training.run.run', fail)
+    words = 'CUDA out of memory. Tried to allocate 2.00 GiB; lower --bs or --size'
+    loop = SimpleNamespace(args=SimpleNamespace(results=tmp_path), device=CPU)
+    (_, _, error), = Loop.here(loop, [('none', Config())], 0)
+    assert error.startswith(words)
+    assert cluster.train_run(Config(), tmp_path, 'mark', 0).error.startswith(words)
+    for name in ('os.setsid', 'training.jobs.stop_on_signals'): monkeypatch.setattr(name, lambda: None)
+    monkeypatch.setattr(jobs, 'listen', lambda task, given: [given.put(each) for each in (task, None)])
+    answers = []
+    with restored(): jobs.train_tasks(('none', Config()), SimpleNamespace(send=answers.append), tmp_path, CPU, 0)
+    assert len(answers) == 1 and answers[0].startswith(words)
 
 
 # --- containers ---
@@ -271,3 +328,20 @@ def test_decoded_images_take_a_quarter_of_the_memory_of_the_container(container)
     assert host.memory_bytes() == 2**30 and data.device_bytes(CPU, 0) == 2**28
     container(64, 2.)
     assert data.device_bytes(CPU, 0) == host.psutil.virtual_memory().total // 4
+
+
+def test_threads_that_read_images_are_those_of_the_container(container, tree, monkeypatch):
+    container(64, 2.)
+    asked = []
+    class Pool(ThreadPoolExecutor):
+        def __init__(self, max_workers=None):
+            asked.append(max_workers)
+            super().__init__(max_workers)
+    for module in (check, images): monkeypatch.setattr(module, 'ThreadPoolExecutor', Pool)
+    check.look_at_all(tree, find_images(tree))
+    files = [tree / f for f in find_images(tree)]
+    images.stack_valid_images(files, 32)
+    images.Pixels(files, CPU)
+    assert asked == [6, 6, 6]
+    container(64, 64.)
+    assert host.n_threads() == 32

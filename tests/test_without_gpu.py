@@ -5,7 +5,9 @@ Stand-ins take the place of its tensors, its events, its overflows and its memor
 import contextlib
 import itertools
 import multiprocessing
+import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +21,7 @@ import training.run
 from command import exit_code
 from experiments import Config
 from layers import ATTENTION
-from training import data
+from training import cluster, data, host, jobs
 from training.data import ImageLoader, get_dls
 from training.images import Pixels, crop_boxes, epoch_draws
 from training.learner import get_learner
@@ -116,8 +118,33 @@ def test_float16_skips_a_step_that_overflows_halves_the_scale_and_doubles_it_lat
     (80, 128, 1 / 2), (24, 256, 1 / 2), (11, 256, 5 / 11), (6, 256, 0), (2, 128, 1 / 4),
 ])
 def test_decoded_images_leave_the_memory_that_training_takes(free_gib, size, share, monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free_gib * 2**30, 0))
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (free_gib * 2**30, free_gib * 2**30))
+    monkeypatch.setattr(host, 'memory_bytes', lambda: 2**40)
     assert data.device_bytes(CUDA, 64 * size**2) == share * free_gib * 2**30
+
+
+@pytest.mark.parametrize('n_runs, n_processes, here_gib, gib', [
+    (1, 1, 1000, 40), (4, 1, 1000, 10), (1, 1, 16, 8), (1, 4, 16, 2), (2, 1, 16, 4),
+])
+def test_decoded_images_leave_what_others_on_this_computer_need(n_runs, n_processes, here_gib, gib, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'mem_get_info', lambda device: (80 * 2**30, 80 * 2**30))
+    monkeypatch.setattr(host, 'memory_bytes', lambda: here_gib * 2**30)
+    monkeypatch.setenv('RUNS_SIDE_BY_SIDE', str(n_runs))
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', str(n_processes))
+    assert data.device_bytes(CUDA, 0) == gib * 2**30
+    assert data.device_bytes(CPU, 0) == here_gib * 2**30 // n_processes // n_runs // 4
+
+
+def test_runs_side_by_side_are_told_how_many_they_are(monkeypatch):
+    seen = []
+    def worker(*args):
+        seen.append(os.environ['RUNS_SIDE_BY_SIDE'])
+        return SimpleNamespace(give=lambda task: None)
+    monkeypatch.setattr(jobs, 'Worker', worker)
+    for device in (CUDA, CPU): jobs.Jobs(3, Path('.'), device).start(None, 0)
+    rays = [cluster.environment(gpus)['env_vars']['RUNS_SIDE_BY_SIDE'] for gpus in (None, 0, 1, 0.5, 0.25, 0.3)]
+    assert seen == ['3', '3'] and rays == ['1', '1', '1', '2', '4', '3']
+    assert 'RUNS_SIDE_BY_SIDE' not in os.environ
 
 
 def test_a_lack_of_gpu_memory_is_one_line(capsys):

@@ -16,10 +16,11 @@ from typing import NamedTuple
 import PIL
 
 from command import UsageError
-from training.files import label_of
+from training.files import labels_of
+from training.host import n_threads
 from training.images import KINDS, bar, inspect, why_not
 
-FORMAT = f'images 1, Pillow {PIL.__version__}'  # another version of Pillow may read other files
+FORMAT = f'images 2, Pillow {PIL.__version__}'  # another version of Pillow may read other files
 KNOWN = {  # fingerprint of paths and content: that of paths and sizes, under which the record has the images
     '4481a93dbfa11cef': '22be7e3ebe16',  # imagenette2-160, rebuilt; so are the next: see results/README.md
     '24588b645bcab1d0': '5880ca44b220',  # imagewoof2-160
@@ -28,7 +29,10 @@ KNOWN = {  # fingerprint of paths and content: that of paths and sizes, under wh
 
 
 class Look(NamedTuple):
-    "Says what is in an image: a hash of its content, what is wrong with it, and its `images.KINDS`, comma-separated."
+    """Says what is in an image: a hash of its content, what is wrong with it, and its `images.KINDS`, comma-separated.
+
+    The content is '' where the system failed, not the image: too many open files, no memory. It may go well next time.
+    """
     content: str
     damage: str = ''
     kinds: str = ''
@@ -44,8 +48,10 @@ def look(file):
     try: str(file).encode()
     except UnicodeError: return Look(content, 'its name is not UTF-8')
     try: return Look(content, kinds=inspect(io.BytesIO(data)))
-    except MemoryError: return Look(content, 'no memory to decode it')
-    except Exception as e: return Look(content, why_not(e))  # what damaged files make Pillow's readers raise has no end
+    except MemoryError: return Look('', 'no memory to decode it')
+    except Exception as e:  # what damaged files make Pillow's readers raise has no end
+        of_system = getattr(e, 'errno', None)  # Pillow raises an OSError too, but without a number
+        return Look('' if of_system else content, why_not(e))
 
 
 def look_at_all(path, files, memory=None):
@@ -59,9 +65,9 @@ def look_at_all(path, files, memory=None):
     unchanged = [f for f in files if f in known and stamps[f] is not None and known[f][0] == stamps[f]]
     looks = {f: Look(*known[f][1]) for f in unchanged}
     new = [f for f in files if f not in looks]
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         looks |= zip(new, bar(pool.map(lambda f: look(path / f), new), len(new), 'opening each image once'))
-    if new or len(known) > len(files): _remember(file, {f: (stamps[f], looks[f]) for f in files})
+    if new or len(known) > len(files): _remember(file, {f: (stamps[f], looks[f]) for f in files if looks[f].content})
     return {f: looks[f] for f in files}
 
 
@@ -113,8 +119,9 @@ def sound(path, looks, skip):
         raise UsageError(f'{path}: {len(damaged):,} of {len(looks):,} images cannot be read: {listed}. '
                          f'Mend or remove them, or let --skip-damaged train without them')
     kept = {f: seen for f, seen in looks.items() if f not in damaged}
-    for label in {label_of(f): None for f in damaged}:
-        if not any(label_of(f) == label for f in kept):
+    labels = labels_of(looks)
+    for label in dict.fromkeys(labels[f] for f in damaged):
+        if not any(labels[f] == label for f in kept):
             raise UsageError(f'{path}: no image of the class {label} can be read')
     return kept, len(damaged)
 

@@ -18,7 +18,7 @@ from fastai.callback.progress import ProgressCallback
 from filelock import FileLock, Timeout
 
 import runlog
-from command import Busy, UsageError, in_a_line, is_stop
+from command import Busy, UsageError, in_a_line, is_stop, lack_of_memory
 from experiments import Config, as_written_now, fields, knobs
 from training import distributed
 
@@ -65,6 +65,7 @@ class Checkpoint(Callback):
             load_optimizer_state(self.learn.opt, self.state['optimizer'])
             if self.state['scaler']: self.learn.scaler.load_state_dict(self.state['scaler'])
         except (RuntimeError, ValueError, KeyError) as e:
+            if lack_of_memory(e): raise
             why = ' '.join(str(e).split())[:200]
             raise UsageError(f'{self.file}: does not fit this code ({why}); remove it to start the run anew') from None
         smooth = self.learn.recorder.smooth_loss
@@ -179,6 +180,9 @@ def find(cfg, data_fingerprint, runs, results, device='cpu'):
                 remove(file)  # what locking it has made again
                 raise Busy(f'{file}: is gone, another process has just finished this run') from None
             print(f'{e}; it is left alone', file=sys.stderr)
+        except BaseException:
+            held.release()
+            raise
     return None
 
 
@@ -201,6 +205,7 @@ def _checked(file, read):
     "Returns what read() returns; raises UsageError unless that is the content of a checkpoint."
     try: state = read()
     except Exception as e:  # A damaged file makes torch and pickle raise anything, also AssertionError.
+        if lack_of_memory(e): raise  # It is not the file: a run that began anew would lose its epochs.
         why = str(e).splitlines()[0] if str(e) else type(e).__name__
         raise UsageError(f'{file}: is cut off or not a checkpoint ({why})') from None
     if not isinstance(state, dict) or state.get('format') != FORMAT:

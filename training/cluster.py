@@ -18,7 +18,7 @@ from pathlib import Path
 
 import layer_source
 import runlog
-from command import Busy, Stopped, UsageError, is_stop, restored, undisturbed
+from command import Busy, Stopped, UsageError, is_stop, lack_of_memory, restored, undisturbed
 
 TRIES = 4  # of a run whose workers die
 PATIENCE_SECONDS = 120  # After a signal, the runs under way have so long to hand over their rows.
@@ -49,7 +49,7 @@ class Cluster:
             import ray
         except ImportError: raise UsageError('--ray: needs ray: pip install -r requirements-cluster.txt') from None
         self.ray, self.results, self.cpus = ray, Path(results).resolve(), cpus
-        options = dict(runtime_env=environment(), log_to_driver=True, logging_level='error')
+        options = dict(runtime_env=environment(gpus), log_to_driver=True, logging_level='error')
         try:
             if address:
                 reach(address)
@@ -135,14 +135,15 @@ class Cluster:
         return Busy(out.busy) if out.busy else out.error
 
 
-def environment():
+def environment(gpus):
     """Returns what Ray gives each node: the top files of this repository, training/ and some variables.
 
-    All other folders stay here, such as results/ and .venv/, and so do the files of models.
+    All other folders stay here, such as results/ and .venv/, and so do the files of models. `gpus`: those of a run.
     """
     code = dict(working_dir=str(Path(__file__).parent.parent), excludes=['/*/', '!/training/', '*.pt'])
     names = 'FASTAI_HOME', 'OMP_NUM_THREADS'
-    return code | dict(env_vars={name: os.environ[name] for name in names if name in os.environ})
+    variables = {name: os.environ[name] for name in names if name in os.environ}
+    return code | dict(env_vars=variables | dict(RUNS_SIDE_BY_SIDE=str(int(1 / gpus) if gpus else 1)))
 
 
 def reach(address, wait=10):
@@ -172,7 +173,7 @@ def train_run(cfg, results, mark, checkpoint_every, layer_files=None, device=Non
         except Busy as e: out.busy = str(e)
         except UsageError as e: out.mistake = str(e)
         except BaseException as e:
-            if not is_stop(e): out.error = repr(e)
+            if not is_stop(e): out.error = lack_of_memory(e) or repr(e)
     return out
 
 

@@ -34,7 +34,7 @@ from experiments import N_IMAGES
 from training import check, host, readers
 from training.files import (
     fingerprint,
-    label_of,
+    labels_of,
     left_out,
     noisy_labels,
     same_but_for_case,
@@ -273,9 +273,9 @@ class DeviceLoader(ImageLoader):
 
 
 @lru_cache(maxsize=1)
-def _decoded(path, files, data_fingerprint, device, batch_pixels):
+def _decoded(path, files, data_fingerprint, device, batch_pixels, valid_bytes):
     "Returns the Pixels of `files`, which are kept for the next run of this process on the same data."
-    return Pixels([path / f for f in files], device, limit=device_bytes(device, batch_pixels))
+    return Pixels([path / f for f in files], device, limit=device_bytes(device, batch_pixels) - valid_bytes)
 
 
 @lru_cache(maxsize=1)
@@ -289,12 +289,15 @@ def device_bytes(device, batch_pixels):
 
     On a GPU they are half of the free memory, or what training leaves of it where that is less. Training is taken to
     need 1.5 KiB a pixel of a batch: xresnet50 took 0.6 in float16. On a CPU they are a quarter of the memory that this
-    computer has, or this container.
+    computer has, or this container; the images of a GPU pass through it, and may take half. Processes that train
+    together share the computer, and runs side by side the GPU too.
     """
-    if device.type == 'cuda':
-        free = torch.cuda.mem_get_info(device)[0]
-        return max(0, min(free // 2, free - 1536 * batch_pixels))
-    return host.memory_bytes() // 4
+    n_runs = int(os.environ.get('RUNS_SIDE_BY_SIDE', 1))  # of --jobs and --ray
+    here = host.memory_bytes() // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) // n_runs
+    if device.type != 'cuda': return here // 4
+    free, total = torch.cuda.mem_get_info(device)
+    free = min(free, total // n_runs)
+    return max(0, min(free // 2, free - 1536 * batch_pixels, here // 2))
 
 
 def n_workers(cfg, shm=Path('/dev/shm')):
@@ -326,13 +329,16 @@ def loaders(cfg, path, train, valid, data_fingerprint, device):
         raise UsageError("--loader device: needs float64, which a Mac's GPU has not; take --loader workers")
     if kind == 'auto': kind = 'device' if device.type == 'cuda' else 'workers'
     if kind == 'device':
-        try: pixels = _decoded(path, train, data_fingerprint, device, cfg.bs * cfg.size**2)
+        sizes = cfg.bs * cfg.size**2, 3 * len(valid) * cfg.size**2
+        try:
+            pixels = _decoded(path, train, data_fingerprint, device, *sizes)
+            ready = _decoded_valid(path, valid, data_fingerprint, device, cfg.size)
         except MemoryError as e:
+            _decoded.cache_clear()
             if cfg.loader == 'device':
                 raise UsageError(f'--loader device: no room for {e}; take --loader workers') from None
             kind = 'workers'
     if kind == 'device':
-        ready = _decoded_valid(path, valid, data_fingerprint, device, cfg.size)
         train_set = DeviceImages(pixels, train_labels, cfg.size, cfg.seed, share)
         valid_set = DeviceImages(ready, valid_labels, cfg.size, share=share)
         make, options = DeviceLoader, dict(bs=cfg.bs, num_workers=0)
@@ -351,7 +357,7 @@ def remarks(cfg, images, train, valid):
     if not cfg.data: return
     if images.skipped: yield f'{images.skipped:,} damaged images are left out'
     if images.others: yield left_out(images.others)
-    for folder in unused_folders(images.path): yield f'the folder {folder} is not used'
+    yield from unused_folders(images.path)
     yield from check.remarks(images.looks, train, valid)
 
 
@@ -366,7 +372,7 @@ def get_dls(cfg, device='cpu'):
     path = images.path
     train, valid = split_files(list(images.files), cfg.split, cfg.valid_pct)
     check_numbers(cfg, path, len(train), len(valid))
-    label = {file: label_of(file) for file in images.files}
+    label = labels_of(images.files)
     vocab = find_classes(path, {label[file] for file in train}, {label[file] for file in valid})
     if cfg.pct_noise: label |= mislabelled(cfg, path, train, vocab)
     index = {name: i for i, name in enumerate(vocab)}

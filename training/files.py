@@ -16,7 +16,7 @@ from command import UsageError
 
 SUFFIXES = {'.jpeg', '.jpg', '.jpe', '.jfif', '.png', '.apng', '.bmp', '.webp', '.gif', '.tif', '.tiff', '.avif',
             '.ppm', '.pgm'}
-VALIDATION = 'val', 'valid', 'validation', 'test'  # the first of them that is there validates
+VALIDATION = 'val', 'valid', 'validation', 'test'  # the first of them that has class folders validates
 NO_DATA = {'__macosx', 'thumbs.db', 'ehthumbs.db', 'desktop.ini', '@eadir', '$recycle.bin', 'lost+found'}
 EXPECTED = 'expected train|val/<class>/<image> (or valid, validation, test), or with --valid-pct 0.2 folders of classes'
 
@@ -43,14 +43,24 @@ def class_folders(path, valid_pct=0.):
     """
     if not path.is_dir(): raise UsageError(f'{path}: {_no_folder(path)}')
     there = subfolders(path)
-    valid = next((name for name in VALIDATION if name in there), None)
-    if valid_pct and 'train' in there and valid:
-        raise UsageError(f'{path}: has a folder {valid} to validate on; leave --valid-pct out')
-    if valid_pct and not valid and 'train' not in there: return there
-    needed = ['train'] if valid_pct else ['train', valid or 'val']
-    missing = [name for name in needed if name not in there]
-    if missing: raise UsageError(f'{path}: no folder {missing[0]}; {EXPECTED}{_hint(path, there)}')
-    return [f'{folder}/{label}' for folder in needed for label in subfolders(path / folder)]
+    if 'train' not in there:
+        if valid_pct: return there
+        raise UsageError(f'{path}: no folder train; {EXPECTED}{_hint(path, there)}')
+    used = ['train', *validation_folders(path)[:1]]
+    if valid_pct and len(used) > 1:
+        raise UsageError(f'{path}: has a folder {used[1]} to validate on; leave --valid-pct out')
+    if not valid_pct and len(used) < 2:
+        empty = [name for name in VALIDATION if name in there]
+        if not empty: raise UsageError(f'{path}: no folder val; {EXPECTED}')
+        if subfolders(path / 'train'):
+            raise UsageError(f'{path}: the folder {empty[0]} has no class folders, so it cannot validate; '
+                             f'--valid-pct 0.2 validates on a part of train')
+    return [f'{folder}/{label}' for folder in used for label in subfolders(path / folder)]
+
+
+def validation_folders(path):
+    "Returns those of VALIDATION that have class folders; the test images of a competition have none."
+    return [name for name in VALIDATION if (path / name).is_dir() and subfolders(path / name)]
 
 
 def _hint(path, there):
@@ -65,8 +75,12 @@ def _hint(path, there):
 
 
 def unused_folders(path):
-    "Returns the validation folders that are not used."
-    return [name for name in VALIDATION if name in subfolders(path)][1:] if (path / 'train').is_dir() else []
+    "Yields a line on each of VALIDATION beside a folder train that is not used."
+    if not (path / 'train').is_dir(): return
+    usable = validation_folders(path)
+    for name in VALIDATION:
+        if not (path / name).is_dir() or name in usable[:1]: continue
+        yield f'the folder {name} is not used' + (', as it has no class folders' if name not in usable else '')
 
 
 def _no_folder(path):
@@ -79,15 +93,16 @@ def _no_folder(path):
 
 # --- files ---
 
-def walk(folder, prefix='', above=frozenset()):
+def walk(folder, prefix='', above=None):
     """Yields (path from `folder` on, behind `prefix`; os.DirEntry) of the files below a folder, however deep.
 
-    Hidden ones are left out.
+    Hidden ones are left out. A link to a folder is followed, but not to one of those `above`, which hold the folder.
     """
+    if above is None: above = frozenset(map(os.path.realpath, (folder.absolute(), *folder.absolute().parents)))
     for entry in os.scandir(folder):
         if is_hidden(entry.name): continue
         if not entry.is_dir(): yield f'{prefix}{entry.name}', entry
-        elif (real := os.path.realpath(entry.path)) not in above:  # else a link that leads back to where it lies
+        elif (real := os.path.realpath(entry.path)) not in above:
             yield from walk(entry.path, f'{prefix}{entry.name}/', above | {real})
 
 
@@ -104,7 +119,8 @@ def _opens(file):
     "Returns whether Pillow can open and decode the kind of a file."
     from PIL import Image, ImageFile
     try:
-        with Image.open(file) as im: return not isinstance(im, ImageFile.StubImageFile) and im.format != 'MPEG'
+        with Image.open(file) as im:  # to decode an EPS takes another program, Ghostscript
+            return not isinstance(im, ImageFile.StubImageFile) and im.format not in ('MPEG', 'EPS')
     except Exception: return False  # what foreign files make Pillow's readers raise has no end
 
 
@@ -113,8 +129,8 @@ def scan(path, valid_pct=0.):
 
     Images in subfolders of a class belong to it. A broken link has 0 bytes. Hidden files and folders are no data.
     """
-    files, others = {}, []
-    for folder in class_folders(path, valid_pct):
+    files, others, folders = {}, [], class_folders(path, valid_pct)
+    for folder in folders:
         found = {}
         for name, entry in walk(path / folder, f'{folder}/'):
             if is_image(entry): found[name] = _bytes(entry)
@@ -122,8 +138,7 @@ def scan(path, valid_pct=0.):
         if not found: raise UsageError(f'{path / folder}: no images in this class folder')
         files |= found
     if not files: raise UsageError(f'{path}: no images in {"<class>/" if valid_pct else "train|val/<class>/"}')
-    tops = {f.split('/')[0] for f in files} & {'train', *VALIDATION}
-    for folder in tops or {'.'}:  # images beside the classes
+    for folder in {os.path.dirname(folder) or '.' for folder in folders}:  # images beside the classes
         others += [os.path.normpath(f'{folder}/{e.name}') for e in os.scandir(path / folder) if e.is_file()
                    and not is_hidden(e.name) and Path(e.name).suffix.lower() in SUFFIXES]
     return dict(sorted(files.items())), sorted(others)
@@ -148,10 +163,10 @@ def left_out(others):
     return f'{words} left out, no images that Pillow can open, or in no class ({listed}; the first: {others[0]})'
 
 
-def label_of(file):
-    "Returns the class of a file from its path: the folder below train or val, or the first one of a flat folder."
-    first, second, *_ = file.split('/')
-    return second if first in ('train', *VALIDATION) else first
+def labels_of(files):
+    "Returns {file: its class} from their paths: the folder below train or val, or the first one of a flat folder."
+    depth = any(file.startswith('train/') for file in files)  # 1 in a tree; a class of a flat folder may be named test
+    return {file: file.split('/')[depth] for file in files}
 
 
 def same_but_for_case(name, names):
@@ -187,15 +202,16 @@ def split_files(files, split, valid_pct=0.):
     if valid_pct: valid = set(_drawn(files, valid_pct))
     elif split == 'v1': valid = {f for f in files if Path(f).name.startswith('ILSVRC2012_val_')}
     else: valid = {f for f in files if f.split('/')[0] in VALIDATION}
-    if not valid:
+    if not valid and split == 'v1':
         raise UsageError('split v1 validates on images named ILSVRC2012_val_*, and there are none; try --split v2')
+    if not valid: raise UsageError('there are no images to validate on')
     return [f for f in files if f not in valid], [f for f in files if f in valid]
 
 
 def _drawn(files, part):
     "Yields the validation images of each class: those whose hashes come first."
     classes = {}
-    for f in files: classes.setdefault(label_of(f), []).append(f)
+    for f, label in labels_of(files).items(): classes.setdefault(label, []).append(f)
     for label, mine in classes.items():
         if len(mine) < 2:
             only = f'class {label} has one image only, which cannot both train and validate'

@@ -20,6 +20,11 @@ def n_cores():
     return max(1, math.ceil(min(visible_cores(), core_limit())))
 
 
+def n_threads():
+    "Returns the number of threads that read files and decode images: a few more than cores, as some wait for a file."
+    return min(32, n_cores() + 4)
+
+
 def visible_cores():
     "Returns the number of cores that this process can run on, of which a container may have less time than there is."
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1

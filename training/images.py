@@ -23,6 +23,7 @@ from torchvision.transforms import functional as TF
 from tqdm import tqdm
 
 from command import UsageError, is_local_rank_0
+from training.host import n_threads
 
 SCALE, RATIO, ATTEMPTS = (0.35, 1.), (3 / 4, 4 / 3), 10  # of the random resized crop
 VALID_MARGIN = 32  # pixels by which a validation image is larger than its centre crop
@@ -191,7 +192,7 @@ def valid_image(im, size):
 def stack_valid_images(files, size):
     "Returns the validation images of `files`, decoded in parallel: uint8 (n, size, size, 3)."
     def decode(file): return np.asarray(valid_image(read_image(file), size))
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(n_threads()) as pool:
         return torch.from_numpy(np.stack(list(bar(pool.map(decode, files), len(files), 'decoding'))))
 
 
@@ -206,7 +207,7 @@ class Pixels:
     Raises MemoryError, before it decodes an image, if all of them take more than `limit` bytes.
     """
     def __init__(self, files, device, limit=float('inf')):
-        with ThreadPoolExecutor() as pool:
+        with ThreadPoolExecutor(n_threads()) as pool:
             self.width, self.height = np.array(list(pool.map(upright_size_of, files))).T
             self.start = np.concatenate([[0], np.cumsum(self.width * self.height)])  # the first pixel of each image
             n_bytes = 3 * self.start[-1]

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import wait
 
-from command import ENDING, Busy, UsageError, is_stop, stop_on_signals, undisturbed
+from command import ENDING, Busy, UsageError, is_stop, lack_of_memory, stop_on_signals, undisturbed
 from training.host import n_cores
 
 PATIENCE = 120  # seconds for the runs under way to write their rows at the end by a signal
@@ -47,7 +47,8 @@ class Jobs:
 
     def start(self, task, checkpoint_every):
         "Starts a process with its first task."
-        here = {} if self.device.type != 'cpu' else dict(OMP_NUM_THREADS=os.environ.get('OMP_NUM_THREADS', '1'))
+        here = dict(RUNS_SIDE_BY_SIDE=str(self.n))
+        if self.device.type == 'cpu': here['OMP_NUM_THREADS'] = os.environ.get('OMP_NUM_THREADS', '1')
         with environment(here), signals_held(): worker = Worker(self.results, self.device, checkpoint_every)
         worker.give(task)
         return worker
@@ -139,7 +140,7 @@ def train_tasks(tasks, answers, results, device, checkpoint_every):
                 except UsageError as e: error = e
                 except Exception as e:
                     if is_stop(e): raise
-                    error = repr(e)
+                    error = lack_of_memory(e) or repr(e)
             answers.send(error)
     except BaseException as e:
         if not is_stop(e): raise

@@ -25,7 +25,7 @@ from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import SGD, Adam, Lamb, Lookahead, OptimWrapper, RAdam, RMSProp, ranger
 from fastai.torch_core import L, norm_bias_params, rank_distrib, set_seed
 
-from command import UsageError
+from command import UsageError, lack_of_memory
 from training import distributed
 
 # --- optimizer and precision ---
@@ -155,6 +155,7 @@ class Graphs(Callback):
         try:
             with self.autocast(): torch.cuda.make_graphed_callables(self.graphed, (x,))
         except RuntimeError as e:
+            if lack_of_memory(e): raise
             why = ' '.join(str(e).split())[:200]
             what = f'--cuda-graphs: the network cannot be recorded ({why})'
             raise UsageError(f'{what}; train it with --cuda-graphs 0') from None

@@ -6,7 +6,7 @@ import time
 from dataclasses import replace
 
 import runlog
-from command import Busy, UsageError, add_run_flags, check_run_flags, is_stop
+from command import Busy, UsageError, add_run_flags, check_run_flags, is_stop, lack_of_memory
 from experiments import Config, add_config_flags, fields, planned_runs
 
 ARMS = 'attention', 'sa_at', 'seed'  # what tells the arms and the runs apart
@@ -95,7 +95,7 @@ class Loop:
         from training.data import find_set
         from training.machine import settle
         cfg = settle(cfg, self.device)
-        key = cfg.dataset, cfg.source, cfg.data
+        key = cfg.dataset, cfg.source, cfg.data, cfg.valid_pct, cfg.skip_damaged
         if key not in self.digests: self.digests[key] = None if self.args.dry_run else find_set(cfg).fingerprint
         return cfg, self.digests[key]
 
@@ -135,7 +135,7 @@ class Loop:
             except Busy as e: error = e
             except Exception as e:
                 if isinstance(e, UsageError) or is_stop(e): raise
-                error = repr(e)
+                error = lack_of_memory(e) or repr(e)
             yield arm, cfg, error
 
     def runs(self):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from command import UsageError, say_once
+from command import UsageError, lack_of_memory, say_once
 from experiments import resolve
 from training import distributed, host
 
@@ -154,6 +154,7 @@ def check_compiler(device):
     "Raises UsageError unless torch.compile works on a `device`: it needs a compiler and Python's header files."
     try: torch.compile(lambda x: 2 * x + 1)(torch.ones(64, device=device))
     except Exception as e:  # It may be torch's, a compiler's, or that of a cache folder that cannot be written.
+        if lack_of_memory(e): raise
         needs = "it needs a C++ compiler (g++) and Python's header files (python3-dev); leave it out"
         raise UsageError(f'--compile: does not work here ({brief(e)}); {needs}') from None
 

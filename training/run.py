@@ -24,7 +24,7 @@ from experiments import Config, knobs, model_name
 from training import checkpoint, distributed, layer, trackers
 from training.arch import network
 from training.data import get_dls
-from training.files import find_images, label_of
+from training.files import find_images, labels_of
 from training.layer import n_parameters
 from training.learner import fit, get_learner, keep_memory
 from training.machine import device_name, get_device, prepare_device, settle
@@ -292,7 +292,7 @@ def dump(cfg):
     "Returns the model of `cfg` as text: a line per module, with its output shape for one image and its parameters."
     n_classes = 10
     if cfg.data:
-        n_classes = len({label_of(file) for file in find_images(Path(cfg.data), cfg.valid_pct)})
+        n_classes = len(set(labels_of(find_images(Path(cfg.data), cfg.valid_pct)).values()))
     device = torch.device('cpu')
     layer.check(settle(replace(cfg, precision='fp32'), device), device)
     model = get_model(cfg, n_classes).eval()
