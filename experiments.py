@@ -79,7 +79,7 @@ class Config:
     dataset: str = knob('imagenette', 'dataset; custom: the one that --data names',
                         choices=['imagenette', 'imagewoof', 'digits', 'custom'])
     split: str = knob('auto', 'v1: 500 validation images, as for all published numbers; v2: by the folders; '
-                      'auto: v1, but v2 for digits and custom', choices=['auto', 'v1', 'v2'])
+                      'auto: v1, but v2 for digits, custom and --valid-pct', choices=['auto', 'v1', 'v2'])
     size: int = knob(128, 'image size in pixels', least=32, most=1024)
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
                        choices=['auto', '160', '320', 'full'])
@@ -191,7 +191,7 @@ def resolve(cfg):
     source, split = cfg.source, cfg.split
     if source == 'auto' and cfg.dataset != 'digits' and not cfg.data:
         source = '160' if cfg.size <= 128 else '320' if cfg.size <= 224 else 'full'
-    if split == 'auto': split = 'v1' if cfg.dataset in ('imagenette', 'imagewoof') else 'v2'
+    if split == 'auto': split = 'v1' if cfg.dataset in ('imagenette', 'imagewoof') and not cfg.valid_pct else 'v2'
     return replace(cfg, source=source, split=split)
 
 

@@ -386,6 +386,8 @@ def test_a_folder_train_without_another_is_split_by_valid_pct(tree, memory):
 def test_valid_pct_that_cannot_be(tree):
     with pytest.raises(UsageError, match='--valid-pct: with --data only'): Config(valid_pct=0.2)
     with pytest.raises(UsageError, match='give one of them'): config(tree, split='v1', valid_pct=0.2)
+    for dataset in ('imagewoof', 'imagenette', 'custom'):  # its images may lie in another folder, without a split
+        assert resolve(Config(dataset=dataset, data=str(tree), valid_pct=0.2)).split == 'v2'
     with pytest.raises(UsageError, match='must be below 1'): config(tree, split='v2', valid_pct=1.)
     with pytest.raises(UsageError, match='class cat has one image only'): split_files(['cat/1.png'], 'v2', 0.2)
 
