@@ -267,7 +267,7 @@ def points(ax, exp, arms, published, metric):
     ax.set(xlim=(-0.5, len(found) - 0.3), ylabel=LABELS[metric])
     _name(ax, _arm_names(arms))
     dashed = ' · dashed: published' if any(row is not None for row in said.values()) else ''
-    ax.set_title(f'line: a seed · disc: mean, 95 % interval{dashed}', fontsize=7, loc='left', color=GREY)
+    ax.set_title(f'line: a seed · disc: mean of all, 95 %{dashed}', fontsize=7, loc='left', color=GREY)
 
 
 def differences(ax, rows):

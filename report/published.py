@@ -230,8 +230,8 @@ def _archive(runs):
     from_160 = _percent(runs[~runs.source.str.contains('full-size')], 'sdoria-resize', **settings)
     from_full = _percent(runs[runs.source.str.contains('full-size')], 'sdoria-resize', **settings)
     return ('128 px is 128 px',
-            f'from full-size images ({len(from_full)} runs) against the 160 px archive ({len(from_160)}): '
-            f'{_gap(from_160, from_full)}',
+            f'{from_full.mean():.2f} from full-size images ({len(from_full)} runs), {from_160.mean():.2f} from the 160 '
+            f'px archive ({len(from_160)}): {_gap(from_160, from_full)}',
             'the two batches were made on different machines: whether the archive or the machine did it cannot be told')
 
 
