@@ -248,7 +248,6 @@ def test_a_layer_can_use_ours(file):
 def record(tmp_path): return runlog.load(tmp_path / 'results' / 'runs.csv')
 
 
-@pytest.mark.slow(12)
 def test_a_run_its_row_its_model_and_what_is_recorded_already(file, tree, command, monkeypatch, tmp_path, capfd):
     model_file = tmp_path / 'model.pt'
     argv = ['--data', tree, *TINY, '--epochs', 1]
@@ -271,7 +270,6 @@ def test_a_run_its_row_its_model_and_what_is_recorded_already(file, tree, comman
     assert df.attention.nunique() == 1 and df.attention_source.nunique() == 2 and set(df.status) == {'ok'}
 
 
-@pytest.mark.slow(12)
 def test_a_checkpoint_is_not_continued_with_another_source(file, tree, command, monkeypatch, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1, '--sa', f'{file}:Scaled', '--resume']
 
@@ -325,7 +323,6 @@ def test_reports_tell_two_sources_apart(file, tmp_path):
     assert gap['difference']['difference'] == pytest.approx(0.205)
 
 
-@pytest.mark.slow(12)
 @pytest.mark.parametrize('shared', [True, False])
 def test_a_node_of_ray_without_the_file_gets_it(shared, file, tree, tmp_path):
     (file.parent / 'parts.py').write_text('FACTOR = 1.')
@@ -343,7 +340,7 @@ def test_a_node_of_ray_without_the_file_gets_it(shared, file, tree, tmp_path):
     assert row['attention_source'] == cfg.attention_source and row['attention_parameters'] == 64**2 + 64 + 1
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(24)
 def test_several_processes_train_a_layer_from_a_file(file, tree, spawn, tmp_path):
     pytest.importorskip('accelerate')
     launch = ['-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', 2, REPO / 'train_imagenette.py']

@@ -57,7 +57,6 @@ def test_xsenet154_is_what_fastai_means():
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(115.1e6 - smaller, rel=0.002)
 
 
-@pytest.mark.slow(2)
 @pytest.mark.parametrize('arch, pool, act', [
     ('xse_resnext50', 'max', 'mish'), ('xresnext18', 'avg', 'relu'), ('xresnet18_deep', 'avg', 'gelu'),
 ])

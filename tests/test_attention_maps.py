@@ -138,7 +138,7 @@ def test_a_figure_has_the_image_a_map_a_position_and_the_eigenvectors(attention,
 
 # --- the command ---
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(5)
 def test_from_a_run_to_its_figures(command, tree, tmp_path, capfd):
     model, results = tmp_path / 'model.pt', tmp_path / 'results'
     argv = ['--data', tree, *TINY, '--epochs', 2]

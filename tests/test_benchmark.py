@@ -183,7 +183,7 @@ def test_the_figures_of_cost_show_ratios_and_both_crossovers():
     assert list(order.lines[1].get_ydata()) == pytest.approx([600 / N for N in (64, 256, 1024, 4096)])
 
 
-@pytest.mark.slow(4)
+@pytest.mark.slow(2)
 def test_step_compares_the_same_experiment(tree):
     cfg = Config(dataset='custom', data=str(tree), split='v2', attention='simple', bs=6, size=32, workers=0)
     cfg, dls, model = benchmark.prepare(cfg, CPU)
@@ -219,7 +219,7 @@ def test_one_batch_is_the_same_batch_over_and_over(tree):
     assert len(list(one)) == len(dls.train) == 4 and all(torch.equal(x, first) for x, _ in one)
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(8)
 def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
     record = sorted((REPO / 'results').rglob('*'))
     monkeypatch.setattr(benchmark, 'step_config', lambda args, device, folder, **kwargs: Config(
@@ -241,7 +241,6 @@ def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
     assert sorted((REPO / 'results').rglob('*')) == record
 
 
-@pytest.mark.slow(5)
 def test_switches_are_measured_beside_the_default(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmark, 'SWITCHES', dict(keep_memory=0))
     monkeypatch.setattr(benchmark, 'step_config', lambda args, device, folder, arch, size: Config(

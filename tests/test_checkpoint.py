@@ -116,7 +116,7 @@ def test_cuda_a_stopped_run_goes_on_as_a_repeated_run_would(options, command, st
     assert row.resumed == 1 and abs(row.valid_loss - whole.valid_loss.mean()) < 0.05 + 3 * spread
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(2)
 def test_short_runs_keep_no_checkpoint_unless_asked(tree, command, stopped, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 3]
     every = '--checkpoint-every'
@@ -129,7 +129,7 @@ def test_short_runs_keep_no_checkpoint_unless_asked(tree, command, stopped, tmp_
     assert len(list(tmp_path.glob('results/checkpoints/*.pt'))) == 1
 
 
-@pytest.mark.slow(12)
+@pytest.mark.slow(4)
 def test_resume_skips_what_is_recorded_and_starts_anew_where_nothing_is(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     assert command(*argv)[0] == 0
@@ -143,7 +143,6 @@ def test_resume_skips_what_is_recorded_and_starts_anew_where_nothing_is(tree, co
     assert sorted(zip(df.seed, df.lr, df.resumed)) == [(0, 1e-3, 0), (0, 3e-3, 0), (1, 3e-3, 1), (2, 3e-3, 0)]
 
 
-@pytest.mark.slow(7)
 def test_a_run_stopped_twice_in_an_epoch_has_a_row_for_each_end(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -155,7 +154,6 @@ def test_a_run_stopped_twice_in_an_epoch_has_a_row_for_each_end(tree, command, s
     assert rows.accuracy.notna().tolist() == [False] * 3 + [True]
 
 
-@pytest.mark.slow(6)
 def test_a_run_that_was_killed_twice_was_continued_twice(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     for epoch in (1, 2):
@@ -164,7 +162,6 @@ def test_a_run_that_was_killed_twice_was_continued_twice(tree, command, stopped,
     assert command(*argv, '--resume')[0] == 0 and record(tmp_path / 'results').resumed.tolist() == [2]
 
 
-@pytest.mark.slow(5)
 def test_what_has_changed_since_the_checkpoint_is_printed(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -174,7 +171,6 @@ def test_what_has_changed_since_the_checkpoint_is_printed(tree, command, stopped
     assert record(tmp_path / 'results').channels_last.tolist() == [0]
 
 
-@pytest.mark.slow(5)
 def test_a_run_whose_predictions_cannot_be_had_fails_has_its_row_and_goes_on(tree, command, tmp_path, monkeypatch):
     def breaks(self): raise RuntimeError('the other process is gone')
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
@@ -187,7 +183,6 @@ def test_a_run_whose_predictions_cannot_be_had_fails_has_its_row_and_goes_on(tre
     assert (df.status.tolist(), df.resumed.tolist(), df.epochs_done.tolist()) == (['ok'], [1], [2])
 
 
-@pytest.mark.slow(3)
 def test_what_a_run_killed_after_its_row_leaves_is_removed(tree, command, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     with monkeypatch.context() as m:
@@ -200,7 +195,6 @@ def test_what_a_run_killed_after_its_row_leaves_is_removed(tree, command, tmp_pa
     assert not (tmp_path / 'm.pt').exists()
 
 
-@pytest.mark.slow(7)
 def test_a_checkpoint_that_another_process_is_done_with_is_no_damage(tree, command, stopped, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -226,7 +220,7 @@ def test_a_checkpoint_that_another_process_is_done_with_is_no_damage(tree, comma
     assert code == 0 and 'it starts from the beginning' in out and not err
 
 
-@pytest.mark.slow(7)
+@pytest.mark.slow(2)
 def test_the_checkpoint_that_went_furthest_is_read_whole_and_once(tree, command, stopped, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 3, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -243,7 +237,6 @@ def test_the_checkpoint_that_went_furthest_is_read_whole_and_once(tree, command,
     assert code == 0 and f'{furthest}: continues after epoch 2 of 3' in out and seen == [furthest], err
 
 
-@pytest.mark.slow(5)
 def test_a_checkpoint_of_other_code_is_a_mistake_in_one_line(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -272,7 +265,6 @@ def test_a_checkpoint_whose_place_is_written_as_it_was_is_found(place, tmp_path)
     assert checkpoint.find(replace(cfg, sa_at='2'), 'd', runs, tmp_path) is None
 
 
-@pytest.mark.slow(5)
 def test_other_images_are_another_run(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -287,7 +279,6 @@ def flip_a_bit(file):
     file.write_bytes(content)
 
 
-@pytest.mark.slow(5)
 @pytest.mark.parametrize('spoil, words', [
     (lambda f: os.truncate(f, f.stat().st_size // 2), 'is cut off or not a checkpoint'),
     (lambda f: f.write_bytes(b''), 'is cut off or not a checkpoint'),
@@ -310,7 +301,7 @@ def test_a_checkpoint_that_cannot_be_read_is_named_and_the_run_starts_anew(
     assert file.read_bytes() == spoiled and sorted(record(tmp_path / 'results').status) == ['interrupted', 'ok']
 
 
-@pytest.mark.slow(9)
+@pytest.mark.slow(4)
 def test_two_processes_are_not_at_one_run(tree, command, stopped, spawn, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)
@@ -335,7 +326,6 @@ time.sleep(60)
     assert command(*argv, '--resume')[0] == 0  # the lock went with its process
 
 
-@pytest.mark.slow(7)
 def test_a_checkpoint_of_a_recorded_run_is_removed(tree, command, stopped, tmp_path):
     argv = ['--data', tree, *TINY, '--epochs', 2, '--checkpoint-every', 1]
     stopped(*argv, epoch=1)

@@ -41,7 +41,7 @@ def wait_for_two_under_way(process, results):
     return [child.pid for child in children if child.name().startswith('ray::train_run')]
 
 
-@pytest.mark.slow(80)
+@pytest.mark.slow(44)
 def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, tmp_path):
     plain = start('plain', '--epochs', 5)
     assert plain.wait(300) == 0
@@ -59,7 +59,7 @@ def test_the_rows_are_those_of_the_plain_loop_though_a_worker_is_killed(start, t
     assert '0 runs to do, 2 recorded' in start('ray', '--epochs', 5, '--dry-run').communicate()[0]
 
 
-@pytest.mark.slow(60)
+@pytest.mark.slow(48)
 def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(start, tmp_path):
     process = start('results', '--epochs', 8, '--ray')
     wait_for_two_under_way(process, tmp_path / 'results')
@@ -76,7 +76,7 @@ def test_ctrl_c_records_what_was_under_way_and_the_plain_loop_goes_on_with_it(st
     assert len(df) == 2 and set(left.run_id) == set(df.run_id)
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(18)
 def test_what_cannot_be_is_told_in_one_line(start, tmp_path):
     (tmp_path / 'ray.py').write_text('raise ImportError')
     no_ray, no_gpu = dict(PYTHONPATH=str(tmp_path)), dict(CUDA_VISIBLE_DEVICES='')
@@ -93,7 +93,7 @@ def test_what_cannot_be_is_told_in_one_line(start, tmp_path):
     assert not (tmp_path / 'results' / 'runs.csv').exists()
 
 
-@pytest.mark.slow(5)
+@pytest.mark.slow(11)
 def test_a_node_gets_the_code_that_trains_and_nothing_else(spawn, tmp_path):
     code = f'''
 import sys

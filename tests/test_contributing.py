@@ -66,7 +66,7 @@ def rows(results):
     with open(results / 'runs.csv', newline='', encoding='utf-8') as f: return list(csv.DictReader(f))
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(28)
 def test_a_layer_is_a_class_and_a_line(change, tree, tmp_path):
     start = 'ATTENTION = {\n'
     copy = change(('layers.py', start, LAYER + start + "    'linear': Linear,\n"))
@@ -78,7 +78,7 @@ def test_a_layer_is_a_class_and_a_line(change, tree, tmp_path):
     assert tests.count('PASSED') > 40
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow(8)
 @pytest.mark.parametrize('role, again', [('result', True), ('speed', False)])
 def test_a_flag_is_a_field_with_its_role(role, again, change, tree, tmp_path):
     "Runs that differ in a knob of the role speed are repetitions, so that --resume skips the second one."
@@ -90,7 +90,7 @@ def test_a_flag_is_a_field_with_its_role(role, again, change, tree, tmp_path):
     assert [row['tilt'] for row in rows(tmp_path / 'results')] == ['0.0', '0.5'][:1 + again]
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow(8)
 def test_an_experiment_is_an_entry(change, tree, tmp_path):
     start = '\nEXPERIMENTS = {'
     copy = change(('experiments.py', start, start + EXPERIMENT))

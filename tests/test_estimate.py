@@ -23,7 +23,7 @@ def test_the_table_is_not_stale():
     assert f'| every published mean, each run once | {len(estimate.published_runs())} |' in table
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(18)
 def test_the_hours_of_an_entry_are_those_of_one_rtx_2080_ti():
     device, rate = next(iter(estimate.rates().items()))
     assert device.startswith('RTX 2080 Ti, 2019')

@@ -55,7 +55,7 @@ def read_to_two_under_way(process):
     return begun
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(28)
 def test_the_rows_are_those_of_the_plain_loop(start, tmp_path):
     plain = start('plain', '--epochs', 2)
     assert plain.wait(600) == 0
@@ -92,7 +92,7 @@ def test_the_end_of_the_command_ends_the_runs_with_their_rows_and_they_go_on(how
     assert df.run_id.tolist() == left.run_id.tolist() and set(df.status) == {'ok'}
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(29)
 def test_a_process_that_dies_is_replaced(start, tmp_path):
     process = start('results', '--epochs', 5, '--jobs', 2)
     read_to_two_under_way(process)
@@ -105,7 +105,7 @@ def test_a_process_that_dies_is_replaced(start, tmp_path):
     assert len(df) == 4 and set(df.status) == {'ok'} and sorted(df.resumed) == [0, 0, 0, 1]
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(21)
 def test_the_processes_end_where_ctrl_c_is_ignored(spawn, tree, tmp_path):
     argv = [*TINY, '--data', tree, '--results', tmp_path / 'results', '--epochs', 1, '--runs', 1, '--jobs', 2]
     ignore = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as a script's background job is

@@ -530,7 +530,7 @@ def test_state_dicts_of_the_first_names_load():
 def fresh_dynamo(): torch._dynamo.reset()  # it counts how often one forward was compiled, over all tests
 
 
-@pytest.mark.slow(3)
+@pytest.mark.slow(2)
 @pytest.mark.parametrize('name', VARIANTS)
 @pytest.mark.parametrize('autocast', [False, True])
 def test_compiles_in_one_graph(name, autocast, fresh_dynamo):
@@ -556,7 +556,7 @@ def test_compiles_in_one_graph_for_any_height_and_width(name, fresh_dynamo):
         assert max(map(error, grads(compiled, x), grads(layer, x))) < 1e-5
 
 
-@pytest.mark.slow(3)
+@pytest.mark.slow(2)
 @pytest.mark.skipif(not shutil.which('g++'), reason='inductor needs a C++ compiler')
 def test_compiles_to_code(fresh_dynamo):
     layer = trained('simple')
@@ -577,7 +577,7 @@ def _ddp_worker(rank, port, states, x, out):
     dist.destroy_process_group()
 
 
-@pytest.mark.slow(14)
+@pytest.mark.slow(8)
 def test_distributed_gradients_are_those_of_the_whole_batch():
     import socket
     with socket.socket() as s:

@@ -31,7 +31,7 @@ def texts(notebook):
     return [data.get('text/markdown', data.get('text/plain')) for data in outputs]
 
 
-@pytest.mark.slow(40)
+@pytest.mark.slow(31)
 @pytest.mark.parametrize('path', sorted((REPO / 'notebooks').glob('*.ipynb')), ids=lambda p: p.name)
 def test_runs_top_to_bottom_and_its_outputs_are_not_stale(path):
     notebook = nbformat.read(path, as_version=4)
@@ -63,7 +63,6 @@ def test_the_first_cell_fetches_on_colab_what_the_report_needs(on_colab, monkeyp
     assert set(packages) <= set((REPO / 'requirements.txt').read_text(encoding='utf-8').split())
 
 
-@pytest.mark.slow(5)
 def test_refresh_runs_the_notebook_with_its_own_python_whatever_kernel_the_user_has(tmp_path):
     spec = tmp_path / 'share' / 'kernels' / 'python3' / 'kernel.json'
     spec.parent.mkdir(parents=True)

@@ -63,7 +63,7 @@ def lacks_encoding(call):
     return not (modes and 'b' in modes[0]) and not {'encoding', 'newline'} <= given
 
 
-@pytest.mark.slow(25)
+@pytest.mark.slow(10)
 def test_all_modules_and_a_training_do_without_what_windows_lacks(tree, tmp_path):
     script = tmp_path / 'as_on_windows.py'
     modules = [str(f.relative_to(REPO).with_suffix('')).replace(os.sep, '.').removeprefix('scripts.') for f in OURS]
@@ -90,7 +90,7 @@ if __name__ == '__main__': main()
 
 # --- loader processes that are not forked ---
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(4)
 def test_loader_processes_that_are_spawned_live_as_long_as_the_run_and_read_the_same(tree, monkeypatch, capfd):
     cfg = config(tree)
     def batches(dls, epoch):
@@ -152,7 +152,7 @@ def test_jobs_end_with_the_first_process_where_no_signal_wakes_a_thread(monkeypa
 
 # --- a cluster by SLURM ---
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(24)
 def test_a_job_of_slurm_ends_with_its_row_and_goes_on_when_it_is_requeued(tree, tmp_path):
     "The script of scripts/README.md, with a scontrol that writes down how it is called."
     text = (REPO / 'scripts' / 'README.md').read_text(encoding='utf-8')

@@ -678,7 +678,7 @@ def test_a_flat_frame_has_a_column_for_each_number_and_no_name_twice():
 
 # --- files ---
 
-@pytest.mark.slow(4)
+@pytest.mark.slow(3)
 def test_the_same_rows_give_the_same_bytes(tmp_path, published):
     runs = pd.concat([make_runs('none', [0.60, 0.64, None]), make_runs('simple', [0.65, 0.66])])
     for i in runs.run_id[:2]: runlog.write_curve(i, [dict(epoch=e, accuracy=0.1 * e) for e in (1, 2)], tmp_path)
@@ -785,7 +785,7 @@ def test_the_forest_has_ours_beside_the_published_and_is_readable(published):
     for fig in drawn.values(): assert_readable(fig, [*words(fig), fig.axes[0].xaxis.label])
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(2)
 def test_the_figures_of_the_record_are_readable(published, rows_of_record):
     rows = [row for row in rows_of_record if row['experiment'] in ('woof-128-5', 'attention')]
     drawn = figures.forests(rows_of_record) | figures.experiments(rows, runlog.load(), published)
@@ -813,7 +813,7 @@ def test_the_palette_survives_greyscale_and_its_texts_can_be_read():
     assert all(1.05 / (shade + 0.05) >= 4.5 for shade in shades[:3])  # PALE has no texts
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow(6)
 def test_ten_thousand_rows_in_under_3_seconds(published):
     rng = np.random.default_rng(0)
     arms = [cfg for exp in EXPERIMENTS.values() for cfg in exp.arms.values()]
@@ -842,7 +842,7 @@ def test_readme_is_not_stale(published, tmp_path):
     with pytest.raises(UsageError, match='markers'): main.write_readme('', readme)
 
 
-@pytest.mark.slow(4)
+@pytest.mark.slow(2)
 def test_command(tmp_path, capsys):
     assert main.main(['--results', str(tmp_path)]) == 2 and capsys.readouterr().err.count('\n') == 1
     for arm in ('none', 'simple'): runlog.append(make_runs(arm, [0.5]).iloc[0].dropna().to_dict(), tmp_path)

@@ -32,7 +32,7 @@ def loop(tree, tmp_path, capfd):
 def rows(tmp_path): return runlog.load(tmp_path / 'results' / 'runs.csv')
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(4)
 def test_arms_take_turns_and_what_is_recorded_is_skipped(loop, tmp_path):
     code, out, err = loop('--runs', 2)
     assert code == 0, err
@@ -49,7 +49,7 @@ def test_arms_take_turns_and_what_is_recorded_is_skipped(loop, tmp_path):
 
 
 @pytest.mark.full_width
-@pytest.mark.slow(15)
+@pytest.mark.slow(11)
 def test_a_run_of_the_loop_is_the_run_of_a_fresh_process(loop, tree, tmp_path):
     assert loop('--runs', 2)[0] == 0
     argv = ['--dataset', 'digits', '--data', tree, *TINY, '--size', 32, '--arch', 'xresnet18', '--sa', '--seed', 1]
@@ -61,7 +61,7 @@ def test_a_run_of_the_loop_is_the_run_of_a_fresh_process(loop, tree, tmp_path):
     assert same[columns].equals(fresh[columns])
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(2)
 def test_a_failed_run_is_recorded_and_the_loop_goes_on(loop, tmp_path, monkeypatch):
     import training.run
     fit = training.run.fit
@@ -79,7 +79,7 @@ def test_a_failed_run_is_recorded_and_the_loop_goes_on(loop, tmp_path, monkeypat
     assert loop('--runs', 2)[0] == 0 and rows(tmp_path).status.tolist() == ['ok', 'failed', 'ok', 'ok', 'ok']
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(6)
 def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
     def three_each(pairs, points): return points == 5 and list(map(len, pairs[0])) == [3, 3]
     monkeypatch.setattr(compare, 'narrow_enough', three_each)
@@ -93,7 +93,6 @@ def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
     assert code == 2 and 'did not end ok; stopped' in err and rows(tmp_path).status.tolist()[8:] == ['diverged'] * 4
 
 
-@pytest.mark.slow(5)
 def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
     monkeypatch.setattr(compare, 'accuracies', lambda runs, metric='last': dict.fromkeys(range(10), 0.1))
     code, _, err = loop('--runs', 1, '--until', 5)
@@ -133,14 +132,12 @@ def claimed(tree, tmp_path, monkeypatch):
     return claim
 
 
-@pytest.mark.slow(7)
 def test_until_takes_other_seeds_than_another_loop(loop, claimed, tmp_path, monkeypatch):
     monkeypatch.setattr(compare, 'narrow_enough', lambda pairs, points: list(map(len, pairs[0])) == [1, 1])
     with claimed('none'), claimed('simple'): code, _, err = loop('--runs', 1, '--until', 5)
     assert code == 0 and err.count('this run: skipped') == 4 and rows(tmp_path).seed.tolist() == [1, 1]
 
 
-@pytest.mark.slow(5)
 def test_a_run_that_another_process_is_at_is_left_to_it(loop, claimed, tmp_path):
     with claimed('simple'): code, _, err = loop('--runs', 1)
     assert code == 0 and 'another process is already training this run: skipped' in err
@@ -149,7 +146,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(loop, claimed, tmp_path)
     assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
 
 
-@pytest.mark.slow(35)
+@pytest.mark.slow(9)
 def test_of_two_loops_each_run_is_trained_by_one(tree, spawn, tmp_path):
     argv = ['digits', '--data', tree, *TINY, '--epochs', 2, '--runs', 4, '--results', tmp_path / 'results']
     loops = [spawn(REPO / 'scripts' / 'reproduce.py', *argv) for _ in range(2)]
@@ -160,7 +157,6 @@ def test_of_two_loops_each_run_is_trained_by_one(tree, spawn, tmp_path):
     assert set(df.status) == {'ok'}
 
 
-@pytest.mark.slow(12)
 def test_ctrl_c_leaves_what_is_done(tree, spawn, tmp_path):
     argv = ['digits', '--data', tree, *TINY, '--epochs', 300, '--runs', 5, '--results', tmp_path / 'results']
     process = spawn(REPO / 'scripts' / 'reproduce.py', *argv)
@@ -220,7 +216,7 @@ def test_one_process_starts_the_runs(tmp_path, monkeypatch, capsys):
     assert 'one process starts the runs' in capsys.readouterr().err
 
 
-@pytest.mark.slow(5)
+@pytest.mark.slow(2)
 def test_a_stopped_run_goes_on_by_itself_under_its_id(loop, tmp_path, monkeypatch):
     import training.measure
     before_batch = training.measure.Heed.before_batch

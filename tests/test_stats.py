@@ -320,7 +320,6 @@ def test_equal_differences_leave_the_pairs_alone():
     assert isnan(row['p'])
 
 
-@pytest.mark.slow(4)
 @pytest.mark.parametrize('design, correlation, least', [
     ((6, 8, 0), 0., 0.93), ((6, 8, 0), 0.7, 0.93), ((10, 4, 4), 0.5, 0.935), ((2, 6, 2), 0.5, 0.92)])
 def test_blocks_cover_the_difference(design, correlation, least):

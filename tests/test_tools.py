@@ -50,7 +50,7 @@ def test_a_csv_file_has_the_metrics(tree, command, tmp_path):
     assert_same_curve({name: [float(line[name]) for line in lines] for name in METRICS}, curve)
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(3)
 def test_tensorboard_has_the_metrics_and_the_config(tree, command, tmp_path):
     pytest.importorskip('tensorboard')
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -62,7 +62,7 @@ def test_tensorboard_has_the_metrics_and_the_config(tree, command, tmp_path):
     assert b'| arch | xresnet18 |' in text.tensor_proto.string_val[0]
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(7)
 def test_wandb_has_the_metrics_and_the_config_without_a_network(tree, command, tmp_path, monkeypatch):
     wandb = pytest.importorskip('wandb')
     sent, configs, init = [], [], wandb.init
@@ -225,7 +225,6 @@ def saved(tree, command, tmp_path, *argv):
     return *training.run.load_model(tmp_path / 'model.pt'), torch.randn(2, 3, 32, 32)
 
 
-@pytest.mark.slow(5)
 def test_a_saved_model_opens_elsewhere(tree, command, tmp_path):
     "The safetensors file has the weights, the Config and the classes; fastai's load_learner predicts from a file."
     from fastai.learner import load_learner
@@ -321,7 +320,7 @@ def test_every_layer_is_the_same_in_onnxruntime(attention, tmp_path):
     assert np.abs(logits_of(tmp_path / 'model.onnx', x) - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(13)
 def test_an_exported_network_predicts_what_the_saved_one_does(tree, command, tmp_path):
     pytest.importorskip('onnxscript')
     pytest.importorskip('onnxruntime')

@@ -213,7 +213,7 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(tree, command
     assert loss[0] == loss[1] != loss[2]
 
 
-@pytest.mark.slow(5)
+@pytest.mark.slow(3)
 def test_runs_are_those_of_single_commands(tree, command, tmp_path):
     assert command('--data', tree, *TINY, '--runs', 2, '--seed', 3)[0] == 0
     assert command('--data', tree, *TINY, '--seed', 4)[0] == 0
@@ -223,7 +223,7 @@ def test_runs_are_those_of_single_commands(tree, command, tmp_path):
 
 
 @pytest.mark.full_width
-@pytest.mark.slow(25)
+@pytest.mark.slow(26)
 def test_the_whole_way_on_digits(command, tmp_path):
     code, _, err = command('--dataset', 'digits', '--size', 32, '--epochs', 3, '--arch', 'xresnet18', '--sa')
     assert code == 0, err
@@ -279,7 +279,7 @@ def test_dump_has_a_head_for_the_classes_of_the_folder_and_needs_no_device(tree,
     assert code == 0 and '(1, 3)' in next(x for x in out.splitlines() if x.startswith('head '))
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(6)
 def test_a_reader_that_closes_the_pipe_is_no_fault():
     # more than a pipe holds
     argv = [sys.executable, REPO / 'train_imagenette.py', '--dump', '--arch', 'xresnet152', '--size', '32']
@@ -289,7 +289,7 @@ def test_a_reader_that_closes_the_pipe_is_no_fault():
     assert process.stderr.read() == '' and process.wait() == 141
 
 
-@pytest.mark.slow(10)
+@pytest.mark.slow(4)
 def test_lrfinder_suggests_and_plots_each_setting_in_its_own_file(tree, command, tmp_path):
     given = '--opt', 'sgd', '--sa-at', '1,2', '--wd', 0.01, '--act', 'mish'
     code, out, err = command('--data', tree, *TINY, '--lrfinder', *given)
@@ -432,7 +432,6 @@ def test_beta_makes_the_steps_of_sadam(opt):
     assert moved[0] == pytest.approx(moved[1], rel=0.02) and moved[2] < 0.7 * moved[0]
 
 
-@pytest.mark.slow(4)
 def test_fused_adam_is_fastais_step_for_step(tree):
     "The same gradients and the same cycle of learning rate and momentum to both: the weights agree to 1e-6."
     learners = [learner(tree, '--sa', '--fused', fused)[1] for fused in (0, 1)]
@@ -482,7 +481,7 @@ def test_freed_memory_is_kept(tree):
     assert faults[1] < faults[0] / 2
 
 
-@pytest.mark.slow(9)
+@pytest.mark.slow(4)
 def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command, tmp_path, monkeypatch):
     # the same graphs, without a C++ compiler
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='aot_eager'))
@@ -497,7 +496,6 @@ def test_compiled_passes_train_and_are_compiled_once_for_many_runs(tree, command
     assert loss[0] == pytest.approx(loss[2], abs=0.02) and loss[0] != loss[1]
 
 
-@pytest.mark.slow(4)
 @pytest.mark.parametrize('options', ['', '--fused 0', '--opt sgd', '--opt rms', '--opt ranger'])
 def test_compiled_passes_meet_no_gradient_of_the_step_before(options, tree, monkeypatch):
     "fastai's optimizers zero the gradients in place: in the memory of a CUDA graph, which then may not be replayed."
@@ -514,7 +512,6 @@ def test_compiled_passes_meet_no_gradient_of_the_step_before(options, tree, monk
     assert all(torch.equal(p, q) for p, q in zip(plain.model.parameters(), learn.model.parameters()))
 
 
-@pytest.mark.slow(4)
 @pytest.mark.parametrize('fused', [0, 1])
 def test_recorded_passes_train_as_plain_ones(fused, tree, monkeypatch):
     "A stand-in does to the network what recording does: rounds to warm up, then another `forward`, in training alone."
@@ -569,7 +566,6 @@ def test_unknown_values_are_refused_by_config_itself():
     assert Config(lr=1) == Config(lr=1.) and isinstance(Config(lr=1).lr, float)
 
 
-@pytest.mark.slow(3)
 @pytest.mark.parametrize('middle, high, low', [
     (0, 0.05, 0), (0.5, 0.55, 0.45), (0.95, 0.975, 0.9), (0.99, 0.995, 0.94),
 ])

@@ -58,7 +58,7 @@ def plan(tmp_path): return json.loads((tmp_path / 'results' / 'trials' / 'gate.j
 
 # --- the command ---
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(11)
 def test_a_trial_from_plan_to_page_and_on(call, file, tmp_path):
     code, out, err = call('--runs', 2)
     assert code == 0, err
@@ -99,7 +99,7 @@ def test_a_trial_from_plan_to_page_and_on(call, file, tmp_path):
     assert len(rows(tmp_path)) == 9
 
 
-@pytest.mark.slow(20)
+@pytest.mark.slow(15)
 def test_at_equal_run_time_the_slower_arms_train_fewer_epochs(call, tmp_path):
     code, _, err = call('--runs', 2, '--epochs', 4, '--equal-time')
     assert code == 0, err
@@ -116,7 +116,7 @@ def test_at_equal_run_time_the_slower_arms_train_fewer_epochs(call, tmp_path):
     assert code == 0 and len(rows(tmp_path)) == 10 and page(tmp_path) == text, err
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(4)
 def test_a_layer_of_ours_beside_fastais_and_what_was_recorded_before(call, tree, command, tmp_path, monkeypatch):
     argv = ['--data', tree, *TINY, '--split', 'v2', '--arch', 'xresnet18']
     assert command(*argv)[0] == 0  # none, seed 0
@@ -141,7 +141,7 @@ def test_a_name_that_is_taken_and_a_dry_run(call, file, tmp_path, monkeypatch):
     assert out.endswith('6 runs to do, 0 recorded\n') and not (tmp_path / 'results' / 'trials').exists()
 
 
-@pytest.mark.slow(15)
+@pytest.mark.slow(4)
 def test_ctrl_c_leaves_plan_rows_and_page_and_the_trial_goes_on(file, tree, spawn, tmp_path):
     argv = [REPO / 'scripts' / 'trial.py', f'{file}:Gate', '--data', tree, *TINY, '--name', 'gate', '--results',
             tmp_path / 'results', '--runs', 1]

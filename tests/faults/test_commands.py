@@ -131,7 +131,7 @@ def test_train_imagenette(n, place):
     assert min(codes[0], codes[2]) > n / 7, codes
 
 
-@pytest.mark.slow(5)
+@pytest.mark.slow(31)
 def test_reproduce(place, monkeypatch):
     parsers = []
     init = Parser.__init__
@@ -149,7 +149,6 @@ def test_reproduce(place, monkeypatch):
     assert min(codes[0], codes[2]) > 15, codes
 
 
-@pytest.mark.slow(6)
 @pytest.mark.parametrize('main, program, start, words, n', [
     (main.main, 'report', [], [*EXPERIMENTS][:3], 40), (runlog.main, 'runlog.py', ['merge'], ['results/runs.csv'], 60),
 ])

@@ -54,7 +54,7 @@ def test_a_validation_loss_that_is_not_finite_is_diverged_too(tree, command, tmp
 
 # --- signals ---
 
-@pytest.mark.slow(12)
+@pytest.mark.slow(10)
 @pytest.mark.parametrize('number, code', [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_leaves_an_interrupted_row(number, code, tree, spawn, tmp_path):
     argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 1]
@@ -69,7 +69,7 @@ def test_a_signal_leaves_an_interrupted_row(number, code, tree, spawn, tmp_path)
     assert 'interrupted after' in out and 'Traceback' not in err
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(3)
 def test_sigterm_to_the_loader_processes_too_leaves_the_same(tree, spawn, tmp_path):
     argv = ['--data', tree, *TINY[:-1], 1000, '--results', tmp_path / 'results', '--workers', 2]
     processes = [spawn(REPO / 'train_imagenette.py', *argv) for _ in range(3)]
@@ -128,7 +128,7 @@ def kill_children(process):
             for pid in children: os.kill(int(pid), signal.SIGKILL)
 
 
-@pytest.mark.slow(30)
+@pytest.mark.slow(3)
 @pytest.mark.skipif(sys.platform != 'linux', reason='asks /proc for the loader processes')
 def test_a_loader_process_that_dies_leaves_a_failed_row_and_a_checkpoint(tree, command, spawn, tmp_path):
     argv = ['--data', tree, *TINY[:-1], 8, '--workers', 1, '--checkpoint-every', 1]
@@ -154,7 +154,7 @@ def _main(argv):
     train_imagenette.main(argv)
 
 
-@pytest.mark.slow(50)
+@pytest.mark.slow(29)
 def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tree, tmp_path):
     context = mp.get_context('forkserver')
     context.set_forkserver_preload(['training.run'])

@@ -195,7 +195,6 @@ for i in range(100000):
     assert {p.name for p in tmp_path.iterdir()} <= {'.runs.lock', '.runs.csv.part', 'runs.csv'}
 
 
-@pytest.mark.slow(5)
 def test_two_runs_with_one_id_keep_their_curves_and_rows_apart(tree, command, tmp_path, monkeypatch):
     tokens = iter(['same', 'same', 'next', *map(str, range(9))])
     monkeypatch.setattr(runlog.secrets, 'token_hex', lambda n: next(tokens))
@@ -209,7 +208,6 @@ def test_two_runs_with_one_id_keep_their_curves_and_rows_apart(tree, command, tm
     assert {p.stem for p in (tmp_path / 'results' / 'curves').iterdir()} == set(df.run_id)
 
 
-@pytest.mark.slow(3)
 def test_a_clock_set_back_while_a_run_is_on_changes_no_duration(tree, command, tmp_path, monkeypatch):
     import time
     real, start = time.time, time.time()
