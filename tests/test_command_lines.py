@@ -1,7 +1,7 @@
 """Command lines that people have published for this recipe parse to what they mean, or are refused in one line.
 
-command_lines.csv has them: where each stands, the line, and what comes of it, the knobs off their defaults or, after
-an exclamation mark, the start of the message.
+command_lines.csv has them: where each stands, the line, what comes of it, the knobs off their defaults or, after an
+exclamation mark, the start of the message, and the start of the note on what its own script did otherwise.
 """
 import csv
 import re
@@ -35,6 +35,7 @@ def test_a_published_command_line(row, capsys):
     if 'runs' not in values: assert args.runs == 1
     out, err = capsys.readouterr()
     assert not out and err.count('\n') <= 2
+    assert err.startswith(f'train_imagenette.py: {row["note"]}') if row['note'] else not err
 
 
 def assert_one_line(message, start): assert message.startswith(start) and '\n' not in message and len(message) < 250
@@ -72,6 +73,8 @@ def test_every_flag_of_a_script_is_there(script):
      'flat_cos --split v2 --source 320 --stem 32-32-64; here it is --lr 0.003 --opt adam --act relu --schedule '
      'one_cycle --split auto --source auto --stem 32-64-64'),
     ('--size 192 --lr 8e-3 --opt ranger --act_fn=Mish --sched_type flat_cos',
+     'the default was --split v2 --stem 32-32-64 --precision fp32; here'),
+    ('--size 192 --lr 8e-3 --opt ranger --act_fn=Mish --sched_type flat_cos --fp16 0',
      'the default was --split v2 --stem 32-32-64; here'),
     ('--fp16', ''), ('--pct_noise 5', ''), ('--fp16 --local-rank=0', ''), ('--fp16 --local_rank 0', ''),
     ('--fp16 --lr 1e-2 --opt ranger --act Mish --schedule flat_cos --split v2 --source 320 --stem 32-32-64', ''),

@@ -93,10 +93,17 @@ BOTH = 'in 2019 the default was --lr 0.001 --bs 256; here it is --lr 0.003 --bs 
 
 
 @pytest.mark.parametrize('argv, note', [
-    ('--woof 1 --sa 1', BOTH), ('--woof=1', BOTH), ('--sa 0', BOTH), ('--epoch 5', BOTH), ('--run 2', BOTH),
-    ('--sched_type one_cycle --bs 64', 'the default was --lr 0.001; here it is --lr 0.003,'),
+    ('--woof 1 --sa 1', BOTH), ('--woof=1', BOTH), ('--sa 0', BOTH), ('--epoch 5', BOTH),
+    ('--run 2 --arch xresnet50', BOTH),
+    ('--sched_type one_cycle --bs 64 --arch xresnet50', 'the default was --lr 0.001; here it is --lr 0.003,'),
     ('--woof 1 --lr=1e-3', 'the default was --bs 256; here it is --bs 64,'),
     ('--sa 1 --sym 1 --lr 3e-3 --bs 64', '--sym 1 makes W symmetric; in 2019 it had no effect'),
+    ('--woof 1 --lr 1e-2 --bs 64', "fastai's own script of 2019 multiplied --lr by --bs/256: its line on one GPU is "
+     '--lr 0.0025 here'),
+    ('--run 2 --lr 4e-3 --bs 64', "in lessw2020's script the default was --arch mxresnet50 --source full; here it is "
+     '--arch xresnet50 --source auto'),
+    ('--run 2 --lr 4e-3 --bs 64 --size 256', 'the default was --arch mxresnet50; here'),
+    ('--sched_type one_cycle --lr 1 --bs 64 --source full', 'the default was --arch mxresnet50; here'),
     ('--sa --sym', '--sym 1 makes W symmetric'), ('--sym 1 --lr 3e-3 --bs 64', '--sym does nothing without --sa'),
 ])
 def test_a_reader_of_2019_is_told_what_differs(argv, note, capsys):
@@ -106,7 +113,8 @@ def test_a_reader_of_2019_is_told_what_differs(argv, note, capsys):
 
 
 @pytest.mark.parametrize('argv', ['', '--woof --sa --epochs 5', '--woof 1 --sa 1 --bs 64 --lr 3e-3',
-                                  '--sa simple_sym --runs 2',
+                                  '--sa simple_sym --runs 2', '--woof 1 --lr 1e-3 --bs 256', '--lr 1e-2 --bs 128',
+                                  '--run 2 --lr 4e-3 --bs 64 --arch xresnet18',
                                   '--meta 1 --woof --resume 1', '--schedule flat_cos --fused 0'])
 def test_nobody_else_is_told(argv, capsys):
     config(*argv.split())
@@ -116,7 +124,8 @@ def test_nobody_else_is_told(argv, capsys):
 def test_the_help_says_what_differs_from_2019(capsys):
     with pytest.raises(SystemExit): train_imagenette.parse(['--help'])
     text = capsys.readouterr().out
-    said = '1e-3 and 256', '--sym 1 makes W symmetric', 'the step was skipped', '--source full'
+    said = ('1e-3 and 256', '--sym 1 makes W symmetric', 'the step was skipped', 'multiplied --lr by --bs / 256',
+            '--source full')
     for words in said: assert words in text
 
 
