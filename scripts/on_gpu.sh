@@ -38,11 +38,14 @@ try() { # MINUTES COMMAND...
   echo "== ${*:2}   ($expected)"
   ${limit[@]+"${limit[@]}"} "$python" "${@:2}" || code=$?
   if [[ -n $minutes ]] && ((code && SECONDS >= 60 * minutes)); then over; fi
-  if ((code == 130 || code == 143)); then exit "$code"; fi
-  if ((code)); then
-    echo "on_gpu.sh: failed with exit code $code: ${*:2}" >&2
-    failed=1
-  fi
+  case $code in
+    0) ;;
+    129 | 130 | 138 | 143) exit "$code" ;; # the signals that end a run
+    *)
+      echo "on_gpu.sh: failed with exit code $code: ${*:2}" >&2
+      failed=1
+      ;;
+  esac
 }
 over() {
   echo "on_gpu.sh: $minutes minutes are over; call it again to go on" >&2

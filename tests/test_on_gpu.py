@@ -58,7 +58,7 @@ def test_what_fails_is_reported_and_the_rest_goes_on(on_gpu):
     assert code == 1 and 'failed with exit code 1: -m pytest -k cuda' in err and len(calls) > 10
 
 
-@pytest.mark.parametrize('number', [130, 143])
+@pytest.mark.parametrize('number', [129, 130, 138, 143])
 def test_a_signal_ends_it(number, on_gpu):
     code, _, _, calls = on_gpu(codes={'scripts/reproduce.py woof-128-5': number})
     assert code == number and len(calls) == 2
