@@ -15,7 +15,7 @@ import runlog
 from command import UsageError
 from experiments import EXPERIMENTS
 from report import compare, stats, tables
-from report.published import published_mean, published_metric
+from report.published import published_mean
 
 INK, OURS, GREY, PALE = '#1a1a1a', '#174a73', '#757575', '#bdbdbd'  # text; our means; published; single seeds
 STYLE = {'font.size': 8, 'axes.spines.top': False, 'axes.spines.right': False, 'axes.edgecolor': INK,
@@ -43,7 +43,7 @@ def in_points(test): return [100 * test[key] for key in ENDS]
 WIDEST = 3  # points to each side of 0 that a forest shows, or more where ours is more; beyond are arrows
 LINE = 0.168  # inches of a line of a forest
 AXIS = 2.3, 4.6  # inches from the left, where the axis of a forest begins and ends
-CHANGE, RUNS = 4.75, 5.95  # inches from the left, where its columns of text begin
+CHANGE_AT, RUNS_AT = 4.75, 5.95  # inches from the left, where its columns of text begin
 
 
 def forests(rows):
@@ -99,12 +99,13 @@ def forest(rows):
                 test, color = _test(row, whose), INK if whose == 'ours' else GREY
                 ax.plot([0, 0], [y - 0.5, y + 0.5], color=INK, lw=0.6, zorder=0)
                 _bar(ax, in_points(test), y, whose, limits)
-                write(CHANGE, y, tables.change(test) + ('  no interval' if np.isnan(test['low']) else ''), color=color)
+                unknown = '  no interval' if np.isnan(test['low']) else ''
+                write(CHANGE_AT, y, tables.change(test) + unknown, color=color)
                 star = ' *' if whose == 'published' and _is_assumed(row) else ''
-                write(RUNS, y, f'{whose} ({tables.n_runs(row[whose])}){star}', color=color)
-        for x, head in ((AXIS[0], 'second arm minus first'), (CHANGE, 'points [95 %]'), (RUNS, 'whose (runs)')):
+                write(RUNS_AT, y, f'{whose} ({tables.n_runs(row[whose])}){star}', color=color)
+        for x, head in ((AXIS[0], 'second arm minus first'), (CHANGE_AT, 'points [95 %]'), (RUNS_AT, 'whose (runs)')):
             write(x, -0.4, head, color=GREY)
-        if any(map(_is_assumed, rows)): write(RUNS, y + 1.2, '* assumed recipe', color=GREY)
+        if any(map(_is_assumed, rows)): write(RUNS_AT, y + 1.2, '* assumed recipe', color=GREY)
         ax.set(xlim=limits, ylim=(len(lines) + spacing[-1] - 0.4, -0.6), yticks=[],
                xlabel='difference in accuracy (points)')
         for side in ('left', 'bottom'): ax.spines[side].set_visible(side == 'bottom')
@@ -187,11 +188,11 @@ def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes
     Arms without runs are left out. The planned sets come first, and of these the one with most runs. Run times are not
     drawn: the record does not say which runs shared their machine with others.
     """
-    metric, parts = published_metric(exp, published), []
+    parts = []
     for key, arms in compare.sets(exp, runs, recipes=recipes):
         of_set = [row for row in rows if row['experiment'] == name and compare.images(row) == compare.images(key)]
         of_set = [row for row in of_set if _has_runs_of_both(row)]
-        arms = {arm: found for arm, found in arms.items() if compare.accuracies(found, metric)}
+        arms = {arm: found for arm, found in arms.items() if compare.accuracies(found, exp.metric)}
         if compare.for_readers(of_set): parts.append((key, arms, of_set))
     if not parts: raise UsageError(f'{name}: no runs of two arms to plot')
     parts.sort(key=lambda part: (not part[0]['planned'], -sum(map(len, part[1].values()))))
@@ -203,14 +204,14 @@ def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes
             fig.text(0.08 / WIDTH, y, _what(name, key), fontsize=8.5, weight='bold')
             if assumed: fig.text(1 - RIGHT / WIDTH, y, 'published: assumed recipe', ha='right', color=GREY, size=7)
             first, second = (place(fig, left, top + below, *size) for left, below, *size in _two(arms, of_set))
-            points(first, exp, arms, published if key['planned'] else published[:0], metric)
+            points(first, exp, arms, published if key['planned'] else published[:0])
             differences(second, of_set)
             by_epoch(fig, top + _height(arms, of_set) - _epochs_height(of_set), of_set, results)
         return fig
 
 
 LEFT, RIGHT = 0.55, 0.1  # inches beside the axes
-COLUMNS = 5  # panels of differences by epoch in a row
+PANELS = 5  # panels of differences by epoch in a row
 
 
 def place(fig, left, top, width, height):
@@ -236,7 +237,7 @@ def _height(arms, rows):
     return top + height + _names_height(_pair_names(rows)) + 0.1 + _epochs_height(rows)
 
 
-def _epochs_height(rows): return 0.25 + 1.5 * -(-len(rows) // COLUMNS)
+def _epochs_height(rows): return 0.25 + 1.5 * -(-len(rows) // PANELS)
 
 
 def _what(name, key):
@@ -245,12 +246,12 @@ def _what(name, key):
     return f'{name}: split {key["split"]}, {images}, {key["source"]} px archive, {key["precision"]}'
 
 
-def points(ax, exp, arms, published, metric):
+def points(ax, exp, arms, published):
     """Draws every run, those of one seed joined by a line, and beside it the mean of its arm with its 95 % interval.
 
     A dashed line marks the published mean.
     """
-    found = {arm: compare.accuracies(of_arm, metric) for arm, of_arm in arms.items()}
+    found = {arm: compare.accuracies(of_arm, exp.metric) for arm, of_arm in arms.items()}
     for seed in sorted(set().union(*found.values())):
         at = [x for x, of_arm in enumerate(found.values()) if seed in of_arm]
         values = [100 * of_arm[seed] for of_arm in found.values() if seed in of_arm]
@@ -264,7 +265,7 @@ def points(ax, exp, arms, published, metric):
         if said[arm] is not None:
             ax.plot([x - 0.38, x - 0.06], 2 * [100 * said[arm]['mean']], color=INK, lw=1.1, ls=(0, (2.5, 1.5)),
                     label='published')
-    ax.set(xlim=(-0.5, len(found) - 0.3), ylabel=LABELS[metric])
+    ax.set(xlim=(-0.5, len(found) - 0.3), ylabel=LABELS[exp.metric])
     _name(ax, _arm_names(arms))
     dashed = ' · dashed: published' if any(row is not None for row in said.values()) else ''
     ax.set_title(f'line: a seed · disc: mean of all, 95 %{dashed}', fontsize=7, loc='left', color=GREY)
@@ -327,7 +328,7 @@ def by_epoch(fig, top, rows, results):
     whole = fig.get_size_inches()[1]
     fig.text(0.08 / WIDTH, 1 - (top + 0.15) / whole, 'the difference after each epoch, with its 95 % interval',
              fontsize=7, color=GREY)
-    columns = min(COLUMNS, max(len(found), 3))
+    columns = min(PANELS, max(len(found), 3))
     step = (WIDTH - LEFT - RIGHT + 0.2) / columns
     most = max(abs(table[['low', 'high', 'difference']]).max().max() for _, table in found)
     for number, (row, table) in enumerate(found):

@@ -1,4 +1,4 @@
-"""The published record: the means and single runs of 2019, what is known of their recipes, and what is wrong with them.
+"""Reads the published means and single runs of 2019; says what is known of their recipes, and what is wrong with them.
 
 All of it is of split v1, but for the leaderboard. Accuracies are fractions in data frames and percent in texts.
 """
@@ -60,14 +60,6 @@ def published_mean(exp, arm, published):
     rows = published[published.table.isin(exp.tables) & (published.variant == variant(cfg))]
     rows = rows[(rows[VARIED] == [getattr(cfg, key) for key in VARIED]).all(axis=1)]
     return rows.iloc[0] if len(rows) else None
-
-
-def published_metric(exp, published):
-    "Returns what the published means of one of EXPERIMENTS are of, 'last' or 'max' epoch; 'last' where there are none."
-    for arm in exp.arms:
-        row = published_mean(exp, arm, published)
-        if row is not None: return row.metric
-    return 'last'
 
 
 def weakest_recipe(*rows):

@@ -228,7 +228,7 @@ def figure(plan, runs, results):
     with rc_context(figures.STYLE):
         fig = Figure(figsize=(figures.WIDTH, 3.2))
         left, right = (figures.place(fig, inches, 0.5, 2.95, 2.1) for inches in (0.55, 4.15))
-        figures.points(left, exp, arms, load_published()[:0], 'last')
+        figures.points(left, exp, arms, load_published()[:0])
         figures.differences(right, rows)
         what = f'{cfg.dataset} {cfg.size} px, {cfg.arch}, {cfg.epochs} epochs'
         fig.suptitle(f'{plan["layer"]}: {what}', fontsize=8.5, x=0.01, y=0.98, ha='left', weight='bold')

@@ -94,9 +94,11 @@ def listing(results):
         print_wrapped(f'{name}  {exp.claim}')
         print_wrapped(exp.command, indent=4)
         if exp.leader:
-            print_wrapped('record of the leaderboard, with the layer: {} % (runs: {})'.format(*exp.leader), indent=4)
+            print_wrapped('record of the leaderboard, with the layer: {} % (runs: {}), validated on another crop than '
+                          'here'.format(*exp.leader), indent=4)
         if exp.needs: print_wrapped(f'not run here: its recipe needs {exp.needs}', indent=4)
-        print_wrapped(f'all runs: about {exp.hours:g} hours on one RTX 2080 Ti of 2019', indent=4)
+        if exp.hours is not None:
+            print_wrapped(f'all runs: about {exp.hours:g} hours on one RTX 2080 Ti of 2019', indent=4)
         print_wrapped(f'runs done / wanted: {counts}', indent=4)
         print(tables.text([row for row in gaps if row['experiment'] == name], indent=4), end='\n\n')
 
@@ -124,8 +126,7 @@ def work(argv):
     try:
         runs.do(todo)
         if args.until:
-            metric = so_far(args, exp)[0]['metric']
-            runs.until(lambda found: compare.known_to(args.until, exp.pairs(), found, metric), args.seed0)
+            runs.until(lambda found: compare.known_to(args.until, exp.pairs(), found, exp.metric), args.seed0)
     finally: print(tables.text(so_far(args, exp), details=True), flush=True)
     if runs.failed: print(f'reproduce.py: {runs.failed} runs failed', file=sys.stderr)
     return int(runs.failed > 0)

@@ -330,6 +330,21 @@ def test_an_exported_network_predicts_what_the_saved_one_does(tree, command, tmp
     assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
+@pytest.mark.slow(10)
+def test_a_network_of_fastai_is_the_same_in_onnxruntime(tmp_path):
+    "With what the records of the leaderboard have: squeeze and excitation, grouped convolutions, max pooling, Mish."
+    pytest.importorskip('onnxscript')
+    pytest.importorskip('onnxruntime')
+    cfg = Config(size=32, arch='xse_resnext18', pool='max', act='mish', attention='simple')
+    model = training.run.get_model(cfg, 4)
+    for name, p in model.named_parameters():
+        if 'gamma' in name: torch.nn.init.constant_(p, 0.5)
+    export(tmp_path / 'model.onnx', model, cfg, ['a', 'b', 'c', 'd'])
+    x = torch.randn(5, 3, 32, 32)
+    with torch.no_grad(): expected = model.eval()(x).numpy()
+    assert np.abs(logits_of(tmp_path / 'model.onnx', x) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
 class Branching(torch.nn.Module):
     "Does what an exporter cannot follow."
     def forward(self, x): return x.flatten(1) if x.sum() > 0 else -x.flatten(1)

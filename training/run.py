@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from fastai.callback.schedule import valley
 from fastai.learner import AvgSmoothLoss
@@ -245,6 +244,7 @@ def safetensors_of(saved):
 
     Weights that two modules share are written for each; what a module keeps beside tensors is left out.
     """
+    import safetensors.torch  # Few runs need it.
     weights = {name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
                for name, value in saved['model'].items() if isinstance(value, torch.Tensor)}
     return safetensors.torch.save(weights, {key: json.dumps(saved[key]) for key in ('config', 'vocab', 'run_id')})
