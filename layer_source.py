@@ -20,7 +20,7 @@ def is_outside(attention): return ':' in attention
 
 
 def parse(attention):
-    "Returns (place, name) of FILE.py:NAME or PACKAGE.MODULE:NAME; UsageError where it is neither."
+    "Returns (place, name) of FILE.py:NAME or PACKAGE.MODULE:NAME; raises UsageError where it is neither."
     place, _, name = attention.rpartition(':')
     parts = [name] if is_file(place) else [name, *place.split('.')]
     if not all(part.isidentifier() for part in parts) or Path(place).name == '.py':
@@ -35,7 +35,7 @@ def find(attention, file='', source=''):
     """Returns (the layer as the record has it, its file, the hash of its source), the latter two '' of a layer of ours.
 
     In the record a file has no folder: my_layers.py:MyLayer. `file` and `source` are what is known already: as long as
-    they belong to `attention` they stay, and nothing is read. UsageError where there is no such file or module.
+    they belong to `attention` they stay, and nothing is read. It raises UsageError where there is no file or module.
     """
     if not is_outside(attention): return attention, '', ''
     place, name = parse(attention)
@@ -55,7 +55,7 @@ def belongs(file, place):
 
 
 def find_file(attention, place):
-    "Returns the absolute path of a file or of the file of a module; UsageError where there is none."
+    "Returns the absolute path of a file or of the file of a module; raises UsageError where there is none."
     if not is_file(place): return find_module(attention, place)
     file = Path(os.path.abspath(Path(place).expanduser()))
     if not file.is_file():

@@ -1,4 +1,4 @@
-"""XResNet (He et al. 2018, arXiv:1812.01187) as the 2019 source trained it, with a place for an attention layer.
+"""Builds the XResNet (He et al. 2018, arXiv:1812.01187) of the 2019 source, with a place for an attention layer.
 
     model = xresnet('xresnet50', n_classes=10, attention=SimpleSelfAttention)
 

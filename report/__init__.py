@@ -1,1 +1,1 @@
-"What the record says: from rows to verdicts, tables and figures. Needs no torch."
+"Says what the record shows: from rows to verdicts, tables and figures. Needs no torch."

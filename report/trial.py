@@ -139,14 +139,14 @@ def text(plan, runs, results):
     return '\n'.join(conclusion(row, bold='') for row in gaps(plan, runs, results))
 
 
-HEAD = ['arm', 'parameters of the layer', 'multiply-adds an image', 'step (ms)', 'step / none [quartiles]',
-        'memory of a step (MiB)', 'accuracy (%): mean ± sd (runs)']
+ARMS_HEAD = ['arm', 'parameters of the layer', 'multiply-adds an image', 'step (ms)', 'step / none [quartiles]',
+             'memory of a step (MiB)', 'accuracy (%): mean ± sd (runs)']
 
 
 def arms_table(plan, runs):
     "Returns the arms as a Markdown table: what a layer costs, and its accuracy."
     arms = of_arms(plan, runs)
-    lines = [HEAD, ['---'] + ['---:'] * 6]
+    lines = [ARMS_HEAD, ['---'] + ['---:'] * 6]
     for arm, cost in plan['costs'].items():
         lines.append([arm, f'{cost["parameters"]:,}', f'{cost["multiply_adds"]:,}', f'{cost["step_ms"]:.1f}',
                       '{ratio:.2f} [{ratio_low:.2f}, {ratio_high:.2f}]'.format(**cost), f'{cost["peak_mb"]:,.0f}',

@@ -1,4 +1,4 @@
-"""Shared by the tests: a fastai home of their own, a small tree of real JPEGs, the command."""
+"""Gives the tests what they share: a fastai home of their own, a small tree of real JPEGs, the command."""
 import os
 import tempfile
 
@@ -62,7 +62,7 @@ def fastai_home(): return Path(os.environ['FASTAI_HOME'])
 
 
 def script(name):
-    "The module of scripts/<name>.py."
+    "Returns the module of scripts/<name>.py."
     spec = importlib.util.spec_from_file_location(name, REPO / 'scripts' / f'{name}.py')
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -70,20 +70,22 @@ def script(name):
 
 
 def rows(results):
-    "The record of a results folder as a frame, by arm and seed."
+    "Returns the record of a results folder as a frame, by arm and seed."
     return runlog.load(results / 'runs.csv').sort_values(['attention', 'seed']).reset_index(drop=True)
 
 
 def make_image(seed, size=(60, 48)):
-    "A smooth random RGB image, (width, height) = `size`."
+    "Returns a smooth random RGB image, (width, height) = `size`."
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize(size, Image.BICUBIC)
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """train|val/<class>/ with 8 training and 4 validation images a class; one in each folder is of ImageNet's
-    validation set, so split v2 is 24 + 12 and split v1 is 30 + 6."""
+    """Makes train|val/<class>/ with 8 training and 4 validation images a class.
+
+    One in each folder is of ImageNet's validation set, so split v2 is 24 + 12 and split v1 is 30 + 6.
+    """
     for c, label in enumerate(CLASSES):
         for folder, n in (('train', 8), ('val', 4)):
             (tmp_path / 'set' / folder / label).mkdir(parents=True)
@@ -94,13 +96,13 @@ def tree(tmp_path):
 
 
 def config(tree, **kwargs):
-    "The resolved Config of a run on `tree`."
+    "Returns the resolved Config of a run on `tree`."
     return resolve(Config(**dict(dataset='custom', data=str(tree), size=32, bs=6, workers=0, split='v1') | kwargs))
 
 
 @pytest.fixture
 def command(capfd, tmp_path, narrow, monkeypatch):
-    "Runs the training command in this process: (exit code, stdout, stderr), results in tmp_path/results."
+    "Returns a function that runs the training command here: (exit code, stdout, stderr), results in tmp_path/results."
     import train_imagenette
     if narrow: monkeypatch.setattr('xresnet.WIDTHS', NARROW)
 

@@ -65,6 +65,15 @@ def test_no_imports_go_in_a_circle():
     list(graphlib.TopologicalSorter({name: others & MODULES.keys() for name, others in IMPORTS.items()}).static_order())
 
 
+def test_reports_go_from_statistics_to_figures():
+    order = [['stats', 'published'], ['compare'], ['tables', 'figures'], ['__main__']]
+    order = [{f'report.{name}' for name in names} for names in order]
+    for i, names in enumerate(order):
+        later = set().union(*order[i + 1:])
+        for name in names: assert not reach(name) & later, name
+    assert set().union(*order[:-1]) <= reach('report.__main__')
+
+
 def test_command_imports_nothing_of_ours():
     assert not IMPORTS['command'] & MODULES.keys()
 
@@ -75,7 +84,7 @@ def test_reports_and_the_record_load_no_torch():
 
 
 def test_tests_of_reports_record_and_statistics_start_without_torch():
-    code = 'import sys, conftest, test_house, test_map_figures, test_report\n' \
+    code = 'import sys, conftest, test_house, test_map_figures, test_published, test_report\n' \
            'import test_runlog, test_stats, test_trial_page\n' \
            'assert not {"torch", "fastai"} & set(sys.modules)'
     path = os.pathsep.join([str(REPO), str(REPO / 'tests')])

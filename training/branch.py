@@ -2,7 +2,7 @@
 import torch
 import torch.nn as nn
 
-N_IMAGES = 8  # of a batch: enough for a ratio, and little to copy
+N_WATCHED = 8  # images of a batch: enough for a ratio, and little to copy
 
 
 class Branch:
@@ -11,7 +11,7 @@ class Branch:
     A ratio is the root mean square of the change over that of the input: of y = x + gamma b it is the size of gamma b
     beside x. It is None after a batch of zeros, and where there is no layer.
     """
-    def __init__(self, n_images=N_IMAGES): self.n_images, self.hooks, self.squares = n_images, [], []
+    def __init__(self, n_images=N_WATCHED): self.n_images, self.hooks, self.squares = n_images, [], []
 
     def watch(self, model):
         "Starts with the next batch."

@@ -20,7 +20,7 @@ from training.files import labels_of
 from training.host import n_threads
 from training.images import KINDS, bar, inspect, why_not
 
-FORMAT = f'images 2, Pillow {PIL.__version__}'  # another version of Pillow may read other files
+LIST_FORMAT = f'images 2, Pillow {PIL.__version__}'  # another version of Pillow may read other files
 KNOWN = {  # fingerprint of paths and content: that of paths and sizes, under which the record has the images
     '4481a93dbfa11cef': '22be7e3ebe16',  # imagenette2-160, rebuilt; so are the next: see results/README.md
     '24588b645bcab1d0': '5880ca44b220',  # imagewoof2-160
@@ -85,7 +85,7 @@ def _recall(file):
     """
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
-        return kept['images'] if kept['format'] == FORMAT else {}
+        return kept['images'] if kept['format'] == LIST_FORMAT else {}
     except (OSError, ValueError, KeyError, TypeError, AttributeError): return {}
 
 
@@ -95,7 +95,7 @@ def _remember(file, images):
     part = file.with_name(f'.{file.name}.{os.getpid()}')
     with suppress(OSError):
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(dict(format=FORMAT, images=images)), encoding='utf-8')
+        part.write_text(json.dumps(dict(format=LIST_FORMAT, images=images)), encoding='utf-8')
         os.replace(part, file)
 
 

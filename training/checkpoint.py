@@ -121,6 +121,12 @@ def lock(file, wait=10):
     return held
 
 
+def unlock(file, held):
+    "Releases the lock of a checkpoint; removes it where the checkpoint is gone, as locking it has made it anew."
+    held.release()
+    if not file.exists(): remove(file)
+
+
 @contextmanager
 def claim(cfg, data_fingerprint, results):
     """Keeps other processes from the run of a settled `cfg` on the data; raises Busy if one has it.
@@ -175,9 +181,8 @@ def find(cfg, data_fingerprint, runs, results, device='cpu'):
         held = lock(file)
         try: return Found(file, load(file, device), held)
         except UsageError as e:
-            held.release()
+            unlock(file, held)
             if not file.exists():
-                remove(file)  # what locking it has made again
                 raise Busy(f'{file}: is gone, another process has just finished this run') from None
             print(f'{e}; it is left alone', file=sys.stderr)
         except BaseException:

@@ -17,7 +17,7 @@ from fastai.torch_core import find_bs, num_distrib, rank_distrib
 
 from command import UsageError
 
-PATIENCE = timedelta(hours=6)  # The others wait so long while the first downloads and decodes: NCCL waits 10 minutes.
+TIMEOUT = timedelta(hours=6)  # The others wait so long while the first downloads and decodes: NCCL waits 10 minutes.
 
 
 def n_processes(): return max(1, num_distrib())
@@ -31,7 +31,7 @@ def join(device):
         from accelerate import PartialState
     except ImportError:
         raise UsageError('several processes: needs accelerate: pip install -r requirements-cluster.txt') from None
-    PartialState(cpu=device.type == 'cpu', timeout=PATIENCE)
+    PartialState(cpu=device.type == 'cpu', timeout=TIMEOUT)
     atexit.register(time.sleep, 0.5)  # Let gloo's threads drop their last tensors: after Python's end that would abort.
 
 

@@ -20,7 +20,7 @@ from training.machine import DTYPES
 
 
 def get_layer(cfg):
-    "Returns the layer of `cfg`, n_channels -> module; UsageError where one that is not ours cannot be imported."
+    "Returns the layer of `cfg`, n_channels -> module; raises UsageError where one that is not ours cannot be imported."
     if not layer_source.is_outside(cfg.attention): return ATTENTION[cfg.attention]
     return outside_layer(cfg.attention, cfg.attention_file, cfg.attention_source)
 

@@ -13,7 +13,7 @@ from command import Stopped
 from training import distributed, host
 from training.branch import Branch
 
-METRICS = 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'  # the names that the Learner gives them
+LEARNER_METRICS = 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy'  # the names that the Learner gives them
 
 
 class FiniteLoss:
@@ -22,9 +22,9 @@ class FiniteLoss:
 
     def __call__(self, loss):
         if loss.device.type != 'cuda': return math.isfinite(loss.item())
-        host = torch.empty((), pin_memory=True).copy_(loss.detach(), non_blocking=True)
-        self.sent.append((host, torch.cuda.current_stream(loss.device).record_event()))
-        return all(math.isfinite(host.item()) for host in self.arrived())
+        on_host = torch.empty((), pin_memory=True).copy_(loss.detach(), non_blocking=True)
+        self.sent.append((on_host, torch.cuda.current_stream(loss.device).record_event()))
+        return all(math.isfinite(on_host.item()) for on_host in self.arrived())
 
     def arrived(self):
         while self.sent and self.sent[0][1].query(): yield self.sent.popleft()[0]
@@ -84,7 +84,7 @@ class Measure(Callback):
         recorded = dict(zip(self.recorder.metric_names[1:], self.recorder.values[-1]))  # The first name is the epoch's.
         seconds = round(time.perf_counter() - self.epoch_started, 3)
         if not all(math.isfinite(recorded[name]) for name in ('train_loss', 'valid_loss')): self.diverged = True
-        metrics = {name: round(recorded[name], 6) for name in METRICS}
+        metrics = {name: round(recorded[name], 6) for name in LEARNER_METRICS}
         self.curve.append(dict(epoch=self.epoch + 1, **metrics, seconds=seconds, branch_ratio=self.branch.ratio()))
         self.on_epoch(self.curve)
 
@@ -122,7 +122,7 @@ class Measure(Callback):
             out['images_per_second'] = round(self.n_images / self.train_seconds, 1)
         if whole:
             last, best = self.curve[-1], max(self.curve, key=lambda row: row['accuracy'])
-            out |= {name: last[name] for name in METRICS}
+            out |= {name: last[name] for name in LEARNER_METRICS}
             out |= dict(max_accuracy=best['accuracy'], max_accuracy_epoch=best['epoch'])
             if len(self.dls.vocab) <= 5: del out['top5_accuracy']
         return out
