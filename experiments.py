@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 
 
 def literal(file, name):
-    """Returns the value of the literal `name` in `file` beside this one.
+    """Returns the value of the literal `name` in `file`, a path from the folder of this one.
 
     It is read from the text, as importing the file would cost torch's seconds. Of a dict whose values are no literals,
     such as a registry of classes, the list of its keys is returned.
@@ -74,7 +74,10 @@ def knob(default, help, *aliases, choices=None, also=None, instead=None, least=N
 
 @dataclass(frozen=True)
 class Config:
-    "Holds every knob of one run. Raises UsageError on a value that is not possible."
+    """Holds every knob of one run. Raises UsageError on a value that is not possible.
+
+    Of a layer that is not ours it finds the file, reads it and hashes its source, unless both are given.
+    """
     # data
     dataset: str = knob('imagenette', 'dataset; custom: the one that --data names',
                         choices=['imagenette', 'imagewoof', 'digits', 'custom'])
@@ -265,7 +268,7 @@ def attention_name(text):
 
 LIMITS = {'least': ('at least', ge), 'above': ('above', gt), 'most': ('at most', le), 'below': ('below', lt)}
 MANY = 20  # choices are too many for one line
-KINDS = {int: (int, 'an integer'), float: ((int, float), 'a number'), str: (str, 'a text')}
+TYPES = {int: (int, 'an integer'), float: ((int, float), 'a number'), str: (str, 'a text')}
 
 
 def _plain(name):
@@ -283,7 +286,7 @@ def _spelled(value, meta):
 
 def _check(name, value, type_, meta):
     "Raises UsageError unless `value` is a `type_` within the choices and limits of its knob."
-    kind, words = KINDS[type_]
+    kind, words = TYPES[type_]
     if not isinstance(value, kind) or isinstance(value, bool): raise UsageError(f'{name} {value!r}: not {words}')
     if type_ is str and not value.isprintable():
         raise UsageError(f'{name} {value!r}: has characters that cannot be printed')
@@ -333,7 +336,7 @@ class Experiment:
     precision  of the plan, where it says so: runs in another one belong to other experiments
     command    what trains the second arm once
     expect     {arm: (published accuracy in percent, number of runs)}
-    metric     of which epoch `expect` is: 'last', or 'max' for the best one on the validation images
+    metric     of which epoch `expect` and the accuracies compared are: 'last', or 'max', the best on validation images
     hours      what all runs take on one RTX 2080 Ti of 2019, by scripts/estimate.py
     leader     the record of the leaderboard: (accuracy in percent of runs with the layer, number of runs)
     needs      what the recipe of `leader` has beyond the arms; the entry is not run under its name
@@ -724,7 +727,8 @@ EXPERIMENTS = {
 
     # The 24 records of fastai/imagenette, split v2, with the layer and without it: fastai's script of January 2020 with
     # the flags of fastai/imagenette 2020-01-train.md. That page says that runs of 80 and 200 epochs had mixup, but not
-    # its alpha: 0.2 is that of the leaderboard of 2019.
+    # its alpha: 0.2 is that of the leaderboard of 2019. It validates on another crop than we do: at 128, 192 and 256 px
+    # it squeezes an image into a square of 152, 224 and 296 px and takes the centre; here the short side has size + 32.
     'board-nette-128-5': Experiment(
         claim='Every record of the leaderboard has the layer: what is it worth?',
         command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'

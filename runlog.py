@@ -2,10 +2,10 @@
 
     python runlog.py merge OTHER.csv [--results DIR]     adds the rows of another machine, each once
 
-Only this module writes into the results folder. It replaces each file as a whole by one that has reached the disk,
-and runs.csv under a lock: a reader always finds a complete file, even after a writer that was interrupted. A row is
-written once and stays as it is. A run that was interrupted and continued has a row for each of its ends, and the last
-one counts.
+Only this module writes runs.csv, the curves and the predictions. It replaces each file as a whole by one that has
+reached the disk, and runs.csv under a lock: a reader always finds a complete file, even after a writer that was
+interrupted. A row is written once and stays as it is. A run that was interrupted and continued has a row for each of
+its ends, and the last one counts.
 """
 import csv
 import errno

@@ -197,12 +197,11 @@ def _gaps_of(name, exp, runs, recipes, published, results):
     "Returns the rows of `gaps` of one experiment."
     own = EXPERIMENTS.get(name, exp)
     said = {arm: _said(exp, own, arm, published) for arm in exp.arms}
-    metric = next((row.metric for row in said.values() if row is not None), 'last')
     found = sets(exp, runs, own, recipes) or [_set_without_runs(exp, runs)]
     apart = _apart(exp, found)
     rows = []
     for key, arms in found:
-        for row in _gaps_of_set(exp, key, arms, said, metric, results):
+        for row in _gaps_of_set(exp, key, arms, said, results):
             verdict = _verdict(row, apart.get((row['base'], row['arm']), ''))
             rows.append(dict(experiment=name, **row, verdict=verdict))
     return rows
@@ -215,7 +214,7 @@ def _set_without_runs(exp, runs):
     return columns, no_runs
 
 
-def _gaps_of_set(exp, key, arms, said, metric, results):
+def _gaps_of_set(exp, key, arms, said, results):
     """Returns the rows of `gaps` of one set, but for the experiment's name and the verdict.
 
     key, arms   the SET columns and {arm: its runs}, see `sets`
@@ -225,9 +224,9 @@ def _gaps_of_set(exp, key, arms, said, metric, results):
     is_comparable = key['split'] == 'v1' and is_whole(dataset, key)
     theirs = said if is_comparable else dict.fromkeys(said)
     complete = complete_seeds(exp, arms)
-    ours = {arm: _arm(of_arm, metric, exp.wanted(arm), complete.get(arm)) for arm, of_arm in arms.items()}
+    ours = {arm: _arm(of_arm, exp.metric, exp.wanted(arm), complete.get(arm)) for arm, of_arm in arms.items()}
     def row(base, arm, tested):
-        names = dict(dataset=dataset, **key, metric=metric, base=base, arm=arm, tested=tested)
+        names = dict(dataset=dataset, **key, metric=exp.metric, base=base, arm=arm, tested=tested)
         return names | _gap(ours[base], ours[arm], theirs[base], theirs[arm], results)
     tested = [row(*pair, True) for pair in exp.pairs()]
     described = [row(*pair, False) for pair in exp.described()]

@@ -100,6 +100,12 @@ def test_the_dockerfile_does_what_the_readme_says():
     assert found == {command.strip() for command in first_commands() if command.strip()} and len(found) == 4
 
 
+def test_models_that_git_ignores_stay_out_of_the_image():
+    ignored = [(REPO / name).read_text(encoding='utf-8').splitlines() for name in ('.gitignore', '.dockerignore')]
+    models = {f'**/{line}' for line in ignored[0] if line.startswith('*.') and not line.endswith('/')}
+    assert len(models) == 4 and models <= set(ignored[1])
+
+
 def pins():
     lines = (REPO / 'constraints.txt').read_text(encoding='utf-8').splitlines()
     return dict(line.split('==') for line in lines if not line.startswith('#'))

@@ -52,10 +52,14 @@ def test_the_first_cell_fetches_on_colab_what_the_report_needs(on_colab, monkeyp
     called = []
     shell = SimpleNamespace(system=called.append, run_line_magic=lambda *words: called.append(' '.join(words)))
     if on_colab: monkeypatch.setitem(sys.modules, 'google.colab', ModuleType('google.colab'))
-    exec(TransformerManager().transform_cell(cell.source), dict(get_ipython=lambda: shell))
+    def run(source): exec(TransformerManager().transform_cell(source), dict(get_ipython=lambda: shell))
     if not on_colab:
+        run(cell.source)
         assert not called
         return
+    with pytest.raises(SystemExit, match='set REPOSITORY, above, to the address of this repository'): run(cell.source)
+    assert not called
+    run(cell.source.replace("REPOSITORY = ''", "REPOSITORY = 'https://a.b/c'"))
     assert [re.match(r'git clone|\w+', call)[0] for call in called] == ['git clone', 'cd', 'pip']
     packages = re.findall(r'"(.*?)"', called[2])
     needed = roots(reach('report.__main__')) - set(sys.stdlib_module_names) - roots(MODULES) - {'numpy'}

@@ -12,7 +12,7 @@ from conftest import REPO
 
 import runlog
 from command import UsageError
-from experiments import EXPERIMENTS, N_IMAGES, Config, resolve
+from experiments import EXPERIMENTS, N_IMAGES, Config, Experiment, resolve
 from report import __main__ as main
 from report import compare, figures, stats, tables
 from report import published as record
@@ -156,6 +156,10 @@ def test_last_and_best_epoch_are_never_mixed():
     assert r['metric'] == 'max' and [r['ours'][side]['mean'] for side in compare.SIDES] == pytest.approx([0.81, 0.85])
     r = gap('woof-128-5', make_runs('none', [0.6], [0.65]), make_runs('simple', [0.7], [0.75]))
     assert r['metric'] == 'last' and [r['ours'][side]['mean'] for side in compare.SIDES] == [0.6, 0.7]
+    entry = Experiment('its best epochs', EXPERIMENTS['woof-128-5'].arms, 1, metric='max')  # nothing is published of it
+    runs = pd.concat([make_runs('none', [0.6], [0.65]), make_runs('simple', [0.7], [0.75])])
+    r = compare.gaps({'new': entry}, runs, record.load_published())[0]
+    assert r['metric'] == 'max' and [r['ours'][side]['mean'] for side in compare.SIDES] == [0.65, 0.75]
 
 
 @pytest.mark.parametrize('other, verdict', [

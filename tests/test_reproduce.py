@@ -178,7 +178,7 @@ def test_list_and_plan(tmp_path, capsys):
     assert max(map(len, out.splitlines())) <= 100
     assert 'runs done / wanted: none 0/10, simple 0/10, sagan 0/6, simple_sym 0/6\n' in out
     assert all(part in out for part in ('61.9 → 67.6', '(10, 10)', '+5.7 [3.6, 7.8]')) and 'assumed recipe' in words
-    assert 'record of the leaderboard, with the layer: 90.38 % (runs: 1)' in words
+    assert 'record of the leaderboard, with the layer: 90.38 % (runs: 1), validated on another crop than here' in words
     assert '90.2 → 91.0' in out and '(?, 1) no baseline: other script' in words
     assert not reproduce.main(['digits', '--arms', 'none', '--plan', '--results', str(tmp_path)])
     assert not reproduce.main(['woof-128-100-r18', '--plan', '--results', str(tmp_path)])
