@@ -90,7 +90,7 @@ def test_a_flag_is_a_field_with_its_role(role, again, change, tree, tmp_path):
     assert [row['tilt'] for row in rows(tmp_path / 'results')] == ['0.0', '0.5'][:1 + again]
 
 
-@pytest.mark.slow(8)
+@pytest.mark.slow(10)
 def test_an_experiment_is_an_entry(change, tree, tmp_path):
     start = '\nEXPERIMENTS = {'
     copy = change(('experiments.py', start, start + EXPERIMENT))
