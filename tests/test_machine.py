@@ -242,6 +242,9 @@ def test_a_lack_of_memory_passes_for_no_other_mistake(error, tree, tmp_path, mon
     monkeypatch.setattr(torch, 'compile', fail)
     machine.check_compiler.cache_clear()
     with pytest.raises(expected): machine.check_compiler('cpu')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'init', fail)
+    with pytest.raises(expected): machine.n_gpus()
 
 
 def test_a_run_of_a_loop_that_has_no_memory_says_what_to_do(tmp_path, monkeypatch):

@@ -47,6 +47,7 @@ def n_gpus():
     if n:
         try: torch.cuda.init()
         except (RuntimeError, AssertionError) as e:
+            if lack_of_memory(e): raise
             build = f'torch {torch.__version__} is built for CUDA {torch.version.cuda}'
             hint = 'install a build that fits the driver, or set CUDA_VISIBLE_DEVICES= to train on the CPU'
             raise UsageError(f'the GPU cannot be used ({brief(e)}); {build}: {hint}') from None
