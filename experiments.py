@@ -333,7 +333,6 @@ class Experiment:
     tables     the tables of published means (report.published.load_published) that the arms answer to
     contrasts  the comparisons [(base, arm)] that were named before the first run; without any, see `pairs`
     complete   arms of which a seed counts only once all of them that were to run with it have done so
-    precision  of the plan, where it says so: runs in another one belong to other experiments
     command    what trains the second arm once
     expect     {arm: (published accuracy in percent, number of runs)}
     metric     of which epoch `expect` and the accuracies compared are: 'last', or 'max', the best on validation images
@@ -347,7 +346,6 @@ class Experiment:
     tables: tuple = ()
     contrasts: tuple = ()
     complete: tuple = ()
-    precision: str = ''
     command: str = ''
     expect: dict = field(default_factory=dict)
     metric: str = 'last'
@@ -668,13 +666,13 @@ EXPERIMENTS = {
     # 64 px, where two CPU cores do a run in minutes; split v2
     'woof-64-5-r18': Experiment(
         claim='Nothing is published: does the layer help where it costs nothing to try?',
-        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --sa',
+        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --precision fp32'
+                ' --sa',
         arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
+            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18', precision='fp32'),
             'none', 'simple', 'sagan', 'simple_sym'),
         runs={'none': 10, 'simple': 10, 'sagan': 6, 'simple_sym': 6},
         contrasts=(('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym')),
-        precision='fp32',
         hours=0.11,
     ),
     'woof-64-5-r18-ranger': Experiment(

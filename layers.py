@@ -256,12 +256,12 @@ def multiply_adds(n_channels, n_positions, ks=1, out_conv=False):
     conv = ks * C * C * N
     out = int(out_conv)  # torch 2.11 compiles no product of a bool and a size that it keeps open
     counts = {'channels': 2 * C * C * N + C ** 3 * (1 + out)} if ks == 1 else {}
-    return counts | {'positions': conv + 2 * C * N * N + C * C * N * out,
-                     'source': conv + 2 * C * C * N + C ** 3 * out}
+    return counts | {'source': conv + 2 * C * C * N + C ** 3 * out,
+                     'positions': conv + 2 * C * N * N + C * C * N * out}
 
 
 def _cheapest(counts):
-    "Returns the key of the smallest value; of equal ones the first, which is the fastest in results/benchmarks."
+    "Returns the key of the smallest value; of equal ones the first, which was measured to be the fastest."
     # By a loop: torch.compile has no min() with a key for sizes that it keeps open.
     best = next(iter(counts))
     for order in counts:

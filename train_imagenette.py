@@ -180,7 +180,7 @@ SWITCHES_OF_2019 = {'--woof', '--sa', '--sym', '--dump', '--lrfinder'}
 NAMES_OF_2019 = {'--epoch', '--run', '--sched_type'}
 DEFAULTS_OF_2019 = {'--lr': 0.001, '--bs': 256}
 FLAGS_OF_FASTAI_IN_2019 = {'--gpu', '--woof', '--lr', '--size', '--alpha', '--mom', '--eps', '--epochs', '--epoch',
-                           '--bs', '--mixup', '--opt', '--arch', '--dump'}  # all that its own script had
+                           '--bs', '--mixup', '--opt', '--arch', '--dump'}  # those of its own script
 NAMES_OF_LESSW2020 = {'--run', '--sched_type'}  # The replication with Mish has them, and so has the fork.
 DEFAULTS_OF_LESSW2020 = {'--arch': 'mxresnet50', '--source': 'full'}
 SWITCHES_OF_2020 = {'--fp16'}
@@ -223,7 +223,7 @@ def notes_on_2019(words, args):
                      f'its line on one GPU is --lr {lr * args.bs / 256:g} here')
     defaults = not_given(DEFAULTS_OF_LESSW2020, words)
     if args.size > 224: defaults.pop('--source', None)  # Full-size images are taken here, too.
-    if '--arch' in defaults and NAMES_OF_LESSW2020 & set(words):
+    if NAMES_OF_LESSW2020 & set(words) and ('--arch' in defaults or (defaults and 'mxresnet50' in words)):
         notes.append(f"in lessw2020's script the default was {compared(defaults)}")
     return notes
 

@@ -86,7 +86,7 @@ def sets(exp, runs, own=None, recipes=None):
         for key, of_set in recipes.get(recipe(cfg), []):
             here = dict(split=key['split'], source=key['source'])
             if asked != planned and asked != here: continue
-            if exp.precision not in ('', key['precision']): continue
+            if cfg.precision not in ('auto', key['precision']): continue
             number = of_set.set_number.iloc[0]
             if number not in found:
                 columns = key | dict(planned=planned == here and is_whole(dataset, key))
@@ -183,7 +183,7 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
                  mixed: whether some runs have no partner that was made alike
     chance       the TEST keys and holm_p with the diverged runs at chance; nan where none diverged
     welch        difference, low, high, p of the unpaired test
-    images       low, high of a bootstrap over images and runs, where the predictions are at hand
+    images       low, high for new runs and new images, where the predictions are at hand
     verdict      verdict, reason, at_chance (the verdict with the diverged runs at chance), claim (nan: none),
                  half_width; n_runs and n_wanted of the arm that lacks most
     """
@@ -396,7 +396,7 @@ def _over_images(base, arm, paired):
     `base` and `arm` are as `correct` returns them; `paired`: both have the same seeds, in the same order.
     """
     if base is None or arm is None: return dict(low=NAN, high=NAN)
-    interval = stats.image_bootstrap(base, arm, paired)
+    interval = stats.over_images(base, arm, paired)
     return dict(low=interval['low'], high=interval['high'])
 
 

@@ -415,14 +415,12 @@ def share_range(share, runs):
     return min(low, 1.), min(high, 1.)
 
 
-def image_bootstrap(correct_a, correct_b, paired=False, resamples=4_999):
-    """Returns difference, low and high of two arms for new runs and new images, by a bootstrap over both.
+def over_images(correct_a, correct_b, paired=False):
+    """Returns difference, low and high of two arms for new runs and new images.
 
     `correct_a`, `correct_b`: (runs, n images) of 0 and 1, on the same images; `paired`: run i of both has one seed. The
-    images are drawn anew for both arms alike, the runs for each arm, or in pairs. That counts the noise of single
-    predictions three times (Owen 2007, the pigeonhole bootstrap), so the percentiles are drawn in to the unbiased
-    variance of the difference: that of the runs, plus that of the images less the part that the runs have counted,
-    which is taken to be at least 0. As the runs are few, they are then spread by the t quantile over the normal one.
+    variance of the difference is that of the runs (or of the pairs), plus that of the images less the part that the
+    runs have counted already, which is taken to be at least 0. The interval is the t interval of as many runs.
     """
     a, b = np.asarray(correct_a, float), np.asarray(correct_b, float)
     difference, n = float(b.mean() - a.mean()) if a.size and b.size else NAN, a.shape[1]
@@ -432,28 +430,5 @@ def image_bootstrap(correct_a, correct_b, paired=False, resamples=4_999):
     of_runs = sum(x.mean(1).var(ddof=1) / len(x) for x in arms)
     counted = sum(x.var(0, ddof=1).mean() / len(x) / n for x in arms)
     of_images = max((b.mean(0) - a.mean(0)).var(ddof=1) / n - counted, 0)
-    rng = np.random.default_rng(SEED)
-    drawn = np.concatenate([_redrawn(rng, arms, part) for part in _parts(resamples, max(1, CELLS // n))])
-    if not drawn.std() > ROUNDING: return unknown
-    spread = st.t.ppf(0.975, sum(len(x) - 1 for x in arms)) / st.norm.ppf(0.975)
-    scale = ((of_runs + of_images) / drawn.var())**0.5 * spread
-    low, high = difference + scale * (np.quantile(drawn, (0.025, 0.975)) - difference)
-    return dict(difference=difference, low=float(low), high=float(high))
-
-
-def _parts(total, part):
-    "Returns `total` in parts of at most `part`."
-    return [min(part, total - done) for done in range(0, total, part)]
-
-
-def _redrawn(rng, arms, size):
-    "Returns `size` differences of two arms (runs, images), or of one of differences, with images and runs drawn anew."
-    images = _weights(rng, size, arms[0].shape[1])
-    first, *second = [((images @ x.T) * _weights(rng, size, len(x))).sum(1) for x in arms]
-    return second[0] - first if second else first
-
-
-def _weights(rng, size, n):
-    "Returns (size, n): the share of each of n in `size` resamples of n."
-    drawn = rng.integers(n, size=(size, n)) + n * np.arange(size)[:, None]
-    return np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n) / n
+    half = float(st.t.ppf(0.975, sum(len(x) - 1 for x in arms)) * (of_runs + of_images)**0.5)
+    return dict(difference=difference, low=difference - half, high=difference + half) if half > ROUNDING else unknown

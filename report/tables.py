@@ -120,6 +120,12 @@ def published(row):
     return [f'{words},', 'assumed recipe'] if recipe == 'assumed' else [words]
 
 
+def _with_images(row):
+    "Returns `changes` with the interval over images behind the change that it belongs to."
+    found = changes(row)
+    return found[:1] + over_images(row) + found[1:]
+
+
 def over_images(row):
     "Returns ['over images too: [1.8, 4.8]'], the interval over runs and images; [] where predictions are not at hand."
     return [] if np.isnan(row['images']['low']) else [f'over images too: {interval(row["images"])}']
@@ -178,7 +184,7 @@ def verdict_parts(row):
     claimed, half_width = not np.isnan(found['claim']), found['half_width']
     if claimed and row['published']['recipe'] == 'assumed': notes.append('assumed recipe')
     if not claimed and not np.isnan(half_width): notes.append(f'± {100 * half_width:.1f} points')
-    if row['difference']['runs'] == 'all' and row['sensitivity']['mixed']: notes.append('of unlike runs')
+    if row['difference']['runs'] != 'like pairs' and row['sensitivity']['mixed']: notes.append('of unlike runs')
     if found['n_runs'] < found['n_wanted']: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
     words = [[found['verdict'], f'({", ".join(notes)})'] if notes else [found['verdict']]]
     if found['at_chance']: words.append(['with the diverged runs at chance:', found['at_chance']])
@@ -209,8 +215,7 @@ def _cells(row, title):
     said, ours, test = row['published'], row['ours'], row['difference']
     permutation_p = '' if np.isnan(test['permutation_p']) or not row['tested'] else f'{test["permutation_p"]:.2g}'
     return [title, arms(row), percent(said['base']), percent(said['arm']), ' '.join(published(row)),
-            percent(ours['base']), percent(ours['arm']), '<br>'.join(changes(row) + over_images(row)), method(test),
-            holm(row),
+            percent(ours['base']), percent(ours['arm']), '<br>'.join(_with_images(row)), method(test), holm(row),
             permutation_p, verdict(row)]
 
 

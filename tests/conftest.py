@@ -119,15 +119,16 @@ def fixed_seed():
 
 
 @pytest.fixture(autouse=True)
-def narrow(request, monkeypatch):
+def narrow(request):
     """Makes the plain networks narrow, here and in processes that start warm: xresnet18 has 0.6 of 11 million weights.
 
     Most tests train some network, whatever it is. The mark `full_width` is for those that need the real one, or that
-    compare with a process that does not start warm. Returns whether they are narrow.
+    compare with a process that does not start warm. Yields whether they are narrow.
     """
     is_narrow = not request.node.get_closest_marker('full_width')
-    if is_narrow and 'xresnet' in sys.modules: monkeypatch.setattr('xresnet.WIDTHS', NARROW)
-    return is_narrow
+    with pytest.MonkeyPatch.context() as patch:  # of its own, as a test may undo what it patched
+        if is_narrow and 'xresnet' in sys.modules: patch.setattr('xresnet.WIDTHS', NARROW)
+        yield is_narrow
 
 
 @pytest.fixture

@@ -84,6 +84,7 @@ def test_looking_at_a_network_changes_nothing():
 
 
 def test_the_ratio_is_that_of_the_change():
+    "To four digits."
     model, batch = network(places=((1, 1),)), torch.randn(5, 3, 32, 32)
     seen, branch = [], Branch()
     def keep(module, inputs, y): seen.append((inputs[0].clone(), y.clone()))

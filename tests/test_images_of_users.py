@@ -501,6 +501,7 @@ def test_a_fault_of_the_system_is_not_remembered_as_damage(tree, memory, monkeyp
         with pytest.raises(UsageError, match='36 of 36 images cannot be read'): find_set(config(tree))
     assert find_set(config(tree)).skipped == 0
 
+
 def test_images_of_the_record_keep_their_fingerprint(tree, memory, monkeypatch):
     digest = find_set(config(tree)).fingerprint
     monkeypatch.setattr(check, 'KNOWN', {digest: fingerprint(find_images(tree))})

@@ -45,6 +45,13 @@ def test_runs_top_to_bottom_and_its_outputs_are_not_stale(path):
         if unchanged(record): assert stored == texts(notebook)
 
 
+@pytest.mark.parametrize('path', sorted((REPO / 'notebooks').glob('*.ipynb')), ids=lambda p: p.name)
+def test_no_output_names_a_folder_of_a_machine(path):
+    outputs = [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get('outputs', [])]
+    texts = [output.get('text', '') + output.get('data', {}).get('text/plain', '') for output in outputs]
+    assert not re.search(r'/(home|root|work)/', ''.join(texts))
+
+
 @pytest.mark.parametrize('on_colab', [True, False])
 def test_the_first_cell_fetches_on_colab_what_the_report_needs(on_colab, monkeypatch):
     notebook = nbformat.read(REPO / 'notebooks' / 'results.ipynb', as_version=4)

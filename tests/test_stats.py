@@ -527,35 +527,35 @@ def test_share_range_holds_the_share_of_normal_runs(n_runs):
 
 
 @pytest.mark.parametrize('n_runs, run_sd, image_sd', [(3, 0, 0), (12, 0.3, 0), (12, 0, 1)])
-def test_image_bootstrap_covers_the_difference_on_all_images(n_runs, run_sd, image_sd):
+def test_over_images_covers_the_difference_on_all_images(n_runs, run_sd, image_sd):
     rng = np.random.default_rng(0)
     truth = chance((run_sd**2 + image_sd**2)**0.5, 0.3) - chance(run_sd)
     holds, width, seen = [], [], []
     for _ in range(400):
         image = rng.normal(1, 2, 200)
         a, b = predictions(rng, n_runs, 200, run_sd)(image), predictions(rng, n_runs, 200, run_sd, image_sd, 0.3)(image)
-        r = stats.image_bootstrap(a, b, resamples=499)
+        r = stats.over_images(a, b)
         holds.append(r['low'] <= truth <= r['high'])
         width.append(r['high'] - r['low'])
         seen.append(r['difference'])
     assert np.mean(holds) >= 0.925 and np.mean(width) < 1.15 * 2 * st.t.ppf(0.975, 2 * n_runs - 2) * np.std(seen)
 
 
-def test_image_bootstrap_of_pairs_covers_the_difference_and_is_narrower_where_seeds_matter():
+def test_over_images_of_pairs_covers_the_difference_and_is_narrower_where_seeds_matter():
     rng = np.random.default_rng(0)
     truth = chance((0.2**2 + 0.5**2)**0.5, 0.3) - chance((0.2**2 + 0.5**2)**0.5)
     holds, narrower = [], []
     for _ in range(400):
         image, of_seeds = rng.normal(1, 2, 200), rng.normal(0, 0.5, (12, 1))
         a, b = (predictions(rng, 12, 200, 0.2, 0, shift, of_seeds)(image) for shift in (0, 0.3))
-        paired, apart = (stats.image_bootstrap(a, b, is_paired, 499) for is_paired in (True, False))
+        paired, apart = (stats.over_images(a, b, is_paired) for is_paired in (True, False))
         holds.append(paired['low'] <= truth <= paired['high'])
         narrower.append((paired['high'] - paired['low']) / (apart['high'] - apart['low']))
     assert 0.925 <= np.mean(holds) <= 0.985 and np.mean(narrower) < 0.8
 
 
-def test_image_bootstrap_of_equal_or_too_few_arms():
+def test_over_images_of_equal_or_too_few_arms():
     a = np.random.default_rng(0).integers(2, size=(5, 300))
-    r = stats.image_bootstrap(a, a[::-1])
-    assert r['difference'] == pytest.approx(0) and r['low'] < 0 < r['high'] and r == stats.image_bootstrap(a, a[::-1])
-    assert isnan(stats.image_bootstrap(a[:1], a)['low']) and isnan(stats.image_bootstrap(a * 0, a * 0)['low'])
+    r = stats.over_images(a, a[::-1])
+    assert r['difference'] == pytest.approx(0) and r['low'] < 0 < r['high'] and r == stats.over_images(a, a[::-1])
+    assert isnan(stats.over_images(a[:1], a)['low']) and isnan(stats.over_images(a * 0, a * 0)['low'])

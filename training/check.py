@@ -38,12 +38,15 @@ class Look(NamedTuple):
     kinds: str = ''
 
 
+BROKEN_LINK = 'a broken link'
+
+
 def look(file):
     "Returns the Look of a file."
     try: data = Path(file).read_bytes()
     except OSError as e:
         broken = os.path.islink(file) and not os.path.exists(file)
-        return Look('', 'a broken link' if broken else e.strerror or str(e))
+        return Look('', BROKEN_LINK if broken else e.strerror or str(e))
     content = hashlib.blake2b(data, digest_size=8).hexdigest()
     try: str(file).encode()
     except UnicodeError: return Look(content, 'its name is not UTF-8')
@@ -114,6 +117,10 @@ def sound(path, looks, skip):
     Raises UsageError that lists the damaged ones unless `skip`.
     """
     damaged = {f: seen.damage for f, seen in looks.items() if seen.damage}
+    failed = [f for f, seen in looks.items() if seen.damage not in ('', BROKEN_LINK) and not seen.content]
+    if failed and skip:
+        raise UsageError(f'{path}: {failed[0]} could not be looked at ({looks[failed[0]].damage}), which is no damage; '
+                         'try again')
     if damaged and not skip:
         listed = '; '.join(f'{f} ({damage})' for f, damage in damaged.items())
         raise UsageError(f'{path}: {len(damaged):,} of {len(looks):,} images cannot be read: {listed}. '

@@ -114,10 +114,10 @@ def extracted_in(folder, n):
 
     def arrivals():
         n_seen = 0
-        while not done.wait(COUNT_EVERY):
+        while n_seen < n and not done.wait(COUNT_EVERY):
             n_there = min(n, sum(len(files) for *_, files in os.walk(folder)))
             yield from range(n_seen, n_there)
-            n_seen = n_there
+            n_seen = max(n_seen, n_there)  # It falls for a moment where a folder is moved.
     watcher = threading.Thread(target=lambda: list(bar(arrivals(), n, 'extracting')), daemon=True)
     tempfile.tempdir = str(folder)
     watcher.start()
