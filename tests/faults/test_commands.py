@@ -22,7 +22,8 @@ from training import cluster, data
 configuration.set_hypothesis_home_dir(Path(os.environ['FASTAI_HOME']) / 'hypothesis')  # not in the repository
 reproduce = script('reproduce')
 NOTES = ('--sym does nothing without --sa', '--sym 1 makes W symmetric', 'in 2019 the default was',
-         "in fastai's script of 2020 the default was")
+         "in fastai's script of 2020 the default was", "fastai's own script of 2019 multiplied --lr",
+         "in lessw2020's script the default was")
 ODD = [
     '', ' ', '-', '--', '---', '0', '1', '2', '-1', '1.5', '1e-3', '0x10', '1_0', 'nan', 'inf', '-inf', '1e308',
     '1e400', '1e-320', '9' * 30, '9' * 5000, '\u0663', 'é', '\U0001f600', '\udcff', 'a\nb', 'a\rb', 'a\u2028b',
