@@ -120,17 +120,6 @@ def published(row):
     return [f'{words},', 'assumed recipe'] if recipe == 'assumed' else [words]
 
 
-def _with_images(row):
-    "Returns `changes` with the interval over images behind the change that it belongs to."
-    found = changes(row)
-    return found[:1] + over_images(row) + found[1:]
-
-
-def over_images(row):
-    "Returns ['over images too: [1.8, 4.8]'], the interval over runs and images; [] where predictions are not at hand."
-    return [] if np.isnan(row['images']['low']) else [f'over images too: {interval(row["images"])}']
-
-
 METHODS = {stats.PAIRED: 'paired t', stats.MODEL: 'seed + arm', stats.UNPAIRED: 'Welch'}
 
 
@@ -164,6 +153,17 @@ def change_parts(row, analyses=ANALYSES):
         runs = f'{n_base} {ANALYSES[key]}' if key == 'alike' else f'{ANALYSES[key]}, {n_base} and {n_arm}'
         found.append([f'{runs}:', change(others[key])])
     return found
+
+
+def _with_images(row):
+    "Returns `changes` with the interval over images behind the change that it belongs to."
+    found = changes(row)
+    return found[:1] + over_images(row) + found[1:]
+
+
+def over_images(row):
+    "Returns ['over images too: [1.8, 4.8]'], the interval over runs and images; [] where predictions are not at hand."
+    return [] if np.isnan(row['images']['low']) else [f'over images too: {interval(row["images"])}']
 
 
 def verdict(row):

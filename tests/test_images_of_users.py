@@ -499,6 +499,7 @@ def test_a_fault_of_the_system_is_not_remembered_as_damage(tree, memory, monkeyp
     with monkeypatch.context() as m:
         m.setattr(*where, fail)
         with pytest.raises(UsageError, match='36 of 36 images cannot be read'): find_set(config(tree))
+        with pytest.raises(UsageError, match='which is no damage; try again'): find_set(config(tree, skip_damaged=1))
     assert find_set(config(tree)).skipped == 0
 
 

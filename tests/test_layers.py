@@ -189,10 +189,15 @@ def test_multiply_adds_of_every_order_are_those_done(side, out_conv):
     assert trained(SimpleSelfAttention, out_conv=out_conv).multiply_adds(side**2) == min(counts.values())
 
 
-def test_multiply_adds_of_the_issue():
+def test_multiply_adds_by_hand():
     C, N = 256, 1024
     assert multiply_adds(C, N) == {'channels': 2 * C**2 * N + C**3, 'positions': C**2 * N + 2 * C * N**2,
                                    'source': 3 * C**2 * N}
+
+
+def test_of_orders_that_cost_the_same_the_fastest_is_taken():
+    assert len(set(multiply_adds(64, 64).values())) == 1
+    assert SimpleSelfAttention(64).order_at(64) == 'channels' and SimpleSelfAttention(64, ks=3).order_at(64) == 'source'
 
 
 def test_sym_is_symmetric_and_changes_the_result():

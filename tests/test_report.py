@@ -45,7 +45,7 @@ def all_gaps(name, *runs, complete=(), **overrides):
     "Returns the rows of compare.gaps of one experiment, with these settings in all arms; every seed counts."
     exp = EXPERIMENTS[name]
     exp = replace(exp, complete=complete, arms={arm: replace(cfg, **overrides) for arm, cfg in exp.arms.items()})
-    return compare.gaps({name: exp}, pd.concat(runs), record.load_published())
+    return compare.gaps({name: exp}, pd.concat(runs), PUBLISHED)
 
 
 def gaps(name, *runs, arm='simple', **overrides):
@@ -71,7 +71,7 @@ def test_runs_on_images_of_ones_own_that_differ_in_the_layer_are_compared():
     (name, exp), = compare.on_own_images(runs).items()
     assert name == 'own images, 64 px, 5 epochs, xresnet18, bs 32'
     assert list(exp.arms) == ['none', 'simple', 'simple@2'] and exp.runs == {'none': 3, 'simple': 3, 'simple@2': 1}
-    rows = [row for row in compare.gaps({name: exp}, runs, record.load_published()) if compare.has_runs(row)]
+    rows = [row for row in compare.gaps({name: exp}, runs, PUBLISHED) if compare.has_runs(row)]
     row = next(row for row in rows if row['arm'] == 'simple')
     assert row['difference']['difference'] == pytest.approx(0.1033, abs=1e-3) and row['difference']['n_pairs'] == 3
     assert name in tables.text(rows) and 'none → simple' in tables.text(rows)
@@ -158,7 +158,7 @@ def test_last_and_best_epoch_are_never_mixed():
     assert r['metric'] == 'last' and [r['ours'][side]['mean'] for side in compare.SIDES] == [0.6, 0.7]
     entry = Experiment('its best epochs', EXPERIMENTS['woof-128-5'].arms, 1, metric='max')  # nothing is published of it
     runs = pd.concat([make_runs('none', [0.6], [0.65]), make_runs('simple', [0.7], [0.75])])
-    r = compare.gaps({'new': entry}, runs, record.load_published())[0]
+    r = compare.gaps({'new': entry}, runs, PUBLISHED)[0]
     assert r['metric'] == 'max' and [r['ours'][side]['mean'] for side in compare.SIDES] == [0.65, 0.75]
 
 
@@ -237,7 +237,7 @@ def test_holm_counts_every_contrast_that_was_named_beforehand():
             for a, values in (('none', [0.6, 0.62, 0.64]), ('simple', [0.66, 0.67, 0.69]), ('sagan', [0.7]))]
     exp = replace(EXPERIMENTS['woof-128-5'], complete=(),
                   contrasts=(('none', 'simple'), ('sagan', 'simple'), ('simple', 'simple_sym')))
-    first, *others = compare.gaps({'woof-128-5': exp}, pd.concat(runs), record.load_published())
+    first, *others = compare.gaps({'woof-128-5': exp}, pd.concat(runs), PUBLISHED)
     assert first['difference']['holm_p'] == 3 * first['difference']['p']  # two of the three have no P yet
     assert all(np.isnan(r['difference']['holm_p']) for r in others)
 
@@ -303,7 +303,7 @@ def test_arms_with_some_seeds_in_common_are_compared_at_their_seeds():
     small = runs[(runs.split == 'v2') & (runs['size'] == 64) & (runs.precision == 'fp32')
                  & (runs.opt == 'adam') & (runs.fused == 1)]
     small = small[small.attention.isin(['none', 'sagan']) & (small.seed < 14)].drop_duplicates(['attention', 'seed'])
-    (r,) = [r for r in compare.gaps({'woof-64-5-r18': EXPERIMENTS['woof-64-5-r18']}, small, record.load_published())
+    (r,) = [r for r in compare.gaps({'woof-64-5-r18': EXPERIMENTS['woof-64-5-r18']}, small, PUBLISHED)
             if r['arm'] == 'sagan']
     test = r['difference']
     assert (test['method'], test['n_pairs'], r['ours']['base']['n'], r['ours']['arm']['n']) == (stats.MODEL, 6, 14, 6)
@@ -405,7 +405,7 @@ def test_the_record_at_64_px_shows_the_conservative_result_first():
                  & (runs.opt == 'adam') & (runs.status == 'ok') & runs.attention.isin(['none', 'simple'])
                  & (runs.seed < 14)]
     small = small[small.started < '2026-11-26']  # those that the numbers below are of
-    r = compare.gaps({'woof-64-5-r18': EXPERIMENTS['woof-64-5-r18']}, small, record.load_published())[0]
+    r = compare.gaps({'woof-64-5-r18': EXPERIMENTS['woof-64-5-r18']}, small, PUBLISHED)[0]
     accuracy = small.assign(y=100 * small.accuracy.astype(float)).sort_values('run_id')
     def interval(rows, seeds=range(14)):
         rows = rows.drop_duplicates(['attention', 'seed'])

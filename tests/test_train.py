@@ -100,6 +100,8 @@ BOTH = 'in 2019 the default was --lr 0.001 --bs 256; here it is --lr 0.003 --bs 
     ('--sa 1 --sym 1 --lr 3e-3 --bs 64', '--sym 1 makes W symmetric; in 2019 it had no effect'),
     ('--woof 1 --lr 1e-2 --bs 64', "fastai's own script of 2019 multiplied --lr by --bs/256: its line on one GPU is "
      '--lr 0.0025 here'),
+    ('--run 2 --lr 4e-3 --bs 64 --arch mxresnet50', "in lessw2020's script the default was --source full; here it is "
+     '--source auto'),
     ('--run 2 --lr 4e-3 --bs 64', "in lessw2020's script the default was --arch mxresnet50 --source full; here it is "
      '--arch xresnet50 --source auto'),
     ('--run 2 --lr 4e-3 --bs 64 --size 256', 'the default was --arch mxresnet50; here'),

@@ -21,6 +21,7 @@ from training.host import n_threads
 from training.images import KINDS, bar, inspect, why_not
 
 LIST_FORMAT = f'images 2, Pillow {PIL.__version__}'  # another version of Pillow may read other files
+BROKEN_LINK = 'a broken link'
 KNOWN = {  # fingerprint of paths and content: that of paths and sizes, under which the record has the images
     '4481a93dbfa11cef': '22be7e3ebe16',  # imagenette2-160, rebuilt; so are the next: see results/README.md
     '24588b645bcab1d0': '5880ca44b220',  # imagewoof2-160
@@ -31,14 +32,12 @@ KNOWN = {  # fingerprint of paths and content: that of paths and sizes, under wh
 class Look(NamedTuple):
     """Says what is in an image: a hash of its content, what is wrong with it, and its `images.KINDS`, comma-separated.
 
-    The content is '' where the system failed, not the image: too many open files, no memory. It may go well next time.
+    The content is '' where the file could not be read: a broken link, or the system failed (too many open files, no
+    memory), which may go well next time.
     """
     content: str
     damage: str = ''
     kinds: str = ''
-
-
-BROKEN_LINK = 'a broken link'
 
 
 def look(file):

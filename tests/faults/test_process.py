@@ -159,7 +159,8 @@ def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tre
     context = mp.get_context('forkserver')
     context.set_forkserver_preload(['training.run'])
     argv = ['--data', tree, *TINY, '--sa', '--checkpoint-every', 1, '--resume']
-    def start(results, runs=4, epochs=10):
+    n_runs = 4
+    def start(results, runs=n_runs, epochs=10):
         words = [*argv, '--runs', runs, '--epochs', epochs, '--results', results, os.environ['FASTAI_HOME']]
         process = context.Process(target=_main, args=(list(map(str, words)),), daemon=True)
         process.start()
@@ -167,7 +168,7 @@ def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tre
     start(tmp_path / 'first', 1, 1).join()  # the server has imported torch by now
     begun = time.perf_counter()
     start(tmp_path / 'whole').join()
-    run = (time.perf_counter() - begun) / 4
+    run = (time.perf_counter() - begun) / n_runs
     rng, results, killed = random.Random(0), tmp_path / 'results', 0
     while killed < 20:
         process = start(results)
@@ -178,7 +179,7 @@ def test_kill_9_at_20_random_moments_leaves_the_runs_that_were_never_stopped(tre
         if (results / 'runs.csv').exists(): assert set(load(results).status) <= {'ok'}
     start(results).join()
     whole, parts = (load(r).sort_values('seed').reset_index(drop=True) for r in (tmp_path / 'whole', results))
-    assert parts.seed.tolist() == list(range(4)) and parts.drop(columns=TIMES).equals(whole.drop(columns=TIMES))
+    assert parts.seed.tolist() == list(range(n_runs)) and parts.drop(columns=TIMES).equals(whole.drop(columns=TIMES))
     assert (parts.resumed > 0).any()
     for a, b in zip(whole.run_id, parts.run_id):
         first, second = tmp_path / 'whole' / 'curves' / f'{a}.csv', results / 'curves' / f'{b}.csv'
