@@ -331,7 +331,9 @@ class Experiment:
 
     runs       how often each arm runs, or {arm: how often}
     tables     the tables of published means (report.published.load_published) that the arms answer to
-    contrasts  the comparisons [(base, arm)] that were named before the first run; without any, see `pairs`
+    contrasts  the comparisons [(base, arm)] that were named before the first run, or {(base, arm): what it asks, in a
+               word or two}; without any, see `pairs`
+    plan       the commit with the plan of the runs, in results/LOG.md
     complete   arms of which a seed counts only once all of them that were to run with it have done so
     command    what trains the second arm once
     expect     {arm: (published accuracy in percent, number of runs)}
@@ -344,7 +346,8 @@ class Experiment:
     arms: dict
     runs: int | dict
     tables: tuple = ()
-    contrasts: tuple = ()
+    contrasts: tuple | dict = ()
+    plan: str = ''
     complete: tuple = ()
     command: str = ''
     expect: dict = field(default_factory=dict)
@@ -368,6 +371,10 @@ class Experiment:
         pairs = [(first, arm) for arm in others]
         return [*pairs, ('sagan', 'simple')] if {'sagan', 'simple'} <= set(others) else pairs
 
+    def asks(self, base, arm):
+        "Returns what a contrast asks; '' where its experiment does not say."
+        return self.contrasts.get((base, arm), '') if isinstance(self.contrasts, dict) else ''
+
     def described(self):
         """Returns the pairs [(first arm, arm)] of the arms that are in no contrast: they are shown, not tested.
 
@@ -381,7 +388,7 @@ class Experiment:
         "Returns the Experiment that tests these pairs, too, in this direction, but for those that it describes."
         more = [pair for pair in pairs if pair not in self.pairs() + self.described()]
         kept = [pair for pair in self.pairs() if pair[::-1] not in more]
-        return replace(self, contrasts=(*kept, *more)) if more else self
+        return replace(self, contrasts={pair: self.asks(*pair) for pair in kept + more}) if more else self
 
 
 def attentions(base, *names):
@@ -425,6 +432,7 @@ EXPERIMENTS = {
         hours=1.8,
         tables=('main', 'three-way'),
         contrasts=(('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym'), ('sagan', 'simple')),
+        plan='e16bc79',
         complete=('none', 'simple', 'sagan'),
     ),
     'woof-256-5': Experiment(
@@ -684,6 +692,7 @@ EXPERIMENTS = {
                    mom=0.95, schedule='flat_cos', ann_start=0.72, act='mish'),
             'none', 'simple'),
         runs=8,
+        plan='bf483c4',
         hours=0.056,
     ),
     'attention': Experiment(
@@ -696,8 +705,11 @@ EXPERIMENTS = {
         runs={'none': 14, 'simple': 14, 'conv': 14, 'simple_n': 14, 'swap': 14, 'mean': 14, 'cov': 14, 'sagan': 14,
               'simple_sym': 14, 'low_rank': 10, 'channel': 10, 'se': 10},
         hours=0.55,
-        contrasts=(('none', 'conv'), ('conv', 'simple'), ('simple_n', 'simple'), ('swap', 'simple'), ('mean', 'cov'),
-                   ('se', 'simple'), ('sagan', 'simple'), ('simple', 'simple_sym')),
+        contrasts={('none', 'conv'): 'parameters', ('conv', 'simple'): 'data dependence',
+                   ('simple_n', 'simple'): 'scale', ('swap', 'simple'): 'own statistics',
+                   ('mean', 'cov'): 'second order', ('se', 'simple'): 'more than a gate',
+                   ('sagan', 'simple'): 'no softmax', ('simple', 'simple_sym'): 'symmetric W'},
+        plan='e16bc79',
         complete=('none', 'simple', 'conv', 'simple_n', 'swap', 'mean', 'cov', 'sagan', 'simple_sym', 'low_rank',
                   'channel', 'se'),
     ),
@@ -712,6 +724,7 @@ EXPERIMENTS = {
         hours=0.31,
         contrasts=(('simple@1.0', 'simple'), ('simple@2.0', 'simple'), ('simple@2', 'simple'), ('simple@3.0', 'simple'),
                    ('simple@3', 'simple'), ('simple@4.0', 'simple'), ('simple@4', 'simple')),
+        plan='3c00eaa',
     ),
     'woof-64-5-r18-stages': Experiment(
         claim='Adding several layers has made results worse',
@@ -720,6 +733,7 @@ EXPERIMENTS = {
             Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
             'simple', 'simple@1.0,1', 'simple@1,2', 'simple@1,2,3,4'),
         runs=10,
+        plan='3c00eaa',
         hours=0.14,
     ),
 

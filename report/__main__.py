@@ -35,13 +35,14 @@ def write_readme(table, file=runlog.RESULTS.parent / 'README.md'):
 
 
 def write(rows, runs, results, published):
-    """Writes results/tables (.csv and .md) and results/figures (.png and .svg).
+    """Writes results/tables (.md, and .csv of numbers) and results/figures (.png and .svg).
 
     The same rows and predictions give the same bytes.
     """
     results = Path(results)
     right = set_right()
     _write_table(results, 'gaps', tables.frame(rows), tables.markdown(rows))
+    _write_markdown(results, 'contrasts', tables.contrasts_markdown(rows))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
     _write_table(results, 'source_against_fork', source_against_fork(),
                  tables.plain_markdown(source_against_fork_text()))
@@ -51,9 +52,14 @@ def write(rows, runs, results, published):
 
 def _write_table(results, name, frame, markdown):
     "Writes results/tables/<name>.csv and .md."
+    _write_markdown(results, name, markdown)
+    frame.to_csv(results / 'tables' / f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
+
+
+def _write_markdown(results, name, markdown):
+    "Writes results/tables/<name>.md."
     folder = results / 'tables'
     folder.mkdir(parents=True, exist_ok=True)
-    frame.to_csv(folder / f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
     (folder / f'{name}.md').write_text(markdown + '\n', encoding='utf-8')
 
 

@@ -172,7 +172,8 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
 
     The pairs are Experiment.pairs, which are tested, and Experiment.described, which are not. A row is a nested dict.
     An experiment without runs has one for each of its pairs.
-    experiment, dataset, the SET columns, planned (see `sets`), base, arm, tested, metric ('last' or 'max')
+    experiment, dataset, the SET columns, planned (see `sets`), base, arm, tested, asks (Experiment.asks),
+    metric ('last' or 'max')
     published    base, arm: mean, sd, n; difference: difference, low, high, p; recipe: documented, assumed, other script
     ours         base, arm: the keys of stats.summary of the runs that `difference` is of; n_ok, diverged, other (ends),
                  n_done (at seeds that count), n_wanted, images_share (of the variance, by the validation images);
@@ -226,7 +227,8 @@ def _gaps_of_set(exp, key, arms, said, results):
     complete = complete_seeds(exp, arms)
     ours = {arm: _arm(of_arm, exp.metric, exp.wanted(arm), complete.get(arm)) for arm, of_arm in arms.items()}
     def row(base, arm, tested):
-        names = dict(dataset=dataset, **key, metric=exp.metric, base=base, arm=arm, tested=tested)
+        names = dict(dataset=dataset, **key, metric=exp.metric, base=base, arm=arm, tested=tested,
+                     asks=exp.asks(base, arm))
         return names | _gap(ours[base], ours[arm], theirs[base], theirs[arm], results)
     tested = [row(*pair, True) for pair in exp.pairs()]
     described = [row(*pair, False) for pair in exp.described()]

@@ -3,6 +3,7 @@
 What a mark means is written beside it, and no colour is needed to tell two marks apart. Needs no torch.
 """
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 import pandas as pd
@@ -43,7 +44,7 @@ def in_points(test): return [100 * test[key] for key in ENDS]
 WIDEST = 3  # points to each side of 0 that a forest shows, or more where ours is more; beyond are arrows
 LINE = 0.168  # inches of a line of a forest
 AXIS = 2.3, 4.6  # inches from the left, where the axis of a forest begins and ends
-CHANGE_AT, RUNS_AT = 4.75, 5.95  # inches from the left, where its columns of text begin
+ASKS_AT, CHANGE_AT, RUNS_AT = 1.43, 4.75, 5.95  # inches from the left, where its columns of text begin
 
 
 def forests(rows):
@@ -96,6 +97,7 @@ def forest(rows):
             elif kind == 'title': write(0.08, y, words, color=GREY)
             else:
                 write(0.2, y, words)
+                if whose == 'ours' and row['asks']: write(ASKS_AT, y, row['asks'], color=GREY, fontsize=7)
                 test, color = _test(row, whose), INK if whose == 'ours' else GREY
                 ax.plot([0, 0], [y - 0.5, y + 0.5], color=INK, lw=0.6, zorder=0)
                 _bar(ax, in_points(test), y, whose, limits)
@@ -296,7 +298,8 @@ def _arm_names(arms): return [f'{arm}\n{len(compare.ended_ok(found))} runs' for 
 
 def _pair_names(rows):
     seeds = [f'{len(row["pairs"])} seeds' if row['tested'] else 'described' for row in rows]
-    return [f'{row["arm"]}\n− {row["base"]}\n{words}' for row, words in zip(rows, seeds)]
+    return ['\n'.join([row['arm'], f'− {row["base"]}', words, *wrap(row['asks'], 10)])
+            for row, words in zip(rows, seeds)]
 
 
 def _longest(labels): return max((len(line) for label in labels for line in label.split('\n')), default=0)
@@ -308,7 +311,10 @@ def _names_size(labels):
     return next((size for size in (7.5, 6.5) if _longest(labels) * 0.57 * size / 72 <= room), None)
 
 
-def _names_height(labels): return 0.5 if _names_size(labels) else 0.15 + _longest(labels) * 0.06
+def _names_height(labels):
+    "Returns the inches that names of ticks need."
+    n_lines = max((label.count('\n') + 1 for label in labels), default=0)
+    return max(0.5, 0.05 + 0.15 * n_lines) if _names_size(labels) else 0.15 + _longest(labels) * 0.06
 
 
 def _name(ax, labels):

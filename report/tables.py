@@ -15,6 +15,7 @@ from report.published import load_published_runs, single_runs_sd
 
 HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
         'P (Holm)', 'permutation P', 'verdict']
+ASKED = ['runs', 'what it asks', 'contrast', 'ours', 'change [95 %]', 'P (Holm)', 'verdict', 'plan']
 BRIEF = ['experiment', 'arms', 'published', 'ours', 'change [95 %]', 'P (Holm)', 'verdict']
 ONE_ARM = 'one arm: nothing to compare it with'
 TERMINAL = 100  # characters in a line of a terminal
@@ -227,9 +228,21 @@ def brief_markdown(rows):
     lines = []
     for row, title in zip(rows, titles(rows)):
         said = '<br>'.join(' '.join(parts) for parts in (both(row['published']), published(row)) if parts)
-        ours = f'{" → ".join(mean(row["ours"][side]) for side in SIDES)} ({n_runs(row["ours"])})'
-        lines.append([title, arms(row), said, ours, '<br>'.join(changes(row, ['alike'])), holm(row), verdict(row)])
+        lines.append([title, arms(row), said, *_brief_cells(row)])
     return _markdown(BRIEF, lines, numbers=range(2, 6))
+
+
+def _brief_cells(row):
+    "Returns the means and runs that decide the verdict of a row, their change, P and the verdict."
+    ours = f'{" → ".join(mean(row["ours"][side]) for side in SIDES)} ({n_runs(row["ours"])})'
+    return [ours, '<br>'.join(changes(row, ['alike'])), holm(row), verdict(row)]
+
+
+def contrasts_markdown(rows):
+    "Returns those of `gaps` that have runs and say what they ask as a Markdown table, with the commit of their plan."
+    lines = [[title, row['asks'], arms(row), *_brief_cells(row), EXPERIMENTS[row['experiment']].plan]
+             for row, title in zip(rows, titles(rows)) if row['asks'] and has_runs(row)]
+    return _markdown(ASKED, lines, numbers=range(3, 6))
 
 
 def plain_markdown(frame):

@@ -106,6 +106,19 @@ def test_the_experiment_attention_is_that_of_its_plan():
     assert {arm for arm in exp.arms if exp.wanted(arm) == 10} == {'low_rank', 'channel', 'se'}
     assert {exp.wanted(arm) for arm in exp.arms} == {10, 14} and set(exp.complete) == set(exp.arms)
     assert exp.described() == [('none', 'low_rank'), ('none', 'channel')]
+    questions = [exp.asks(*pair) for pair in exp.pairs()]
+    assert all(questions) and len(set(questions)) == 8 and exp.asks('none', 'simple') == ''
+
+
+@pytest.mark.parametrize('name', [name for name, exp in EXPERIMENTS.items() if exp.plan])
+def test_a_plan_is_in_the_log_of_its_commit_and_of_today(name):
+    plan = EXPERIMENTS[name].plan
+    def is_planned(log): return re.search(rf'^## .*Plan: [^\n]*\n?[^\n]*`{name}`', log, re.M) is not None
+    log = (REPO / 'results' / 'LOG.md').read_text(encoding='utf-8')
+    assert is_planned(log) and plan in log
+    then = subprocess.run(['git', 'show', f'{plan}:results/LOG.md'], cwd=REPO, capture_output=True, text=True)
+    if then.returncode: pytest.skip('not in a clone with its history')
+    assert is_planned(then.stdout)
 
 
 def test_arms_of_no_contrast_are_described_beside_the_first_arm():
@@ -122,6 +135,8 @@ def test_pairs_that_are_asked_for_are_tested_with_the_others():
     assert exp.with_pairs([('none', 'simple'), ('none', 'conv')]) == exp  # conv is described
     assert exp.with_pairs([('simple', 'none')]).pairs() == [('none', 'sagan'), ('simple', 'none')]
     assert exp.with_pairs([('simple', 'sagan')]).pairs() == [*exp.pairs(), ('simple', 'sagan')]
+    asked = replace(exp, contrasts={('none', 'simple'): 'all of it'}).with_pairs([('simple', 'sagan')])
+    assert [asked.asks(*pair) for pair in asked.pairs()] == ['all of it', '']
 
 
 # --- arms and runs ---

@@ -260,6 +260,19 @@ def test_arms_of_no_contrast_are_shown_and_not_tested():
         stats.holm([row['difference']['p'] for row in tested], 8).tolist(), nan_ok=True)
 
 
+def test_each_contrast_stands_beside_what_it_asks():
+    values = dict(none=[0.60, 0.62, 0.61], conv=[0.61, 0.62, 0.62], simple=[0.63, 0.64, 0.65], channel=[0.6, 0.6, 0.6])
+    rows = all_gaps('attention', *(make_runs(arm, accuracies, **SMALL) for arm, accuracies in values.items()))
+    head, _, *lines = tables.contrasts_markdown(rows).splitlines()
+    assert head.startswith('| runs | what it asks | contrast |') and head.endswith('| plan |')
+    test = tables.change(rows[1]['difference'])
+    assert [line.split(' | ')[1:3] for line in lines] == [['parameters', 'none → conv'],
+                                                          ['data dependence', 'conv → simple']]
+    assert test in lines[1] and tables.holm(rows[1]) in lines[1] and lines[1].endswith('| e16bc79 |')
+    texts = [text.get_text() for text in words(figures.forest(rows))]
+    assert texts[texts.index('conv → simple'):][:3] == ['conv → simple', 'data dependence', test]
+
+
 def test_seeds_count_only_where_the_plan_s_arms_have_completed_them():
     "As in woof-128-5, where simple_sym came later and is not waited for; a run that diverged is complete."
     runs = [make_runs('none', [0.60, 0.62, 0.61, 0.60]), make_runs('simple', [0.64, 0.65, 0.66, 0.70]),
@@ -695,6 +708,7 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, published):
                       for d in ('tables', 'figures') for f in sorted((tmp_path / d).iterdir())})
     assert files[0] == files[1]
     written = {f'{name}.{kind}' for name in ('gaps', 'set_right', 'source_against_fork') for kind in ('csv', 'md')}
+    written.add('contrasts.md')
     drawn = {f'{name}.{kind}' for name in ('forest', 'learning_rates', 'woof-128-5') for kind in ('png', 'svg')}
     assert {f.name for f in files[0]} == written | drawn
     back = pd.read_csv(tmp_path / 'tables' / 'gaps.csv')
