@@ -8,6 +8,7 @@ import ast
 import math
 import os
 import re
+import shlex
 from dataclasses import asdict, dataclass, field, fields, replace
 from operator import ge, gt, le, lt
 from pathlib import Path
@@ -261,6 +262,18 @@ def options_of(f):
     return options
 
 
+def command_line(cfg):
+    "Returns the command line that trains `cfg` once: size, epochs, and the flags of what is not the default."
+    by_itself = replace(cfg, split='auto')
+    values = asdict(by_itself if resolve(by_itself) == resolve(cfg) else cfg) | dict(sa_at=cfg.sa_at.replace('b', '.'))
+    words = ['python', 'train_imagenette.py'] + ['--woof'] * (cfg.dataset == 'imagewoof')
+    for f in sorted(fields(Config), key=lambda f: f.name in ('attention', 'sa_at')):  # these two last
+        if not f.metadata['flag'] or values[f.name] == 'imagewoof': continue
+        if values[f.name] == f.default and f.name not in ('size', 'epochs'): continue
+        words += [flag(f)] if values[f.name] == 'simple' else [flag(f), str(values[f.name])]
+    return shlex.join(words)
+
+
 def attention_name(text):
     "Returns the name of an attention layer; 0 and 1 are those of 2019."
     return {'0': 'none', '1': 'simple'}.get(text, text)
@@ -335,7 +348,6 @@ class Experiment:
                word or two}; without any, see `pairs`
     plan       the commit with the plan of the runs, in results/LOG.md
     complete   arms of which a seed counts only once all of them that were to run with it have done so
-    command    what trains the second arm once
     expect     {arm: (published accuracy in percent, number of runs)}
     metric     of which epoch `expect` and the accuracies compared are: 'last', or 'max', the best on validation images
     hours      what all runs take on one RTX 2080 Ti of 2019, by scripts/estimate.py
@@ -349,12 +361,16 @@ class Experiment:
     contrasts: tuple | dict = ()
     plan: str = ''
     complete: tuple = ()
-    command: str = ''
     expect: dict = field(default_factory=dict)
     metric: str = 'last'
     hours: float | None = None
     leader: tuple = ()
     needs: str = ''
+
+    @property
+    def command(self):
+        "The command line that trains the second arm once."
+        return command_line(list(self.arms.values())[1])
 
     def wanted(self, arm):
         "Returns how often an arm runs."
@@ -400,6 +416,11 @@ def attentions(base, *names):
     return arms
 
 
+def at_equal_time(base, epochs, *names):
+    "Returns {'none': `base`} and, of fewer `epochs` as they train more slowly, {name: the same with that layer}."
+    return {'none': base} | attentions(replace(base, epochs=epochs), *names)
+
+
 def planned_runs(exp, seed0=0):
     """Returns [(arm, Config)] of the runs of an Experiment.
 
@@ -410,6 +431,8 @@ def planned_runs(exp, seed0=0):
             if turn < exp.wanted(arm)]
 
 
+# --- the leaderboard of fastai/imagenette ---
+
 # What the recipes of some records of the leaderboard have that is not here.
 BLURRED = 'MaxBlurPool of kornia in place of every MaxPool (ducha-aiki/imagewoofv2-fastv2-maxpoolblur)'
 BLURRED_BS32 = ('MaxBlurPool of kornia in place of every MaxPool, and training images without the random resized crop'
@@ -419,14 +442,38 @@ SEPARABLE = ('a network of depthwise separable convolutions with MaxBlurPool, at
 TRICK = ('an xresnet50 with the "ResNet trick" and MaxBlurPool, at batches of 32'
          ' (ayasyrev/imagenette_experiments, Woof_MaxBlurPool_ResnetTrick_s256bs32.ipynb)')
 
+
+def of_board(dataset, size, epochs, accuracy, n_runs, hours, needs='', bs=64):
+    """Returns the Experiment of one of the 24 records, with the layer and without it.
+
+    The arms are fastai's script of January 2020 with the flags of fastai/imagenette 2020-01-train.md. That page says
+    that runs of 80 and 200 epochs had mixup, but not its alpha: 0.2 is that of the leaderboard of 2019. It validates on
+    another crop than we do: at 128, 192 and 256 px it squeezes an image into a square of 152, 224 and 296 px and takes
+    the centre; here the short side has size + 32.
+    """
+    base = Config(dataset=f'image{dataset}', split='v2', size=size, source='320' if size == 128 else 'auto',
+                  epochs=epochs, bs=bs, lr=8e-3, opt='ranger', mom=0.95, schedule='flat_cos',
+                  mixup=0.2 if epochs >= 80 else 0., arch='xse_resnext50', act='mish', pool='max', stem='32-32-64')
+    return Experiment(claim='Every record of the leaderboard has the layer: what is it worth?',
+                      arms=attentions(base, 'none', 'simple'), runs=5, leader=(accuracy, n_runs), needs=needs,
+                      hours=hours)
+
+
+# --- all that is compared ---
+
+R18 = Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=8e-3)  # of the later tables
+AT_64_PX = Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18')  # a run in minutes on two cores
+RANGER = dict(lr=4e-3, opt='ranger', mom=0.95, schedule='flat_cos', ann_start=0.72, act='mish')  # of the replication
+TAKEN_APART = ('none', 'simple', 'conv', 'simple_n', 'swap', 'mean', 'cov', 'sagan', 'simple_sym', 'low_rank',
+               'channel', 'se')
+OTHER_PLACES = ('simple@1.0', 'simple@2.0', 'simple@2', 'simple@3.0', 'simple@3', 'simple@4.0', 'simple@4')
+
 EXPERIMENTS = {
     # the main table of the source, and its three-way table: xresnet50, the layer in the last block of stage 1
     'woof-128-5': Experiment(
         claim="The layer helps, and more than SAGAN's",
-        command='python train_imagenette.py --woof --size 128 --epochs 5 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v1', size=128, epochs=5),
-            'none', 'simple', 'sagan', 'simple_sym'),
+        arms=attentions(Config(dataset='imagewoof', split='v1', size=128, epochs=5),
+                        'none', 'simple', 'sagan', 'simple_sym'),
         runs=12,
         expect={'none': (62.3, 12), 'simple': (65.2, 12), 'sagan': (64.0, 12)},
         hours=1.8,
@@ -437,7 +484,6 @@ EXPERIMENTS = {
     ),
     'woof-256-5': Experiment(
         claim='The layer helps most where there are many positions',
-        command='python train_imagenette.py --woof --size 256 --epochs 5 --sa',
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=5), 'none', 'simple'),
         runs=10,
         expect={'none': (61.9, 10), 'simple': (67.6, 10)},
@@ -446,7 +492,6 @@ EXPERIMENTS = {
     ),
     'woof-256-20': Experiment(
         claim='The layer still helps after 20 epochs',
-        command='python train_imagenette.py --woof --size 256 --epochs 20 --sa',
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=20), 'none', 'simple'),
         runs=10,
         expect={'none': (83.9, 10), 'simple': (85.66, 10)},
@@ -455,7 +500,6 @@ EXPERIMENTS = {
     ),
     'woof-256-80': Experiment(
         claim='The layer helps little after 80 epochs',
-        command='python train_imagenette.py --woof --size 256 --epochs 80 --sa',
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=80), 'none', 'simple'),
         runs=10,
         expect={'none': (89.9, 10), 'simple': (90.3, 10)},
@@ -464,7 +508,6 @@ EXPERIMENTS = {
     ),
     'woof-256-400': Experiment(
         claim='The layer reaches 91.0 % after 400 epochs; the source has no baseline for it',
-        command='python train_imagenette.py --woof --size 256 --epochs 400 --sa',
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=400), 'none', 'simple'),
         runs=1,
         expect={'simple': (91.0, 1)},
@@ -473,7 +516,6 @@ EXPERIMENTS = {
     ),
     'nette-128-5': Experiment(
         claim='The layer helps a little on the easier set',
-        command='python train_imagenette.py --size 128 --epochs 5 --sa',
         arms=attentions(Config(dataset='imagenette', split='v1', size=128, epochs=5), 'none', 'simple'),
         runs=10,
         expect={'none': (85.5, 10), 'simple': (86.3, 10)},
@@ -482,7 +524,6 @@ EXPERIMENTS = {
     ),
     'nette-256-5': Experiment(
         claim='The layer helps a little on the easier set',
-        command='python train_imagenette.py --size 256 --epochs 5 --sa',
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=5), 'none', 'simple'),
         runs=6,
         expect={'none': (84.6, 6), 'simple': (85.3, 6)},
@@ -491,7 +532,6 @@ EXPERIMENTS = {
     ),
     'nette-256-20': Experiment(
         claim='The layer helps a little on the easier set',
-        command='python train_imagenette.py --size 256 --epochs 20 --sa',
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=20), 'none', 'simple'),
         runs=6,
         expect={'none': (93.6, 6), 'simple': (94.4, 6)},
@@ -502,14 +542,7 @@ EXPERIMENTS = {
     # the later tables of the source: xresnet18; the layer trains for fewer epochs, in about the same time
     'woof-128-50-r18': Experiment(
         claim='At equal run time simple attention beats none and SAGAN',
-        command='python train_imagenette.py --woof --size 128 --epochs 47 --arch xresnet18 --lr 8e-3 --sa',
-        arms={
-            'none': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=8e-3),
-            'simple': Config(dataset='imagewoof', split='v1', size=128, epochs=47, arch='xresnet18', attention='simple',
-                             lr=8e-3),
-            'sagan': Config(dataset='imagewoof', split='v1', size=128, epochs=47, arch='xresnet18', attention='sagan',
-                            lr=8e-3),
-        },
+        arms=at_equal_time(R18, 47, 'simple', 'sagan'),
         runs=20,
         expect={'none': (84.98, 20), 'simple': (85.67, 20), 'sagan': (85.47, 20)},
         metric='max',
@@ -518,12 +551,7 @@ EXPERIMENTS = {
     ),
     'woof-128-100-r18': Experiment(
         claim='At equal run time simple attention beats none',
-        command='python train_imagenette.py --woof --size 128 --epochs 94 --arch xresnet18 --lr 8e-3 --sa',
-        arms={
-            'none': Config(dataset='imagewoof', split='v1', size=128, epochs=100, arch='xresnet18', lr=8e-3),
-            'simple': Config(dataset='imagewoof', split='v1', size=128, epochs=94, arch='xresnet18', attention='simple',
-                             lr=8e-3),
-        },
+        arms=at_equal_time(replace(R18, epochs=100), 94, 'simple'),
         runs=23,
         expect={'none': (85.76, 23), 'simple': (86.34, 23)},
         metric='max',
@@ -532,14 +560,7 @@ EXPERIMENTS = {
     ),
     'woof-128-100-r18-mixup': Experiment(
         claim='With mixup, too, it beats none and SAGAN at equal run time',
-        command='python train_imagenette.py --woof --size 128 --epochs 94 --arch xresnet18 --lr 8e-3 --mixup 0.2 --sa',
-        arms={
-            'none': Config(dataset='imagewoof', split='v1', size=128, epochs=100, arch='xresnet18', lr=8e-3, mixup=0.2),
-            'simple': Config(dataset='imagewoof', split='v1', size=128, epochs=94, arch='xresnet18', attention='simple',
-                             lr=8e-3, mixup=0.2),
-            'sagan': Config(dataset='imagewoof', split='v1', size=128, epochs=94, arch='xresnet18', attention='sagan',
-                            lr=8e-3, mixup=0.2),
-        },
+        arms=at_equal_time(replace(R18, epochs=100, mixup=0.2), 94, 'simple', 'sagan'),
         runs=15,
         expect={'none': (86.36, 15), 'simple': (87.11, 15), 'sagan': (86.97, 15)},
         metric='max',
@@ -548,12 +569,7 @@ EXPERIMENTS = {
     ),
     'woof-256-50-r18-mixup': Experiment(
         claim='With mixup at 256 px there is no difference',
-        command='python train_imagenette.py --woof --size 256 --epochs 47 --arch xresnet18 --lr 8e-3 --mixup 0.2 --sa',
-        arms={
-            'none': Config(dataset='imagewoof', split='v1', size=256, epochs=50, arch='xresnet18', lr=8e-3, mixup=0.2),
-            'simple': Config(dataset='imagewoof', split='v1', size=256, epochs=47, arch='xresnet18', attention='simple',
-                             lr=8e-3, mixup=0.2),
-        },
+        arms=at_equal_time(replace(R18, size=256, mixup=0.2), 47, 'simple'),
         runs=15,
         expect={'none': (90.05, 15), 'simple': (90.02, 15)},
         metric='max',
@@ -562,16 +578,7 @@ EXPERIMENTS = {
     ),
     'woof-128-50-r18-lr': Experiment(
         claim='8e-3 is the best learning rate of the baseline',
-        command='python train_imagenette.py --woof --size 128 --epochs 50 --arch xresnet18 --lr 1e-3',
-        arms={
-            'none lr 0.008': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=8e-3),
-            'none lr 0.001': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=1e-3),
-            'none lr 0.003': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18'),
-            'none lr 0.005': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=5e-3),
-            'none lr 0.01': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=1e-2),
-            'none lr 0.012': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=12e-3),
-            'none lr 0.014': Config(dataset='imagewoof', split='v1', size=128, epochs=50, arch='xresnet18', lr=14e-3),
-        },
+        arms={f'none lr {lr}': replace(R18, lr=lr) for lr in (0.008, 0.001, 0.003, 0.005, 0.01, 0.012, 0.014)},
         runs={'none lr 0.008': 20, 'none lr 0.001': 10, 'none lr 0.003': 30, 'none lr 0.005': 10, 'none lr 0.01': 20,
               'none lr 0.012': 20, 'none lr 0.014': 20},
         expect={'none lr 0.008': (85.0, 20), 'none lr 0.001': (82.1, 10), 'none lr 0.003': (84.5, 30),
@@ -585,7 +592,6 @@ EXPERIMENTS = {
     # the fork's runs: a layer in every stage against one
     'woof-128-5-stages': Experiment(
         claim='A layer in every stage against one',
-        command='python train_imagenette.py --woof --size 128 --epochs 5 --sa --sa-at 1,2,3,4',
         arms=attentions(Config(dataset='imagewoof', split='v1', size=128, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (66.04, 30), 'simple@1,2,3,4': (67.47, 30)},
@@ -594,7 +600,6 @@ EXPERIMENTS = {
     ),
     'woof-256-5-stages': Experiment(
         claim='A layer in every stage against one',
-        command='python train_imagenette.py --woof --size 256 --epochs 5 --sa --sa-at 1,2,3,4',
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (67.47, 30), 'simple@1,2,3,4': (69.29, 30)},
@@ -603,7 +608,6 @@ EXPERIMENTS = {
     ),
     'woof-256-20-stages': Experiment(
         claim='A layer in every stage against one',
-        command='python train_imagenette.py --woof --size 256 --epochs 20 --sa --sa-at 1,2,3,4',
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=20), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (85.26, 30), 'simple@1,2,3,4': (86.13, 30)},
@@ -612,7 +616,6 @@ EXPERIMENTS = {
     ),
     'woof-256-80-stages': Experiment(
         claim='A layer in every stage against one',
-        command='python train_imagenette.py --woof --size 256 --epochs 80 --sa --sa-at 1,2,3,4',
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=80), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (89.48, 30), 'simple@1,2,3,4': (89.54, 30)},
@@ -621,7 +624,6 @@ EXPERIMENTS = {
     ),
     'woof-256-400-stages': Experiment(
         claim='A layer in every stage against one',
-        command='python train_imagenette.py --woof --size 256 --epochs 400 --sa --sa-at 1,2,3,4',
         arms=attentions(Config(dataset='imagewoof', split='v1', size=256, epochs=400), 'simple', 'simple@1,2,3,4'),
         runs=6,
         expect={'simple': (89.1, 6), 'simple@1,2,3,4': (75.97, 6)},
@@ -630,7 +632,6 @@ EXPERIMENTS = {
     ),
     'nette-128-5-stages': Experiment(
         claim='A layer in every stage against one',
-        command='python train_imagenette.py --size 128 --epochs 5 --sa --sa-at 1,2,3,4',
         arms=attentions(Config(dataset='imagenette', split='v1', size=128, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (85.98, 30), 'simple@1,2,3,4': (87.23, 30)},
@@ -639,7 +640,6 @@ EXPERIMENTS = {
     ),
     'nette-256-5-stages': Experiment(
         claim='A layer in every stage against one',
-        command='python train_imagenette.py --size 256 --epochs 5 --sa --sa-at 1,2,3,4',
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=5), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (87.91, 30), 'simple@1,2,3,4': (88.41, 30)},
@@ -648,7 +648,6 @@ EXPERIMENTS = {
     ),
     'nette-256-20-stages': Experiment(
         claim='A layer in every stage against one',
-        command='python train_imagenette.py --size 256 --epochs 20 --sa --sa-at 1,2,3,4',
         arms=attentions(Config(dataset='imagenette', split='v1', size=256, epochs=20), 'simple', 'simple@1,2,3,4'),
         runs=30,
         expect={'simple': (94.35, 30), 'simple@1,2,3,4': (94.37, 30)},
@@ -659,12 +658,8 @@ EXPERIMENTS = {
     # an independent replication, made with full-size images; its command is in its notebook
     'woof-128-5-ranger': Experiment(
         claim='An independent replication of 2019, with Ranger and Mish: the layer helps',
-        command='python train_imagenette.py --woof --source full --size 128 --epochs 5 --lr 4e-3 --opt ranger'
-                ' --mom 0.95 --schedule flat_cos --ann-start 0.72 --act mish --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v1', source='full', size=128, epochs=5, lr=4e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', ann_start=0.72, act='mish'),
-            'none', 'simple'),
+        arms=attentions(Config(dataset='imagewoof', split='v1', source='full', size=128, epochs=5, **RANGER),
+                        'none', 'simple'),
         runs=20,
         expect={'none': (73.65, 20), 'simple': (74.97, 20)},
         hours=1.4,
@@ -674,397 +669,75 @@ EXPERIMENTS = {
     # 64 px, where two CPU cores do a run in minutes; split v2
     'woof-64-5-r18': Experiment(
         claim='Nothing is published: does the layer help where it costs nothing to try?',
-        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --precision fp32'
-                ' --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18', precision='fp32'),
-            'none', 'simple', 'sagan', 'simple_sym'),
+        arms=attentions(replace(AT_64_PX, precision='fp32'), 'none', 'simple', 'sagan', 'simple_sym'),
         runs={'none': 10, 'simple': 10, 'sagan': 6, 'simple_sym': 6},
         contrasts=(('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym')),
         hours=0.11,
     ),
     'woof-64-5-r18-ranger': Experiment(
         claim='Nothing is published: does the layer help in the recipe of the replication, too?',
-        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --lr 4e-3'
-                ' --opt ranger --mom 0.95 --schedule flat_cos --ann-start 0.72 --act mish --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18', lr=4e-3, opt='ranger',
-                   mom=0.95, schedule='flat_cos', ann_start=0.72, act='mish'),
-            'none', 'simple'),
+        arms=attentions(replace(AT_64_PX, **RANGER), 'none', 'simple'),
         runs=8,
         plan='bf483c4',
         hours=0.056,
     ),
     'attention': Experiment(
         claim='Nothing is published: is it parameters, this image, the order of its statistics, the scale, any gate?',
-        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
-            'none', 'simple', 'conv', 'simple_n', 'swap', 'mean', 'cov', 'sagan', 'simple_sym', 'low_rank', 'channel',
-            'se'),
-        runs={'none': 14, 'simple': 14, 'conv': 14, 'simple_n': 14, 'swap': 14, 'mean': 14, 'cov': 14, 'sagan': 14,
-              'simple_sym': 14, 'low_rank': 10, 'channel': 10, 'se': 10},
+        arms=attentions(AT_64_PX, *TAKEN_APART),
+        runs=dict.fromkeys(TAKEN_APART, 14) | dict.fromkeys(('low_rank', 'channel', 'se'), 10),
         hours=0.55,
         contrasts={('none', 'conv'): 'parameters', ('conv', 'simple'): 'data dependence',
                    ('simple_n', 'simple'): 'scale', ('swap', 'simple'): 'own statistics',
                    ('mean', 'cov'): 'second order', ('se', 'simple'): 'more than a gate',
                    ('sagan', 'simple'): 'no softmax', ('simple', 'simple_sym'): 'symmetric W'},
         plan='e16bc79',
-        complete=('none', 'simple', 'conv', 'simple_n', 'swap', 'mean', 'cov', 'sagan', 'simple_sym', 'low_rank',
-                  'channel', 'se'),
+        complete=TAKEN_APART,
     ),
     'woof-64-5-r18-places': Experiment(
         claim='Other positions have been tested with worse results',
-        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
-            'none', 'simple', 'simple@1.0', 'simple@2.0', 'simple@2', 'simple@3.0', 'simple@3', 'simple@4.0',
-            'simple@4'),
+        arms=attentions(AT_64_PX, 'none', 'simple', *OTHER_PLACES),
         runs=10,
         hours=0.31,
-        contrasts=(('simple@1.0', 'simple'), ('simple@2.0', 'simple'), ('simple@2', 'simple'), ('simple@3.0', 'simple'),
-                   ('simple@3', 'simple'), ('simple@4.0', 'simple'), ('simple@4', 'simple')),
+        contrasts=tuple((place, 'simple') for place in OTHER_PLACES),
         plan='3c00eaa',
     ),
     'woof-64-5-r18-stages': Experiment(
         claim='Adding several layers has made results worse',
-        command='python train_imagenette.py --woof --split v2 --size 64 --epochs 5 --arch xresnet18 --sa --sa-at 1.0,1',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=64, epochs=5, arch='xresnet18'),
-            'simple', 'simple@1.0,1', 'simple@1,2', 'simple@1,2,3,4'),
+        arms=attentions(AT_64_PX, 'simple', 'simple@1.0,1', 'simple@1,2', 'simple@1,2,3,4'),
         runs=10,
         plan='3c00eaa',
         hours=0.14,
     ),
 
-    # The 24 records of fastai/imagenette, split v2, with the layer and without it: fastai's script of January 2020 with
-    # the flags of fastai/imagenette 2020-01-train.md. That page says that runs of 80 and 200 epochs had mixup, but not
-    # its alpha: 0.2 is that of the leaderboard of 2019. It validates on another crop than we do: at 128, 192 and 256 px
-    # it squeezes an image into a square of 152, 224 and 296 px and takes the centre; here the short side has size + 32.
-    'board-nette-128-5': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 128 --source 320 --epochs 5'
-                ' --bs 32 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=128, source='320', epochs=5, bs=32, lr=8e-3, opt='ranger',
-                   mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(87.43, 5),
-        needs=BLURRED_BS32,
-        hours=0.28,
-    ),
-    'board-nette-128-20': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 128 --source 320 --epochs 20 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=128, source='320', epochs=20, lr=8e-3, opt='ranger',
-                   mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(91.57, 5),
-        needs=BLURRED,
-        hours=1.1,
-    ),
-    'board-nette-128-80': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 128 --source 320 --epochs 80'
-                ' --mixup 0.2 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=128, source='320', epochs=80, lr=8e-3, opt='ranger',
-                   mom=0.95, schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max',
-                   stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(93.55, 1),
-        hours=4.5,
-    ),
-    'board-nette-128-200': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 128 --source 320 --epochs 200'
-                ' --mixup 0.2 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=128, source='320', epochs=200, lr=8e-3, opt='ranger',
-                   mom=0.95, schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max',
-                   stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(94.24, 1),
-        hours=11,
-    ),
-    'board-nette-192-5': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 192 --epochs 5 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=192, epochs=5, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(86.76, 5),
-        needs=BLURRED,
-        hours=0.63,
-    ),
-    'board-nette-192-20': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 192 --epochs 20 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=192, epochs=20, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(92.5, 5),
-        needs=BLURRED,
-        hours=2.5,
-    ),
-    'board-nette-192-80': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 192 --epochs 80 --mixup 0.2 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=192, epochs=80, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(94.5, 1),
-        hours=10,
-    ),
-    'board-nette-192-200': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 192 --epochs 200 --mixup 0.2 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=192, epochs=200, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(95.03, 1),
-        hours=25,
-    ),
-    'board-nette-256-5': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 256 --epochs 5 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=256, epochs=5, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(86.85, 5),
-        needs=BLURRED,
-        hours=1.1,
-    ),
-    'board-nette-256-20': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 256 --epochs 20 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=256, epochs=20, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(93.53, 5),
-        needs=BLURRED,
-        hours=4.5,
-    ),
-    'board-nette-256-80': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 256 --epochs 80 --mixup 0.2 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=256, epochs=80, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(94.9, 1),
-        hours=18,
-    ),
-    'board-nette-256-200': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --size 256 --epochs 200 --mixup 0.2 --sa',
-        arms=attentions(
-            Config(dataset='imagenette', split='v2', size=256, epochs=200, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(95.11, 1),
-        hours=45,
-    ),
-    'board-woof-128-5': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320 --epochs 5'
-                ' --bs 16 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=5, bs=16, lr=8e-3, opt='ranger',
-                   mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(76.61, 5),
-        needs=SEPARABLE,
-        hours=0.27,
-    ),
-    'board-woof-128-20': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320'
-                ' --epochs 20 --bs 16 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=20, bs=16, lr=8e-3, opt='ranger',
-                   mom=0.95, schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(86.27, 5),
-        needs=SEPARABLE,
-        hours=1.1,
-    ),
-    'board-woof-128-80': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320'
-                ' --epochs 80 --mixup 0.2 --bs 16 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=80, bs=16, lr=8e-3, opt='ranger',
-                   mom=0.95, schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max',
-                   stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(87.83, 1),
-        needs=SEPARABLE,
-        hours=4.3,
-    ),
-    'board-woof-128-200': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 128 --source 320'
-                ' --epochs 200 --mixup 0.2 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=128, source='320', epochs=200, lr=8e-3, opt='ranger',
-                   mom=0.95, schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max',
-                   stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(87.2, 1),
-        hours=11,
-    ),
-    'board-woof-192-5': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 5 --bs 16 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=192, epochs=5, bs=16, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(81.15, 5),
-        needs=SEPARABLE,
-        hours=0.61,
-    ),
-    'board-woof-192-20': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 20 --bs 16'
-                ' --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=192, epochs=20, bs=16, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(88.37, 5),
-        needs=SEPARABLE,
-        hours=2.4,
-    ),
-    'board-woof-192-80': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 80 --mixup 0.2'
-                ' --bs 16 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=192, epochs=80, bs=16, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(90.3, 1),
-        needs=SEPARABLE,
-        hours=9.7,
-    ),
-    'board-woof-192-200': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 192 --epochs 200'
-                ' --mixup 0.2 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=192, epochs=200, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(89.54, 1),
-        hours=24,
-    ),
-    'board-woof-256-5': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 5 --bs 32 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=256, epochs=5, bs=32, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(78.84, 5),
-        needs=TRICK,
-        hours=1.1,
-    ),
-    'board-woof-256-20': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 20 --bs 32'
-                ' --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=256, epochs=20, bs=32, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(88.58, 5),
-        needs=TRICK,
-        hours=4.3,
-    ),
-    'board-woof-256-80': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 80 --mixup 0.2'
-                ' --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=256, epochs=80, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(90.48, 1),
-        hours=17,
-    ),
-    'board-woof-256-200': Experiment(
-        claim='Every record of the leaderboard has the layer: what is it worth?',
-        command='python train_imagenette.py --split v2 --lr 8e-3 --opt ranger --mom 0.95 --schedule flat_cos'
-                ' --arch xse_resnext50 --act mish --pool max --stem 32-32-64 --woof --size 256 --epochs 200'
-                ' --mixup 0.2 --sa',
-        arms=attentions(
-            Config(dataset='imagewoof', split='v2', size=256, epochs=200, lr=8e-3, opt='ranger', mom=0.95,
-                   schedule='flat_cos', mixup=0.2, arch='xse_resnext50', act='mish', pool='max', stem='32-32-64'),
-            'none', 'simple'),
-        runs=5,
-        leader=(90.38, 1),
-        hours=43,
-    ),
+    # the 24 records of the leaderboard
+    'board-nette-128-5': of_board('nette', 128, 5, 87.43, 5, 0.28, BLURRED_BS32, bs=32),
+    'board-nette-128-20': of_board('nette', 128, 20, 91.57, 5, 1.1, BLURRED),
+    'board-nette-128-80': of_board('nette', 128, 80, 93.55, 1, 4.5),
+    'board-nette-128-200': of_board('nette', 128, 200, 94.24, 1, 11),
+    'board-nette-192-5': of_board('nette', 192, 5, 86.76, 5, 0.63, BLURRED),
+    'board-nette-192-20': of_board('nette', 192, 20, 92.5, 5, 2.5, BLURRED),
+    'board-nette-192-80': of_board('nette', 192, 80, 94.5, 1, 10),
+    'board-nette-192-200': of_board('nette', 192, 200, 95.03, 1, 25),
+    'board-nette-256-5': of_board('nette', 256, 5, 86.85, 5, 1.1, BLURRED),
+    'board-nette-256-20': of_board('nette', 256, 20, 93.53, 5, 4.5, BLURRED),
+    'board-nette-256-80': of_board('nette', 256, 80, 94.9, 1, 18),
+    'board-nette-256-200': of_board('nette', 256, 200, 95.11, 1, 45),
+    'board-woof-128-5': of_board('woof', 128, 5, 76.61, 5, 0.27, SEPARABLE, bs=16),
+    'board-woof-128-20': of_board('woof', 128, 20, 86.27, 5, 1.1, SEPARABLE, bs=16),
+    'board-woof-128-80': of_board('woof', 128, 80, 87.83, 1, 4.3, SEPARABLE, bs=16),
+    'board-woof-128-200': of_board('woof', 128, 200, 87.2, 1, 11),
+    'board-woof-192-5': of_board('woof', 192, 5, 81.15, 5, 0.61, SEPARABLE, bs=16),
+    'board-woof-192-20': of_board('woof', 192, 20, 88.37, 5, 2.4, SEPARABLE, bs=16),
+    'board-woof-192-80': of_board('woof', 192, 80, 90.3, 1, 9.7, SEPARABLE, bs=16),
+    'board-woof-192-200': of_board('woof', 192, 200, 89.54, 1, 24),
+    'board-woof-256-5': of_board('woof', 256, 5, 78.84, 5, 1.1, TRICK, bs=32),
+    'board-woof-256-20': of_board('woof', 256, 20, 88.58, 5, 4.3, TRICK, bs=32),
+    'board-woof-256-80': of_board('woof', 256, 80, 90.48, 1, 17),
+    'board-woof-256-200': of_board('woof', 256, 200, 90.38, 1, 43),
 
     # the digits of scikit-learn, which need no download
     'digits': Experiment(
         claim='Nothing is published: shows that the way from files to verdict works',
-        command='python train_imagenette.py --dataset digits --size 32 --epochs 3 --arch xresnet18 --sa',
         arms=attentions(Config(dataset='digits', size=32, epochs=3, arch='xresnet18'), 'none', 'simple'),
         runs=2,
         hours=0.00032,
