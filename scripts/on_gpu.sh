@@ -2,6 +2,7 @@
 # Tests, measures and records on a CUDA GPU whatever still waits for one, in the order of its worth.
 #   scripts/on_gpu.sh [RESULTS [MINUTES]]
 #   RESULTS: a results directory (default: results). MINUTES: stop after so many, and end with exit code 124.
+#   JOBS=3 in the environment trains three runs side by side (reproduce.py --jobs), which a large GPU has room for.
 # Each row is recorded as its run ends. What has its row or its file is not done again, so call it again to go on.
 # The first ten minutes hold the CUDA tests, a first look at the accuracy, and the time of a training step.
 # No step needs a network where fastai's untar_data finds Imagewoof: the archives of 160 and 320 px.
@@ -10,11 +11,13 @@
 # Beside each step stand the minutes that it should take on one NVIDIA H200 where nothing of it is recorded but by the
 # steps before. They are worked out from what was measured there with --cuda-graphs: an xresnet50 with simple attention
 # trains 7,500 images of 128 px a second, and a run of an xresnet18 at 64 px takes 6 seconds. An xresnet18 is taken to
-# train 10,000 images of 128 px a second, an image of 256 px to need as long as four of 128.
+# train 10,000 images of 128 px a second, an image of 256 px to need as long as four of 128. At 64 px three runs side by
+# side took 7 seconds, so that JOBS=3 should need a third of the minutes there; at 128 px it saves little.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-results}
 minutes=${2:-}
+jobs=${JOBS:-1}
 python=${PYTHON:-python}
 if [[ -z ${PYTHON:-} && -x .venv/bin/python ]]; then python=.venv/bin/python; fi
 if [[ -n $minutes && ! $minutes =~ ^[1-9][0-9]*$ ]]; then
@@ -54,7 +57,7 @@ over() {
 measure() { # MINUTES FOLDER WHAT FLAGS...: into RESULTS/FOLDER/benchmarks
   if [[ ! -e $results/$2/benchmarks/$3.csv ]]; then try "$1" scripts/benchmark.py "${@:3}" --results "$results/$2"; fi
 }
-record() { try "$1" scripts/reproduce.py "${@:2}" --cuda-graphs --results "$results"; }
+record() { try "$1" scripts/reproduce.py "${@:2}" --cuda-graphs --jobs "$jobs" --results "$results"; }
 
 try 2 -m pytest -k cuda
 record 1 woof-128-5 --arms none,simple --runs 2

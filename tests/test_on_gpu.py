@@ -21,7 +21,7 @@ def on_gpu(tmp_path):
         fake.write_text(f'#!/bin/bash\necho "$*" >> {log}\n{python}\ncase "$*" in {cases} *) exit 0;; esac\n')
         fake.chmod(0o755)
         log.touch()
-        env = {key: value for key, value in os.environ.items() if key != 'PYTHON'} | variables
+        env = {key: value for key, value in os.environ.items() if key not in ('PYTHON', 'JOBS')} | variables
         done = subprocess.run(['bash', str(script), *argv], env=env, capture_output=True, text=True)
         return done.returncode, done.stdout, done.stderr, log.read_text().splitlines()[1:]
     return run
@@ -31,12 +31,18 @@ def test_the_first_steps_are_the_tests_some_accuracy_and_a_step(on_gpu):
     code, out, err, calls = on_gpu('there')
     assert code == 0 and not err
     assert calls[:3] == ['-m pytest -k cuda',
-                         'scripts/reproduce.py woof-128-5 --arms none,simple --runs 2 --cuda-graphs --results there',
+                         'scripts/reproduce.py woof-128-5 --arms none,simple --runs 2 --cuda-graphs --jobs 1'
+                         ' --results there',
                          'scripts/benchmark.py step --results there/cuda']
     steps = [line for line in out.splitlines() if line.startswith(('== -m', '== scripts'))]
     assert len(steps) == len(calls) and all(line.endswith(('min on an H200)', '(not measured yet)')) for line in steps)
     first_minutes = [int(line.split('(about ')[1].split()[0]) for line in steps[:4]]
     assert sum(first_minutes) <= 10
+
+
+def test_runs_side_by_side_where_asked_for(on_gpu):
+    calls = [call for call in on_gpu(JOBS='3')[3] if 'reproduce.py' in call]
+    assert calls and all(' --jobs 3 ' in call for call in calls)
 
 
 def test_256_px_are_announced_as_without_a_verdict(on_gpu):
