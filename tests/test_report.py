@@ -589,6 +589,16 @@ def test_the_headline_is_what_the_record_says(base, arm, said, rows_of_record):
     if base == 'none' and arm == 'simple':
         assert (f'adds 3.3 points of accuracy, with a 95 % interval from {found[0]} to {found[1]} over runs, and from '
                 f'{found[2]} to {found[3]} over images too') in ' '.join((REPO / 'README.md').read_text().split())
+    line = f'| {arm} − {base}, paired by seed | '
+    page = (REPO / 'results' / 'README.md').read_text().partition(line)[2].splitlines()[0]
+    assert page.endswith(f'| {100 * change.mean():+.2f} [{100 * low:.2f}, {100 * high:.2f}] |')
+
+
+def test_the_changes_of_the_rule_are_counted():
+    page = (REPO / 'results' / 'README.md').read_text()
+    rows = page.partition('### How the rule was changed')[2].partition('\n## ')[0].count('\n| 2')
+    changes = rows - 1  # the first row is the rule itself
+    assert f'It was changed {["four", "five", "six", "seven", "eight"][changes - 4]} times' in page
 
 
 def test_predictions_give_the_share_of_the_images(tmp_path, published):
