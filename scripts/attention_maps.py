@@ -57,7 +57,7 @@ def draw_maps(argv):
     args = parse(argv)
     from training import maps, run  # torch and fastai take seconds: not before the command line is known to be good
     saved = run.read_model(args.model)
-    model, _ = run.load_model(args.model)
+    model, _ = run.built(args.model, saved)
     pixels, batch = maps.load_images(args.images, saved['config']['size'])
     looked = chosen(maps.look(model, batch), args)
     for name, layer in looked.items():

@@ -9,7 +9,7 @@ import runlog
 from layers import ATTENTION, SimpleSelfAttention
 from report import maps as drawn
 from training import maps
-from training.branch import Branch
+from training.branch import Branch, attention_layers
 from xresnet import xresnet
 
 attention_maps = script('attention_maps')
@@ -109,6 +109,27 @@ def test_the_ratio_is_that_of_the_change():
     assert branch.ratio() is None and branch.ratios() == [None]
     branch.watch(xresnet('xresnet18', 3).eval())
     assert branch.ratio() is None and branch.hooks == []
+
+
+class Outer(torch.nn.Module):
+    "A layer of a user's that has modules called attention inside, one of which gives a tuple."
+    def __init__(self, n):
+        super().__init__()
+        self.attention = torch.nn.MultiheadAttention(n, 4, batch_first=True)
+        self.self_attention = torch.nn.Identity()
+
+    def forward(self, x):
+        z = x.flatten(2).mT
+        return x + self.self_attention(self.attention(z, z, z)[0]).mT.view_as(x)
+
+
+def test_what_is_inside_a_layer_is_no_layer_of_the_network():
+    model, branch = xresnet('xresnet18', 3, Outer).eval(), Branch()
+    (name, layer), = attention_layers(model).items()
+    assert isinstance(layer, Outer) and name.endswith('.attention')
+    branch.watch(model)
+    model(torch.randn(2, 3, 32, 32))
+    assert len(branch.ratios()) == 1 and attention_layers(xresnet('xresnet18', 3)) == {}
 
 
 def test_a_layer_that_works_in_place_is_measured_too():

@@ -125,8 +125,17 @@ def test_both_loaders_give_the_same_images_in_the_same_order(tree):
 def test_images_are_decoded_once_for_many_runs_and_anew_when_they_change(tree):
     first, second = (get_dls(config(tree, loader='device', seed=seed)).train.dataset for seed in (0, 1))
     assert first.pixels is second.pixels and not np.array_equal(first.boxes, second.boxes)
+    assert get_dls(config(tree, loader='device', bs=3)).train.dataset.pixels is first.pixels
     next((tree / 'val').rglob('*.JPEG')).unlink()
     assert get_dls(config(tree, loader='device')).train.dataset.pixels is not first.pixels
+
+
+def test_images_of_before_are_gone_when_others_are_decoded(tree, monkeypatch):
+    "Else the two together would not fit where each does."
+    get_dls(config(tree, loader='device'))
+    def bytes_left(*args): return 2**20 if not data._decoded else 0
+    monkeypatch.setattr(data, 'device_bytes', bytes_left)
+    assert get_dls(config(tree, loader='device', size=48)).loader == 'device'
 
 
 def test_images_that_do_not_fit_on_the_device(tree, monkeypatch):
@@ -136,16 +145,17 @@ def test_images_that_do_not_fit_on_the_device(tree, monkeypatch):
 
 
 def test_validation_images_count_among_those_that_are_to_fit_on_the_device(tree, monkeypatch):
-    data._decoded.cache_clear()
+    data._decoded.clear()
     dls = get_dls(config(tree, loader='device'))
     needed = dls.train.dataset.pixels.data.numel() + dls.valid.dataset.pixels.numel()
     for room in (needed, needed - 1):
-        data._decoded.cache_clear()
+        data._decoded.clear()
         monkeypatch.setattr(data, 'device_bytes', lambda *_, room=room: room)
         with contextlib.nullcontext() if room == needed else pytest.raises(UsageError, match='no room for'):
             get_dls(config(tree, loader='device'))
     def no_memory(*args): raise MemoryError('Unable to allocate 9 GiB')
-    monkeypatch.setattr(data, '_decoded_valid', no_memory)
+    data._decoded.clear()
+    monkeypatch.setattr(data, 'stack_valid_images', no_memory)
     monkeypatch.setattr(data, 'device_bytes', lambda *_: needed)
     with pytest.raises(UsageError, match='no room for Unable to allocate 9 GiB; take --loader workers'):
         get_dls(config(tree, loader='device'))

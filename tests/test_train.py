@@ -3,11 +3,12 @@ import copy
 import functools
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -283,6 +284,30 @@ def test_dump_prints_shapes_and_parameters_and_trains_nothing(command, tmp_path)
     assert '(1, 256, 32, 32)' in line and '65,537' in line  # 256 * 256 and gamma
     model = training.run.get_model(Config(attention='simple'), 10)
     assert f'{sum(p.numel() for p in model.parameters()):,} parameters' in out
+
+
+def test_a_model_that_this_code_cannot_load_gets_a_line(tmp_path):
+    model = training.run.get_model(Config(arch='xresnet18'), 2)
+    def load(file, **saved):
+        saved = dict(config=asdict(Config(arch='xresnet18')), vocab=['a', 'b'], model=model.state_dict()) | saved
+        torch.save(saved, tmp_path / file)
+        training.run.load_model(tmp_path / file)
+    load('good.pt')
+    with pytest.raises(UsageError, match=r'newer\.pt: was saved by another version of this code .*cutmix'):
+        load('newer.pt', config=asdict(Config(arch='xresnet18')) | dict(cutmix=1.))
+    with pytest.raises(UsageError, match=r'other\.pt: its weights do not fit xresnet18 .*size mismatch'):
+        load('other.pt', vocab=['a', 'b', 'c'])
+
+
+def test_dump_of_what_a_cpu_could_not_train(command, tmp_path):
+    "A layer with a module that gives a tuple; flags that need a GPU."
+    file = tmp_path / 'recurrent.py'
+    file.write_text('import torch\n'
+                    'class Recurrent(torch.nn.Module):\n'
+                    '    def __init__(self, n): super().__init__(); self.lstm = torch.nn.LSTM(n, n, batch_first=True)\n'
+                    '    def forward(self, x): return x + self.lstm(x.flatten(2).mT)[0].mT.view_as(x)\n')
+    code, out, err = command('--dump', '--sa', f'{file}:Recurrent', *'--size 32 --arch xresnet18 --cuda-graphs'.split())
+    assert code == 0 and re.search(r'attention.lstm +LSTM +\d', out), err
 
 
 def test_dump_has_a_head_for_the_classes_of_the_folder_and_needs_no_device(tree, command):

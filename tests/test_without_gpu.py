@@ -25,7 +25,7 @@ from training import cluster, data, host, jobs
 from training.data import ImageLoader, get_dls
 from training.images import Pixels, crop_boxes, epoch_draws
 from training.learner import get_learner
-from training.measure import FiniteLoss
+from training.measure import FiniteLoss, Measure
 from training.readers import START_METHOD
 
 CUDA, CPU = torch.device('cuda', 0), torch.device('cpu')
@@ -72,6 +72,21 @@ def test_a_loss_that_is_not_finite_is_seen_when_it_arrives_and_nothing_waits_for
     assert step(3.), 'the second one has not come, and none overtakes it'
     events[1].come = True
     assert not step(4.)
+
+
+def test_no_epoch_is_trained_after_a_validation_that_diverged(tree, monkeypatch):
+    "On a GPU the losses are still on their way then."
+    monkeypatch.setattr(training.measure, 'FiniteLoss', lambda: lambda loss: True)
+    class Breaks(Callback):
+        n_steps = 0
+        def after_loss(self):
+            if self.training: self.n_steps += 1
+            else: self.learn.loss = self.learn.loss * float('nan')
+    cfg = config(tree)
+    measure, breaks = Measure(lambda curve: None), Breaks()
+    learn = get_learner(replace(cfg, precision='fp32'), get_dls(cfg), Tiny(), [measure, breaks])
+    with learn.no_bar(), learn.no_logging(): learn.fit(3, 1e-2)
+    assert measure.diverged and len(measure.curve) == 1 and breaks.n_steps == len(learn.dls.train)
 
 
 # --- float16: GradScaler as on a GPU ---

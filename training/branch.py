@@ -5,6 +5,15 @@ import torch.nn as nn
 N_WATCHED = 8  # images of a batch: enough for a ratio, and little to copy
 
 
+def attention_layers(model):
+    "Returns {name: module} of the attention layers of a network; what a layer has inside is none, whatever its name."
+    found = {}
+    for name, module in model.named_modules():  # a module comes before those inside it
+        is_inside = any(name.startswith(f'{outer}.') for outer in found)
+        if name.endswith('.attention') and not is_inside and not isinstance(module, nn.Identity): found[name] = module
+    return found
+
+
 class Branch:
     """Compares the output of each attention layer with its input, on one batch of images (the first `n_images`).
 
@@ -17,8 +26,7 @@ class Branch:
         "Starts with the next batch."
         self.stop()
         self.squares = []
-        for name, module in model.named_modules():
-            if not name.endswith('attention') or isinstance(module, nn.Identity): continue
+        for module in attention_layers(model).values():
             self.hooks += [module.register_forward_pre_hook(self.before), module.register_forward_hook(self.after)]
 
     def before(self, module, inputs):

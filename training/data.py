@@ -272,16 +272,23 @@ class DeviceLoader(ImageLoader):
         for i in range(0, stop, self.bs): yield self.dataset.batch(i, min(i + self.bs, self.n))
 
 
-@lru_cache(maxsize=1)
-def _decoded(path, files, data_fingerprint, device, batch_pixels, valid_bytes):
-    "Returns the Pixels of `files`, which are kept for the next run of this process on the same data."
-    return Pixels([path / f for f in files], device, limit=device_bytes(device, batch_pixels) - valid_bytes)
+_decoded = {}  # the last of `decoded`
 
 
-@lru_cache(maxsize=1)
-def _decoded_valid(path, files, data_fingerprint, device, size):
-    "Returns the validation images of `files`, kept in the same way: (n, size, size, 3)."
-    return stack_valid_images([path / f for f in files], size).to(device)
+def decoded(path, train, valid, data_fingerprint, device, size, batch_pixels):
+    """Returns (the Pixels of the files `train`, the images of `valid` (n, size, size, 3)) on a device.
+
+    They are kept for the next run of this process on the same data, and dropped before others are decoded. Raises
+    MemoryError where they do not fit beside training with batches of `batch_pixels` pixels.
+    """
+    key = path, train, valid, data_fingerprint, device, size
+    if key not in _decoded:
+        _decoded.clear()
+        if device.type == 'cuda': torch.cuda.empty_cache()
+        limit = device_bytes(device, batch_pixels) - 3 * len(valid) * size**2
+        pixels = Pixels([path / f for f in train], device, limit=limit)
+        _decoded[key] = pixels, stack_valid_images([path / f for f in valid], size).to(device)
+    return _decoded[key]
 
 
 def device_bytes(device, batch_pixels):
@@ -329,12 +336,9 @@ def loaders(cfg, path, train, valid, data_fingerprint, device):
         raise UsageError("--loader device: needs float64, which a Mac's GPU has not; take --loader workers")
     if kind == 'auto': kind = 'device' if device.type == 'cuda' else 'workers'
     if kind == 'device':
-        sizes = cfg.bs * cfg.size**2, 3 * len(valid) * cfg.size**2
         try:
-            pixels = _decoded(path, train, data_fingerprint, device, *sizes)
-            ready = _decoded_valid(path, valid, data_fingerprint, device, cfg.size)
+            pixels, ready = decoded(path, train, valid, data_fingerprint, device, cfg.size, cfg.bs * cfg.size**2)
         except MemoryError as e:
-            _decoded.cache_clear()
             if cfg.loader == 'device':
                 raise UsageError(f'--loader device: no room for {e}; take --loader workers') from None
             kind = 'workers'

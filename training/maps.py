@@ -4,10 +4,9 @@ The input of a layer is seen as x (C, N): C channels at N = H*W positions. Every
 """
 import numpy as np
 import torch
-import torch.nn as nn
 
 from layers import CovarianceAttention, LowRankAttention, SelfAttention, SimpleSelfAttention
-from training.branch import Branch
+from training.branch import Branch, attention_layers
 from training.data import IMAGENET_MEAN, IMAGENET_STD
 from training.images import read_image, valid_image
 
@@ -17,12 +16,6 @@ def load_images(files, size):
     pixels = np.stack([np.array(valid_image(read_image(file), size)) for file in files])
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return pixels, (torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 255 - mean) / std
-
-
-def attention_layers(model):
-    "Returns {name: module} of the attention layers of a network."
-    return {name: module for name, module in model.named_modules()
-            if name.endswith('attention') and not isinstance(module, nn.Identity)}
 
 
 @torch.no_grad()

@@ -56,7 +56,10 @@ class Measure(Callback):
         self.started = time.perf_counter()
         reset_peak_memory(self.dls.device)
 
-    def before_epoch(self): self.epoch_started = time.perf_counter()
+    def before_epoch(self):
+        if self.diverged: raise CancelFitException  # in the validation of the epoch before
+        self.epoch_started = time.perf_counter()
+
     def before_train(self): self.train_started, self.epoch_images = time.perf_counter(), 0
 
     def before_validate(self):

@@ -268,12 +268,19 @@ def summary(row):
 
 def load_model(file):
     "Returns (model in eval mode on the CPU, class names) from a file that `run(..., save=file)` wrote."
-    saved = read_model(file)
-    cfg = Config(**saved['config'] | dict(attention_source=''))  # what is there now
-    if cfg.attention_source != saved['config'].get('attention_source', ''):
-        print(f'{file}: the source of {cfg.attention} has changed since it was saved', file=sys.stderr)
+    return built(file, read_model(file))
+
+
+def built(file, saved):
+    "Returns what `load_model` does from what `read_model` has read of a file."
+    try: cfg = Config(**saved['config'] | dict(attention_source=''))  # what is there now
+    except TypeError as e:
+        raise UsageError(f'{file}: was saved by another version of this code ({in_a_line(e)})') from None
+    has_changed = cfg.attention_source != saved['config'].get('attention_source', '')
+    if has_changed: print(f'{file}: the source of {cfg.attention} has changed since it was saved', file=sys.stderr)
     model = get_model(cfg, len(saved['vocab']))
-    model.load_state_dict(saved['model'])
+    try: model.load_state_dict(saved['model'])
+    except RuntimeError as e: raise UsageError(f'{file}: its weights do not fit {cfg.model} ({in_a_line(e)})') from None
     return model.eval(), saved['vocab']
 
 
@@ -294,10 +301,13 @@ def dump(cfg):
     if cfg.data:
         n_classes = len(set(labels_of(find_images(Path(cfg.data), cfg.valid_pct)).values()))
     device = torch.device('cpu')
-    layer.check(settle(replace(cfg, precision='fp32'), device), device)
+    layer.check(settle(replace(cfg, precision='fp32', compile=0, cuda_graphs=0), device), device)
     model = get_model(cfg, n_classes).eval()
     shapes = {}
-    def keep_shape(name): return lambda module, inputs, output: shapes.update({name: tuple(output.shape)})
+    def keep_shape(name):
+        def hook(module, inputs, output):  # the output of an LSTM is a tuple
+            if isinstance(output, torch.Tensor): shapes[name] = tuple(output.shape)
+        return hook
     for name, module in model.named_modules(): module.register_forward_hook(keep_shape(name))
     with torch.no_grad(): model(torch.zeros(1, 3, cfg.size, cfg.size))
     lines = [f'{"module":34}{"type":22}{"output":22}{"parameters":>12}']
