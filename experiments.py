@@ -47,17 +47,19 @@ INSTEAD_OF_OPT = dict.fromkeys(
     'is not in fastai; take ranger, radam, lamb or lookahead')
 ROLES = 'result', 'speed', 'run'
 SWITCH = [0, 1]
+ADAPTIVE = ['adam', 'rms', 'ranger', 'radam', 'lamb', 'lookahead']  # optimizers that keep squared gradients
 
 
 # --- one run ---
 
 def knob(default, help, *aliases, choices=None, also=None, instead=None, least=None, above=None, most=None, below=None,
-         role='result', for_life=None, before=None, flag=True):
+         only_with=None, role='result', for_life=None, before=None, flag=True):
     """Makes a field of Config with `least` <= value <= `most` and `above` < value < `below`.
 
     choices   the values there are; capitals and underscores do not matter
     also      {another name of a choice: the choice}
     instead   {a name that upstream has and this repository has not: what to take instead, and why}
+    only_with (another knob, its values with which this one has an effect), for `check_effects`
     role      result: runs that differ in it are different settings, which are never pooled.
               speed: it says how the same function is computed; runs that differ in it alone repeat one another.
               run: it is of the run, and no part of the setting: its seed, its folder, what feeds it.
@@ -68,9 +70,9 @@ def knob(default, help, *aliases, choices=None, also=None, instead=None, least=N
     assert role in ROLES
     if for_life is None: for_life = role == 'result'
     if before is None: before = default
-    return field(default=default, metadata=dict(help=help, aliases=aliases, choices=choices, also=also or {},
-                                                instead=instead or {}, least=least, above=above, most=most,
-                                                below=below, role=role, for_life=for_life, before=before, flag=flag))
+    return field(default=default, metadata=dict(
+        help=help, aliases=aliases, choices=choices, also=also or {}, instead=instead or {}, least=least, above=above,
+        most=most, below=below, only_with=only_with, role=role, for_life=for_life, before=before, flag=flag))
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Config:
                       'auto: v1, but v2 for digits, custom and --valid-pct', choices=['auto', 'v1', 'v2'])
     size: int = knob(128, 'image size in pixels', least=32, most=1024)
     source: str = knob('auto', 'archive by its short side; auto: 160 up to 128 px, 320 up to 224 px, else full',
-                       choices=['auto', '160', '320', 'full'])
+                       choices=['auto', '160', '320', 'full'], only_with=('dataset', ['imagenette', 'imagewoof']))
     data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download', role='run')
     valid_pct: float = knob(0., 'with --data: the folder is flat, <class>/<image>, and this part of each class, '
                             'such as 0.2, validates', least=0, below=1)
@@ -114,14 +116,16 @@ class Config:
     schedule: str = knob('one_cycle', 'learning rate schedule', '--sched-type', choices=['one_cycle', 'flat_cos'],
                          also={'flat_and_anneal': 'flat_cos'})
     ann_start: float = knob(0.75, 'with flat_cos: the part of training after which the learning rate falls to almost 0',
-                            least=0, below=1)
-    opt: str = knob('adam', 'optimizer', choices=['adam', 'rms', 'sgd', 'ranger', 'radam', 'lamb', 'lookahead'],
+                            least=0, below=1, only_with=('schedule', ['flat_cos']))
+    opt: str = knob('adam', 'optimizer', choices=['sgd', *ADAPTIVE],
                     also={'RMSProp': 'rms'}, instead=INSTEAD_OF_OPT)
     mom: float = knob(0.9, 'momentum (beta1); one_cycle takes it from mom+0.05, or (1+mom)/2 if that is less, to '
                       'mom-0.05, but not below 0, and back', least=0, below=1)
-    sqrmom: float = knob(0.99, 'decay of the squared gradients (beta2)', '--alpha', least=0, below=1)
-    eps: float = knob(1e-6, 'epsilon of the optimizer; sgd has none', above=0)
-    beta: float = knob(0., 'of the softplus of SAdam, in ranger and radam; 0: off', least=0)
+    sqrmom: float = knob(0.99, 'decay of the squared gradients (beta2); sgd has none', '--alpha', least=0, below=1,
+                         only_with=('opt', ADAPTIVE))
+    eps: float = knob(1e-6, 'epsilon of the optimizer; sgd has none', above=0, only_with=('opt', ADAPTIVE))
+    beta: float = knob(0., 'of the softplus of SAdam, in ranger and radam; 0: off', least=0,
+                       only_with=('opt', ['ranger', 'radam']))
     wd: float = knob(1e-2, 'decoupled weight decay; norms and biases have none', '--weight-decay', least=0)
     label_smoothing: float = knob(0.1, 'label smoothing', least=0, below=1)
     mixup: float = knob(0., 'alpha of mixup; 0: off', least=0)
@@ -164,7 +168,7 @@ class Config:
         try: places = parse_places(self.sa_at, blocks)
         except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None
         self._set('places', places)  # [(stage, block)], what the network is built from
-        self._set('sa_at', format_places(places, blocks))
+        self._set('sa_at', format_places(places, blocks) if self.attention != 'none' else Config.sa_at)
 
     def _set(self, name, value):
         "Sets an attribute while this object is made; afterwards it is frozen."
@@ -177,12 +181,28 @@ class Config:
         if self.valid_pct and not self.data: raise UsageError('--valid-pct: with --data only')
         if self.valid_pct and self.split == 'v1': raise UsageError('--valid-pct and --split v1: give one of them')
         if self.dataset == 'custom' and not self.data: raise UsageError('--dataset custom: name its folder with --data')
-        if self.beta and self.opt not in ('ranger', 'radam'):
-            raise UsageError(f'--beta: for --opt ranger and radam only, not {self.opt}')
         if 0 < self.mixup < 1e-3: raise UsageError(f'--mixup {self.mixup}: must be 0 or at least 0.001')
+
+    def check_effects(self):
+        """Raises UsageError where a knob is set that has no effect beside the others.
+
+        It is for command lines: a row or a model of before may have such a knob.
+        """
+        for f in fields(self):
+            value, (other, values) = getattr(self, f.name), f.metadata['only_with'] or ('', [])
+            if not other or value == f.default or getattr(self, other) in values: continue
+            raise UsageError(f'{flag(f)} {value}: for --{other} {listed(values)} only, not {getattr(self, other)} '
+                             f'(default {f.default})')
+        if self.skip_damaged and not self.data: raise UsageError('--skip-damaged: with --data only')
 
     @property
     def model(self): return model_name(self.arch, self.attention)
+
+
+def listed(names):
+    "Returns 'a, b or c'."
+    *names, last = names
+    return f'{", ".join(names)} or {last}' if names else last
 
 
 def model_name(arch, attention):
@@ -225,9 +245,9 @@ def format_places(places, blocks):
     return ','.join(name(*place) for place in places)
 
 
-def as_written_now(sa_at):
-    "Returns a setting of places as `format_places` writes it: older rows have 3.0 for 3b0."
-    return re.sub(r'\b(\d)\.(\d?0)\b', r'\1b\2', sa_at)
+def as_written_now(attention, sa_at):
+    "Returns the places of a layer as Config has them: older rows have 3.0 for 3b0, and any place of `none`."
+    return Config.sa_at if attention == 'none' else re.sub(r'\b(\d)\.(\d?0)\b', r'\1b\2', sa_at)
 
 
 N_IMAGES = {  # (dataset, split): numbers of training and validation images of a full archive
@@ -268,9 +288,9 @@ def command_line(cfg):
     values = asdict(by_itself if resolve(by_itself) == resolve(cfg) else cfg) | dict(sa_at=cfg.sa_at.replace('b', '.'))
     words = ['python', 'train_imagenette.py'] + ['--woof'] * (cfg.dataset == 'imagewoof')
     for f in sorted(fields(Config), key=lambda f: f.name in ('attention', 'sa_at')):  # these two last
-        if not f.metadata['flag'] or values[f.name] == 'imagewoof': continue
+        if not f.metadata['flag'] or (f.name, values[f.name]) == ('dataset', 'imagewoof'): continue
         if values[f.name] == f.default and f.name not in ('size', 'epochs'): continue
-        words += [flag(f)] if values[f.name] == 'simple' else [flag(f), str(values[f.name])]
+        words += [flag(f)] if (f.name, values[f.name]) == ('attention', 'simple') else [flag(f), str(values[f.name])]
     return shlex.join(words)
 
 
@@ -329,13 +349,8 @@ SETTINGS = knobs(role='result')  # runs that agree in these, on the same images,
 
 def setting(cfg, names=SETTINGS):
     "Returns the values of a resolved `cfg` that distinguish its setting from others."
-    values = asdict(cfg) | dict(sa_at=place_of(cfg.attention, cfg.sa_at))
+    values = asdict(cfg)
     return tuple(values[name] for name in names)
-
-
-def place_of(attention, sa_at):
-    "Returns the place of a layer; `none` is one setting, wherever the layer would be."
-    return Config.sa_at if attention == 'none' else sa_at
 
 
 @dataclass(frozen=True)

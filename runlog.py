@@ -27,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock
 
 from command import Parser, UsageError, exit_code
-from experiments import SETTINGS, Config, as_written_now, fields, place_of, setting
+from experiments import SETTINGS, Config, as_written_now, fields, setting
 
 RESULTS = Path(__file__).parent / 'results'
 STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
@@ -90,6 +90,8 @@ def commit(repo):
         code = [line for line in tree if line.endswith('.py')]
         dirty = int(any(_changed(repo, line) for line in code)) if code else None
         return dict(git_commit=number, git_dirty=dirty)
+    if os.path.realpath(git('rev-parse', '--show-toplevel') or os.devnull) != os.path.realpath(repo):
+        return dict(git_commit='', git_dirty=None)  # no repository, or another one around a copy of the code
     number = git('rev-parse', 'HEAD')
     changes = git('status', '--porcelain', '--untracked-files=no', '--', '*.py')
     return dict(git_commit=number, git_dirty=int(bool(changes)) if number else None)
@@ -373,17 +375,15 @@ def load(path=RESULTS / 'runs.csv'):
     for name, kind in COLUMNS.items():
         values = df[name].fillna('')
         df[name] = (values if kind is str else pd.to_numeric(values)).astype(dtypes[kind])
-    df['resumed'], df['sa_at'] = df.resumed.fillna(0), df.sa_at.map(as_written_now)
+    df['resumed'], df['sa_at'] = df.resumed.fillna(0), list(map(as_written_now, df.attention, df.sa_at))
     if df.run_id.is_unique: return df
     return df.loc[sorted(df.groupby('run_id').resumed.idxmax())].reset_index(drop=True)
 
 
 def by_setting(runs, names=SETTINGS):
-    "Returns {values of the columns `names`: the runs with them}; without attention its place makes no difference."
+    "Returns {values of the columns `names`: the runs with them}."
     if runs.empty: return {}
-    settings = runs[list(names)]
-    if 'sa_at' in names: settings = settings.assign(sa_at=list(map(place_of, runs.attention, runs.sa_at)))
-    groups = settings.groupby(list(names), dropna=False, sort=False).indices
+    groups = runs.groupby(list(names), dropna=False, sort=False).indices
     return {key: runs.iloc[at] for key, at in groups.items()}
 
 

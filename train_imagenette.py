@@ -87,6 +87,7 @@ def parse(argv):
     if args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
     check_run_flags(args)
     cfg = config_of(args)
+    cfg.check_effects()
     replace(cfg, seed=cfg.seed + args.runs - 1)  # the last seed is checked now, not after the run before it
     try:
         if cfg.data: find_images(Path(cfg.data), cfg.valid_pct)

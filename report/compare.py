@@ -4,6 +4,7 @@ A published mean of last epochs stands beside ours of last epochs, one of best e
 two are never mixed. Runs on other images, splits or archives, or of another precision, are a set of their own and are
 never pooled. How a verdict is reached: results/README.md.
 """
+import sys
 from collections import Counter, namedtuple
 from functools import lru_cache
 from pathlib import Path
@@ -105,6 +106,11 @@ def _images(exp):
     return dict(split=cfg.split, source=cfg.source)
 
 
+def archive(source):
+    "Returns the column `source` in words."
+    return dict(auto='no archive', full='full-size archive').get(source, f'{source} px archive')
+
+
 def is_whole(dataset, key):
     "Returns whether a set (or a row of `gaps`) is on the full archive, where there is one."
     full = N_IMAGES.get((dataset, key['split']))
@@ -156,13 +162,26 @@ def accuracies(runs, metric='last'):
 
 
 def correct(run_ids, results):
-    "Returns (runs, images) of 0 and 1 from the predictions of these runs; None if one is not at hand."
+    """Returns (runs, images) of 0 and 1 from the predictions of these runs, the images in the order of their names.
+
+    It is None if those of a run are not at hand, or are of other images.
+    """
     files = [Path(results) / 'predictions' / f'{run_id}.npz' for run_id in run_ids]
     if not files or not all(file.exists() for file in files): return None
-    arrays = []
-    for file in files:
-        with np.load(file) as saved: arrays.append(saved['logits'].argmax(1) == saved['targets'])
-    return np.array(arrays)
+    found = [_predictions(file, file.stat().st_mtime) for file in files]
+    if None in found or any(names != found[0][0] for names, _ in found): return None
+    return np.array([right for _, right in found])
+
+
+@lru_cache(maxsize=1_000)
+def _predictions(file, changed):
+    "Returns (names of the images, whether each is classified correctly), in the order of the names; None of damage."
+    try:
+        with np.load(file) as saved:
+            order = saved['files'].argsort()
+            return tuple(saved['files'][order]), (saved['logits'].argmax(1) == saved['targets'])[order]
+    except Exception as e:  # what damaged files make zipfile and numpy raise has no end
+        return print(f'{file}: cannot be read, so there are no intervals over images ({e})', file=sys.stderr)
 
 
 # --- the comparisons ---
@@ -287,7 +306,7 @@ def _arm(runs, metric, n_wanted, complete=None):
     seeds = {run.seed for run in counted}
     counts = dict(n_ok=len({run.seed for run in ok}), diverged=len(diverged),
                   other=len(runs) - len(ok) - len(diverged), n_wanted=n_wanted,
-                  n_done=len(seeds) + len(diverged_counted))
+                  n_done=len(seeds | set(diverged_counted)))
     chance = CHANCE.get(runs.dataset.iloc[0]) if len(runs) else None
     at_chance = {} if chance is None else dict.fromkeys(set(diverged_counted) - seeds, chance)
     return dict(ok=ok, counted=counted, at_chance=at_chance, counts=counts, seconds=runs.fit_seconds,
@@ -427,7 +446,7 @@ def _verdict(row, apart):
         return found | dict(verdict=INCOMPLETE) if have else found
     if not row['tested']: return found | dict(verdict=DESCRIBED)
     if not row['planned'] and not np.isnan(said['difference']):
-        return found | dict(verdict=NO_VERDICT, reason=f'{row["source"]} px archive')
+        return found | dict(verdict=NO_VERDICT, reason=archive(row['source']))
     claim = NAN if said['low'] <= 0 <= said['high'] else said['difference']
     found |= dict(claim=claim, verdict=stats.verdict(test['low'], test['high'], test['holm_p'], claim))
     if stats.fails_holm(test['low'], test['high'], test['holm_p']): found['reason'] = "not after Holm's correction"
@@ -466,9 +485,10 @@ def known_to(points, pairs, runs, metric):
 
 
 def done(exp, runs, recipes=None):
-    "Returns {arm: runs that need no repetition} of the latest set of an Experiment that is as planned."
+    "Returns {arm: seeds that need no repetition} of the latest set of an Experiment that is as planned."
     planned = [arms for key, arms in sets(exp, runs, recipes=recipes) if key['planned']]
-    return {arm: int(planned[0][arm].status.isin(runlog.DONE).sum()) if planned else 0 for arm in exp.arms}
+    def n_done(of_arm): return of_arm.seed[of_arm.status.isin(runlog.DONE)].nunique()
+    return {arm: n_done(planned[0][arm]) if planned else 0 for arm in exp.arms}
 
 
 def images(row):

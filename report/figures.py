@@ -245,7 +245,7 @@ def _epochs_height(rows): return 0.25 + 1.5 * -(-len(rows) // PANELS)
 def _what(name, key):
     "Returns the title of a set of images."
     images = 'validation images' if pd.isna(key['n_val']) else f'{int(key["n_val"]):,} validation images'
-    return f'{name}: split {key["split"]}, {images}, {key["source"]} px archive, {key["precision"]}'
+    return f'{name}: split {key["split"]}, {images}, {compare.archive(key["source"])}, {key["precision"]}'
 
 
 def points(ax, exp, arms, published):

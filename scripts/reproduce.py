@@ -54,12 +54,11 @@ def chosen(args):
         raise UsageError(f'no experiment {args.name}{nearest(args.name, EXPERIMENTS)}; see --list')
     exp = EXPERIMENTS[args.name]
     if exp.needs: raise UsageError(f'{args.name}: cannot be run here, its recipe needs {exp.needs}')
-    names = args.arms.split(',') if args.arms else list(exp.arms)
-    for name in names:
-        if name not in exp.arms: raise UsageError(f'--arms {name}: no such arm; there are {", ".join(exp.arms)}')
+    names = arm_names(args.arms, exp.arms) if args.arms else list(exp.arms)
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
     overrides = loop.overrides(args)
     arms = {name: replace(exp.arms[name], **overrides) for name in names}
+    arms[names[0]].check_effects()
     if len(set(arms.values())) < len(names):
         raise UsageError('these flags and --arms leave two arms the same: nothing to compare')
     if args.until is not None and len(arms) < 2: raise UsageError('--until: needs two arms')
@@ -67,6 +66,18 @@ def chosen(args):
     most = max(exp.wanted(name) for name in names)
     replace(arms[names[0]], seed=args.seed0 + most - 1)  # the last seed is checked now
     return exp
+
+
+def arm_names(text, arms):
+    "Returns the names in 'none,simple@1,2,3,4', which may have commas themselves; raises UsageError at another name."
+    names = []
+    while text:
+        fitting = [arm for arm in arms if f'{text},'.startswith(f'{arm},')]
+        if not fitting:
+            raise UsageError(f'--arms {text.partition(",")[0]}: no such arm; there are {", ".join(arms)}')
+        names.append(max(fitting, key=len))
+        text = text[len(names[-1]) + 1:]
+    return names
 
 
 def so_far(args, exp):

@@ -54,6 +54,7 @@ def parse(argv):
     given = loop.overrides(args)
     given.setdefault('dataset', 'custom' if given.get('data') else 'imagewoof')
     base = Config(**(DIGITS if given['dataset'] == 'digits' else DEFAULTS) | given)
+    base.check_effects()
     arm = parse_layer(args.layer)[1] if is_outside(args.layer) else args.layer
     if is_outside(args.layer) and arm in ('none', 'conv'): arm = replace(base, attention=args.layer).attention
     layers = {'none': 'none', 'conv': 'conv', arm: args.layer}

@@ -87,7 +87,12 @@ def test_a_reader_of_2020_is_told_what_differs(line, note, capsys):
 
 @pytest.mark.parametrize('line, message', [
     ('--fp16 0 --precision bf16', '--fp16 and --precision bf16: give one of them'), ('--repro=1', '--repro: every run'),
-    ('--beta 1 --opt sgd', '--beta: for --opt ranger and radam only, not sgd'),
+    ('--beta 1 --opt sgd', '--beta 1.0: for --opt ranger or radam only, not sgd (default 0.0)'),
+    ('--ann-start 0.5', '--ann-start 0.5: for --schedule flat_cos only, not one_cycle (default 0.75)'),
+    ('--eps 1e-3 --opt sgd', '--eps 0.001: for --opt adam, rms, ranger, radam, lamb or lookahead only, not sgd'),
+    ('--alpha 0.9 --opt sgd', '--sqrmom 0.9: for --opt adam, rms,'),
+    ('--source 320 --dataset digits', '--source 320: for --dataset imagenette or imagewoof only, not digits'),
+    ('--skip-damaged', '--skip-damaged: with --data only'),
     ('--arch mxresnet18 --act_fn relu', '--arch mxresnet18 and --act relu: that network has Mish; take --arch x'),
 ])
 def test_flags_that_do_not_go_together(line, message):

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import warnings
 import zlib
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -349,7 +350,7 @@ def test_test_images_without_classes_do_not_validate(tree, memory, capsys):
     with pytest.raises(UsageError, match='there are no images to validate on'): split_files(['train/cat/1.png'], 'v2')
 
 
-@pytest.mark.parametrize('name', ['test', 'val'])
+@pytest.mark.parametrize('name', ['test', 'val', 'train'])
 def test_a_class_of_a_flat_folder_may_have_the_name_of_a_split(tree, name, memory, capsys):
     flat = tree / 'train'
     (flat / CLASSES[0]).rename(flat / name)
@@ -600,22 +601,24 @@ def test_the_precision_of_accelerate_launch_is_said_not_to_count(asked, said, mo
 
 def test_a_place_of_attention_survives_a_spreadsheet():
     for arch in ('xresnet101', 'xresnet152'):
-        cfg = Config(arch=arch, sa_at='3.10,3.1,3.20')
+        cfg = Config(arch=arch, attention='simple', sa_at='3.10,3.1,3.20')
         assert cfg.places == [(3, 1), (3, 10), (3, 20)]
-        assert cfg.sa_at == '3.1,3b10,3b20' and Config(arch=arch, sa_at=cfg.sa_at) == cfg
+        assert cfg.sa_at == '3.1,3b10,3b20' and replace(cfg, sa_at=cfg.sa_at) == cfg
         for block in range(NETWORKS[arch][1][2] - 1):
-            text = Config(arch=arch, sa_at=f'3.{block}').sa_at
+            text = replace(cfg, sa_at=f'3.{block}').sa_at
             read_back = f'{float(text):g}' if text.replace('.', '').isdigit() else text
-            assert Config(arch=arch, sa_at=read_back).places == [(3, block)]
+            assert replace(cfg, sa_at=read_back).places == [(3, block)]
 
 
 def test_an_older_row_has_the_place_that_it_had(tmp_path):
-    (tmp_path / 'runs.csv').write_text('run_id,status,arch,attention,sa_at\na,ok,xresnet101,simple,"1.0,3.10,3.2"\n'
-                                       'b,ok,xresnet101,simple,3\nc,ok,xresnet101,simple,3.0\n', encoding='utf-8')
+    rows = ['run_id,status,arch,attention,sa_at', 'a,ok,xresnet101,simple,"1.0,3.10,3.2"', 'b,ok,xresnet101,simple,3',
+            'c,ok,xresnet101,simple,3.0', 'd,ok,xresnet101,none,2', '']
+    (tmp_path / 'runs.csv').write_text('\n'.join(rows), encoding='utf-8')
     runs = runlog.load(tmp_path / 'runs.csv')
-    assert runs.sa_at.tolist() == ['1b0,3b10,3.2', '3', '3b0']
-    cfg = Config(arch='xresnet101', sa_at='3.0')
+    assert runs.sa_at.tolist() == ['1b0,3b10,3.2', '3', '3b0', '1']
+    cfg = Config(arch='xresnet101', attention='simple', sa_at='3.0')
     assert (cfg.sa_at, cfg.places) == ('3b0', [(3, 0)])
+    assert replace(cfg, attention='none') == Config(arch='xresnet101')  # there it is one setting
 
 
 # --- homes and file systems ---

@@ -446,6 +446,14 @@ def test_an_arm_that_diverged_is_shown_with_two_verdicts():
     assert tables.verdict(r).endswith('; with the diverged runs at chance: opposite direction')
 
 
+def test_a_seed_that_ended_ok_and_diverged_counts_once():
+    ok, diverged = make_runs('none', [0.6 + i / 100 for i in range(9)]), make_runs('none', [None], seed0=3)
+    runs = pd.concat([ok, diverged.assign(run_id='d', torch='2.0'), make_runs('simple', [0.65] * 10)])
+    r = gap('woof-128-5', runs)
+    assert (r['verdict']['n_runs'], r['verdict']['n_wanted']) == (9, 12)
+    assert compare.done(EXPERIMENTS['woof-128-5'], runs) == dict(none=9, simple=10, sagan=0, simple_sym=0)
+
+
 def test_one_diverged_run_of_many_changes_the_second_verdict_alone():
     a, b = [0.60, 0.61, 0.62, 0.60, 0.61, 0.62, 0.6], [0.64, 0.64, 0.65, 0.64, 0.64, 0.65, None]
     r = gap('woof-128-5', make_runs('none', a), make_runs('simple', b))
@@ -601,7 +609,7 @@ def test_the_changes_of_the_rule_are_counted():
     assert f'It was changed {["four", "five", "six", "seven", "eight"][changes - 4]} times' in page
 
 
-def test_predictions_give_the_share_of_the_images(tmp_path, published):
+def test_predictions_give_the_share_of_the_images(tmp_path, published, capsys):
     rng = np.random.default_rng(0)
     targets = rng.integers(10, size=500)
     runs = pd.concat([make_runs('none', [0.5] * 3), make_runs('simple', [0.5] * 3)])
@@ -616,8 +624,18 @@ def test_predictions_give_the_share_of_the_images(tmp_path, published):
     assert r['images']['low'] == stats.over_images(right['none'], right['simple'], paired=True)['low']
     words = 'takes 10 runs of an arm (of 3 the variance is known to a factor of 146)'
     assert tables.images_share(r['ours']['arm']).endswith(words) and '%' not in words
-    (tmp_path / 'predictions' / 'none1285-0.npz').unlink()
-    assert np.isnan(compare.gaps(exp, runs, published, tmp_path)[0]['images']['low'])
+    file = tmp_path / 'predictions' / 'none1285-0.npz'
+    whole, low = file.read_bytes(), r['images']['low']
+    backwards = slice(None, None, -1)  # the same images in another order
+    named = np.array([f'{i:03}' for i in range(500)])
+    for i, values in logits.items():
+        order = backwards if i == 'none1285-0' else slice(None)
+        runlog.write_predictions(i, tmp_path, logits=values[order], targets=targets[order], files=named[order])
+    assert compare.gaps(exp, runs, published, tmp_path)[0]['images']['low'] == low
+    for content, words in ((whole[:1000], 'none1285-0.npz: cannot be read'), (None, '')):
+        file.write_bytes(content) if content else file.unlink()
+        assert np.isnan(compare.gaps(exp, runs, published, tmp_path)[0]['images']['low'])
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.parametrize('share, n, words', [

@@ -99,6 +99,14 @@ def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
     assert code == 2 and '--until: all runs of an arm end alike; stopped' in err
 
 
+@pytest.mark.parametrize('text, names', [
+    ('simple@1,2,3,4,simple', ['simple@1,2,3,4', 'simple']), ('simple@1.0,1', ['simple@1.0,1']),
+    ('simple@1,2,simple@1,2,3,4', ['simple@1,2', 'simple@1,2,3,4']),
+])
+def test_names_of_arms_may_have_commas(text, names):
+    assert reproduce.arm_names(text, EXPERIMENTS['woof-64-5-r18-stages'].arms) == names
+
+
 def test_fewer_arms_leave_holm_and_the_seeds_of_the_whole_experiment():
     "As the record has them: the rows of --arms are those of the report, to the last digit."
     runs, published = runlog.load(), load_published()
@@ -191,6 +199,7 @@ def test_list_and_plan(tmp_path, capsys):
 @pytest.mark.parametrize('argv, words', [
     ('board-nette-128-20 --dry-run', 'its recipe needs MaxBlurPool of kornia'),
     ('woof-128', 'did you mean woof-128-5?'), ('', 'name one, see --list'),
+    ('woof-128-5-stages --arms simple,simple@1,2', 'simple@1: no such arm; there are simple, simple@1,2,3,4'),
     ('digits --arms none,x', 'no such arm; there are none, simple'), ('digits --runs 0', 'at least 1'),
     ('digits --until 0', 'above 0'),
     ('digits --until nan', 'above 0'), ('digits --sa sagan', 'one that the experiment sets'),

@@ -225,6 +225,13 @@ def test_a_copy_without_git_knows_its_commit_and_whether_it_is_changed(checkout,
     assert runlog.commit(copy)['git_dirty'] == 1
 
 
+def test_a_copy_inside_another_repository_has_not_its_commit(checkout):
+    inside = checkout / 'vendor' / 'copy'
+    inside.mkdir(parents=True)
+    (inside / 'code.py').write_text('x = 1\n')
+    assert runlog.commit(inside) == dict(git_commit='', git_dirty=None)
+
+
 def test_of_git_and_the_file_git_counts(checkout):
     (checkout / 'SOURCE_COMMIT').write_text('0' * 40 + '\n')
     assert runlog.commit(checkout) == dict(git_commit=source_commit(checkout).split()[0], git_dirty=0)

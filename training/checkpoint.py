@@ -174,7 +174,7 @@ def find(cfg, data_fingerprint, runs, results, device='cpu'):
             continue
         same_data = state['data_fingerprint'] == data_fingerprint
         old = BEFORE | state['config']
-        old['sa_at'] = as_written_now(old['sa_at'])
+        old['sa_at'] = as_written_now(old['attention'], old['sa_at'])
         same_config = all(old[key] == getattr(cfg, key) for key in FOR_LIFE)
         if same_data and same_config and state['run_id'] not in done: epochs[file] = state['epoch']
     for file in sorted(epochs, key=epochs.get, reverse=True):

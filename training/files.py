@@ -43,8 +43,8 @@ def class_folders(path, valid_pct=0.):
     """
     if not path.is_dir(): raise UsageError(f'{path}: {_no_folder(path)}')
     there = subfolders(path)
+    if valid_pct and not ('train' in there and subfolders(path / 'train')): return there
     if 'train' not in there:
-        if valid_pct: return there
         raise UsageError(f'{path}: no folder train; {EXPECTED}{_hint(path, there)}')
     used = ['train', *validation_folders(path)[:1]]
     if valid_pct and len(used) > 1:
@@ -165,7 +165,8 @@ def left_out(others):
 
 def labels_of(files):
     "Returns {file: its class} from their paths: the folder below train or val, or the first one of a flat folder."
-    depth = any(file.startswith('train/') for file in files)  # 1 in a tree; a class of a flat folder may be named test
+    # 1 in a tree; a class of a flat folder may be named train or test
+    depth = any(file.startswith('train/') and file.count('/') > 1 for file in files)
     return {file: file.split('/')[depth] for file in files}
 
 
