@@ -4,6 +4,7 @@ Imports neither the layer nor torch. The hash is of the file and of all that it 
 its own package (a module), as far as import statements say so; other packages are not in it. Runs with the same hash
 had the same layer, wherever its file was.
 """
+import ast
 import hashlib
 import os
 import re
@@ -126,15 +127,26 @@ IMPORT = re.compile(rb'^[ \t]*(?:import[ \t]+([^\n;]+)|'
 COMMENT, NAME = re.compile(r'#.*|\bas\s+\w+|\\\n'), re.compile(r'[\w.]+')
 
 
-def imported(file, content, root, top=None):
-    """Returns the files in `root` (of the package `top` only, if given) that the import statements of a file name.
+def by_parsing(content):
+    "Yields (what stands behind `from`, or '', [names]) of the import statements in a source, wherever they stand."
+    try: tree = ast.parse(content)
+    except (SyntaxError, ValueError): return (yield from by_form(content))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import): yield '', [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            yield '.' * node.level + (node.module or ''), [alias.name.strip('*') for alias in node.names]
 
-    The statements are found by their form, without parsing: a package may have two thousand files.
-    """
-    here, modules = file.parent.relative_to(root).parts, set()
+
+def by_form(content):
+    "Yields the same of statements that begin a line, without parsing: a package may have two thousand files."
     for plain, start, names in IMPORT.findall(content):
-        names = NAME.findall(COMMENT.sub('', (plain or names).decode(errors='ignore')))
-        start = start.decode(errors='ignore')
+        yield start.decode(errors='ignore'), NAME.findall(COMMENT.sub('', (plain or names).decode(errors='ignore')))
+
+
+def imported(file, content, root, top=None):
+    "Returns the files in `root` (of the package `top` only, if given) that the import statements of a file name."
+    here, modules = file.parent.relative_to(root).parts, set()
+    for start, names in by_form(content) if top else by_parsing(content):
         level = len(start) - len(start.lstrip('.'))
         base = (here[:len(here) - level + 1] if level else ()) + tuple(filter(None, start[level:].split('.')))
         for name in names or ['']:  # from .x import *

@@ -442,33 +442,40 @@ class SelfAttention(_Attention):
         return (2 * self.n_inner + C) * C * N + (self.n_inner + C) * N**2
 
 
-class ResidualConv(_Attention):
-    """y = x + gamma * W x: the parameters of `SimpleSelfAttention` without attention.
-
-    W is a spectrally normalised 1x1 convolution as there: C^2 + 1 parameters, C^2 N multiply-adds.
-    """
+class _WithConv(_Attention):
+    "Has W of `SimpleSelfAttention`, a spectrally normalised 1x1 convolution."
     def __init__(self, n_channels):
         super().__init__(n_channels)
         self.conv = SpectralWeight(n_channels, n_channels)
 
-    def attend(self, x, dtype):
-        z, wz = _Linear.call(x.to(dtype), self._weight(dtype))
-        return (z if z.dtype == x.dtype else x) + wz
+    def gamma_w(self, dtype):
+        "Returns gamma W for products in `dtype`."
+        return (self.gamma * self.conv()).to(_wide(dtype))
 
-    def _weight(self, dtype): return (self.gamma * self.conv()).to(_wide(dtype))
+
+class ResidualConv(_WithConv):
+    """y = x + gamma * W x: the parameters of `SimpleSelfAttention` without attention.
+
+    C^2 + 1 parameters, C^2 N multiply-adds.
+    """
+    def attend(self, x, dtype):
+        z, wz = _Linear.call(x.to(dtype), self.gamma_w(dtype))
+        return (z if z.dtype == x.dtype else x) + wz
 
     def multiply_adds(self, n_positions): return self.n_channels**2 * n_positions
 
 
-class _Mixing(ResidualConv):
-    "y = x + M x with a matrix M (B, C, C) that `mix` makes of x and gamma W."
+class _Mixing(_WithConv):
+    "y = x + M x with a matrix M (B, C, C) that `mix` makes of x and gamma W: of a Gram matrix, where nothing is said."
     def attend(self, x, dtype):
-        z, mix = self.mix(x.to(dtype), self._weight(dtype))
+        z, mix = self.mix(x.to(dtype), self.gamma_w(dtype))
         return _add_product(x, z, mix, z)
 
     def mix(self, z, w):
         "Returns (z, M as `_wide`) for z (B, C, N); z comes back from `_Gram`."
         raise NotImplementedError
+
+    def multiply_adds(self, n_positions): return 2 * self.n_channels**2 * n_positions + self.n_channels**3
 
 
 class SwappedAttention(_Mixing):
@@ -482,8 +489,6 @@ class SwappedAttention(_Mixing):
     def mix(self, z, w):
         z, gram = _Gram.call(z)
         return z, gram.roll(1, 0) @ w
-
-    def multiply_adds(self, n_positions): return 2 * self.n_channels**2 * n_positions + self.n_channels**3
 
 
 class MeanAttention(_Mixing):
@@ -499,7 +504,7 @@ class MeanAttention(_Mixing):
     def multiply_adds(self, n_positions): return self.n_channels**2 * (n_positions + 2)
 
 
-class CovarianceAttention(SwappedAttention):
+class CovarianceAttention(_Mixing):
     """y = x + gamma * N K W x, K the covariance of the channels over the positions: the second-order part alone.
 
     x x^T = N (K + m m^T), see `MeanAttention`. K is made of x - m, so that no digits are lost where m is large.

@@ -79,8 +79,8 @@ def sets(exp, runs, own=None, recipes=None):
     by_recipe(runs), where that is known already.
     """
     recipes = by_recipe(runs) if recipes is None else recipes
-    planned = _images(own or exp)
-    asked = _images(exp)
+    planned = _planned_images(own or exp)
+    asked = _planned_images(exp)
     dataset = next(iter(exp.arms.values())).dataset
     found = {}  # number of the set: (its columns, {arm: its runs})
     for name, cfg in exp.arms.items():
@@ -100,7 +100,7 @@ def sets(exp, runs, own=None, recipes=None):
     return sorted(found.values(), key=age, reverse=True)
 
 
-def _images(exp):
+def _planned_images(exp):
     "Returns {split, source} of the arms of an Experiment, which are on the same images."
     cfg = resolve(next(iter(exp.arms.values())))
     return dict(split=cfg.split, source=cfg.source)
@@ -229,7 +229,7 @@ def _gaps_of(name, exp, runs, recipes, published, results):
 
 def _set_without_runs(exp, runs):
     "Returns the SET columns, as far as they are planned, and {arm: no runs} of an Experiment."
-    columns = dict.fromkeys(SET) | _images(exp) | dict(planned=True)
+    columns = dict.fromkeys(SET) | _planned_images(exp) | dict(planned=True)
     no_runs = {arm: runs[:0] for arm in exp.arms}
     return columns, no_runs
 
@@ -491,7 +491,7 @@ def done(exp, runs, recipes=None):
     return {arm: n_done(planned[0][arm]) if planned else 0 for arm in exp.arms}
 
 
-def images(row):
+def set_key(row):
     "Returns what tells the set of a row of `gaps`, or a key of `sets`, from other sets."
     return tuple(str(row[name]) for name in SET)
 
@@ -507,8 +507,8 @@ def for_readers(rows):
     Those that are only described are left out where no comparison of their experiment has runs on the same images.
     """
     with_runs = [row for row in rows if has_runs(row)]
-    begun = {(row['experiment'], images(row)) for row in with_runs if row['tested']}
-    return [row for row in with_runs if (row['experiment'], images(row)) in begun]
+    begun = {(row['experiment'], set_key(row)) for row in with_runs if row['tested']}
+    return [row for row in with_runs if (row['experiment'], set_key(row)) in begun]
 
 
 def has_runs(row):

@@ -192,7 +192,7 @@ def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes
     """
     parts = []
     for key, arms in compare.sets(exp, runs, recipes=recipes):
-        of_set = [row for row in rows if row['experiment'] == name and compare.images(row) == compare.images(key)]
+        of_set = [row for row in rows if row['experiment'] == name and compare.set_key(row) == compare.set_key(key)]
         of_set = [row for row in of_set if _has_runs_of_both(row)]
         arms = {arm: found for arm, found in arms.items() if compare.accuracies(found, exp.metric)}
         if compare.for_readers(of_set): parts.append((key, arms, of_set))

@@ -208,7 +208,7 @@ def holm_parts(row):
 
 def markdown(rows):
     "Returns `gaps` as a Markdown table, in percent: mean ± standard deviation (runs), change with its 95 % interval."
-    return _markdown(HEAD, [_cells(row, title) for row, title in zip(rows, titles(rows))], numbers=range(2, 11))
+    return markdown_table(HEAD, [_cells(row, title) for row, title in zip(rows, titles(rows))], numbers=range(2, 11))
 
 
 def _cells(row, title):
@@ -229,7 +229,7 @@ def brief_markdown(rows):
     for row, title in zip(rows, titles(rows)):
         said = '<br>'.join(' '.join(parts) for parts in (both(row['published']), published(row)) if parts)
         lines.append([title, arms(row), said, *_brief_cells(row)])
-    return _markdown(BRIEF, lines, numbers=range(2, 6))
+    return markdown_table(BRIEF, lines, numbers=range(2, 6))
 
 
 def _brief_cells(row):
@@ -242,15 +242,16 @@ def contrasts_markdown(rows):
     "Returns those of `gaps` that have runs and say what they ask as a Markdown table, with the commit of their plan."
     lines = [[title, row['asks'], arms(row), *_brief_cells(row), EXPERIMENTS[row['experiment']].plan]
              for row, title in zip(rows, titles(rows)) if row['asks'] and has_runs(row)]
-    return _markdown(ASKED, lines, numbers=range(3, 6))
+    return markdown_table(ASKED, lines, numbers=range(3, 6))
 
 
 def plain_markdown(frame):
     "Returns a frame of texts as a Markdown table."
-    return _markdown(frame.columns, frame.to_numpy())
+    return markdown_table(frame.columns, frame.to_numpy())
 
 
-def _markdown(head, lines, numbers=()):
+def markdown_table(head, lines, numbers=()):
+    "Returns a Markdown table of texts; the columns `numbers` are set flush right."
     rule = ['---:' if i in numbers else '---' for i in range(len(head))]
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in [head, rule, *lines])
 
@@ -355,12 +356,12 @@ def conclusion(rows):
     known = set(map(pair, with_runs))
     rows = with_runs + list({pair(row): row for row in rows if pair(row) not in known}.values())
     def is_published(row): return not np.isnan(row['published']['difference']['difference'])
-    def is_whole(row): return row['verdict']['n_runs'] >= row['verdict']['n_wanted']
+    def has_all_runs(row): return row['verdict']['n_runs'] >= row['verdict']['n_wanted']
     lines = []
     for what, said in (('published differences', True), ('comparisons without a published number', False)):
         group = [row for row in rows if is_published(row) == said]
-        lines.append(f'Of {len(group)} {what}, {_found([row for row in group if is_whole(row)])}.')
-    left = [row for row in rows if not is_whole(row)]
+        lines.append(f'Of {len(group)} {what}, {_found([row for row in group if has_all_runs(row)])}.')
+    left = [row for row in rows if not has_all_runs(row)]
     begun = sum(row['verdict']['n_runs'] > 0 for row in left)
     lines.append(f'Open are {len(left)} comparisons: {begun} with fewer runs than wanted, {len(left) - begun} without '
                  'runs.')

@@ -51,6 +51,12 @@ def experiment(plan):
     return Experiment(f'{plan["layer"]} on trial', arms, plan['runs'], contrasts=contrasts)
 
 
+def on_trial(plan):
+    "Returns the Config of the layer on trial: the second arm of every contrast, the first of which is with none."
+    _, arm = plan['contrasts'][0]
+    return experiment(plan).arms[arm]
+
+
 def check_same(plan, layer, arms, results):
     "Raises UsageError unless a plan asks what `arms` {arm: settled Config} do."
     file = path(results, plan['name'])
@@ -67,9 +73,7 @@ def check_same(plan, layer, arms, results):
 def seeds(plan, runs):
     "Returns the seeds that count: those planned, and with `until` also every later one up to the layer's last run."
     first, last = plan['seed0'], plan['seed0'] + plan['runs'] - 1
-    if plan['until']:
-        on_trial = experiment(plan).arms[plan['contrasts'][0][1]]
-        last = max([last, *runlog.of_config(runs, on_trial).seed])
+    if plan['until']: last = max([last, *runlog.of_config(runs, on_trial(plan)).seed])
     return range(first, last + 1)
 
 
@@ -83,7 +87,7 @@ def runs_of(plan, runs):
 
 def plan_text(plan):
     "Returns the plan in Markdown, as it is printed before the first run."
-    cfg = next(iter(experiment(plan).arms.values()))
+    cfg = on_trial(plan)
     source = f', source {plan["source"]}' if plan['source'] else ''
     contrasts = '; '.join(f'{arm} − {base}' for base, arm in plan['contrasts'])
     recorded = ', '.join(f'{n} of {arm}' for arm, n in plan['recorded'].items() if n)
@@ -129,9 +133,10 @@ def conclusion(row, bold='**'):
     what = f'{bold}{row["arm"]}{bold} against {row["base"]}'
     words = tables.verdict(row)
     if not compare.has_runs(row): return f'{what}: {words}.'
-    p = tables.holm(row)
+    changes, p = tables.changes(row), tables.holm(row)
+    if not any(changes): return f'{what}: {words}.'
     test = f', P (Holm) {p}, {tables.method(row["difference"])}' if p else ''
-    return f'{what}: {"; ".join(tables.changes(row))} points{test}: {words}.'
+    return f'{what}: {"; ".join(changes)} points{test}: {words}.'
 
 
 def text(plan, runs, results):
@@ -146,12 +151,12 @@ ARMS_HEAD = ['arm', 'parameters of the layer', 'multiply-adds an image', 'step (
 def arms_table(plan, runs):
     "Returns the arms as a Markdown table: what a layer costs, and its accuracy."
     arms = of_arms(plan, runs)
-    lines = [ARMS_HEAD, ['---'] + ['---:'] * 6]
+    lines = []
     for arm, cost in plan['costs'].items():
         lines.append([arm, f'{cost["parameters"]:,}', f'{cost["multiply_adds"]:,}', f'{cost["step_ms"]:.1f}',
                       '{ratio:.2f} [{ratio_low:.2f}, {ratio_high:.2f}]'.format(**cost), f'{cost["peak_mb"]:,.0f}',
                       accuracy(arms[arm]) if arm in arms else 'not trained'])
-    return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
+    return tables.markdown_table(ARMS_HEAD, lines, numbers=range(1, 7))
 
 
 def of_arms(plan, runs):

@@ -13,6 +13,7 @@ prints how large what the layer adds is beside its input, and draws that after e
 """
 import argparse
 import sys
+from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -63,9 +64,9 @@ def draw_maps(argv):
     for name, layer in looked.items():
         print(f'{name}: adds {"nothing" if not layer["ratio"] else format(layer["ratio"], ".2%")} of its input')
         if layer['influence'] is None: print(f'{name}: does not relate positions to each other; drawn is S alone')
-        for i, file in enumerate(args.images):
-            figure = drawn.attention(pixels, layer, i, places(args.at, layer['side']), args.toward, file.stem)
-            save(figure, args.out / (file.stem + (f'-{name}' if len(looked) > 1 else '')))
+        for i, title in enumerate(titles(args.images)):
+            figure = drawn.attention(pixels, layer, i, places(args.at, layer['side']), args.toward, title)
+            save(figure, args.out / (title + (f'-{name}' if len(looked) > 1 else '')))
     draw_epochs(saved, args)
 
 
@@ -88,6 +89,14 @@ def chosen(looked, args):
     return {args.layer: looked[args.layer]}
 
 
+def titles(files):
+    "Returns a name for each image, its file's without the suffix: of a second dog.jpg, dog-2."
+    names = ['epochs']  # that of the other figure
+    for stem in (file.stem for file in files):
+        names.append(next(name for n in count(1) if (name := stem if n == 1 else f'{stem}-{n}') not in names))
+    return names[1:]
+
+
 def places(parts, side):
     "Returns [(row, column)] of the layer's positions at these parts of height and width."
     return [tuple(min(int(part * n), n - 1) for part, n in zip(position, side)) for position in parts]
@@ -95,7 +104,8 @@ def places(parts, side):
 
 def save(figure, path):
     "Writes a figure and prints where it is."
-    figures.save(figure, path)
+    try: figures.save(figure, path)
+    except OSError as e: raise UsageError(f'{path}.png: cannot be written ({e.strerror or e})') from None
     print(f'-> {path}.png')
 
 

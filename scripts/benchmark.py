@@ -84,7 +84,7 @@ from layers import ATTENTION, SelfAttention, SimpleSelfAttention, multiply_adds
 from training import run as training_run
 from training.data import ImageLoader
 from training.learner import get_learner, keep_memory
-from training.machine import device_name, get_device, settle
+from training.machine import autocast, device_name, get_device, settle
 from training.run import get_model, prepare
 from training.timing import PEERS, alternate, peak_mb, take_turns
 
@@ -97,8 +97,9 @@ LAYERS = [  # name, shape, shape of --quick
 # (C, side), N = side^2
 COST = [(256, side) for side in (8, 12, 16, 24, 32, 48, 64)] + [(C, 32) for C in (64, 128, 512)]
 QUICK_COST = [(256, 8), (256, 16), (256, 32), (64, 32), (128, 32)]
-COUNTERPARTS = {'simple': 'fastai simple', 'simple_sym': 'fastai simple', 'sagan': 'fastai sagan',  # fastai's sym does
-                'sagan fused': 'fastai sagan'}                                                       # nothing
+# The option sym of fastai's layer does nothing.
+COUNTERPARTS = {'simple': 'fastai simple', 'simple_sym': 'fastai simple', 'sagan': 'fastai sagan',
+                'sagan fused': 'fastai sagan'}
 SWITCHES = dict(fused=0, channels_last=0, keep_memory=0, compile=1)
 SQUARES_MB = 1024  # a layer that holds N x N matrices of more than that is skipped
 
@@ -135,9 +136,8 @@ class CountBytes(TorchDispatchMode):
 def floor(cfg, model, device):
     "Returns (multiply-adds of a step of `model` on `device`, the seconds it takes at least: see Limits above)."
     x = torch.randn(cfg.bs, 3, cfg.size, cfg.size, device=device).contiguous(memory_format=torch.channels_last)
-    dtype = {'fp16': torch.float16}.get(cfg.precision, torch.bfloat16)
-    autocast = torch.autocast(device.type, dtype, cfg.precision != 'fp32')
-    with FlopCounterMode(display=False) as flops, CountBytes() as moved, autocast: model(x).sum().backward()
+    cast = autocast(cfg.precision, device)
+    with FlopCounterMode(display=False) as flops, CountBytes() as moved, cast: model(x).sum().backward()
     multiply_adds = flops.get_total_flops() / 2
     return multiply_adds, multiply_adds / matrix_rate(device) + moved.bytes / copy_rate(device)
 

@@ -84,19 +84,14 @@ def _step_rates(results):
 def _run_rates(results):
     runs = runlog.load(results / 'runs.csv')
     runs = runs[(runs.status == 'ok') & ~runs.device.str.contains('threads') & ~runs.attention.map(is_outside)]
-    settings = zip(runs.epochs, runs.n_train, runs.n_val, runs.arch, runs.attention, runs.sa_at, runs['size'])
+    columns = 'epochs', 'n_train', 'n_val', 'arch', 'attention', 'sa_at', 'size', 'stem'
+    settings = zip(*(runs[name] for name in columns))
     runs = runs.assign(multiply_adds=[of_training(*setting) for setting in settings])
     return {f'{device}: {len(rows)} runs of {arch}, {size} px': rows.multiply_adds.sum() / rows.fit_seconds.sum()
             for (device, arch, size), rows in runs.groupby(['device', 'arch', 'size'])}
 
 
 # --- what the experiments cost ---
-
-def hours_of(exp, results=runlog.RESULTS):
-    "Returns the hours of all runs of an Experiment on the first device of `rates`, one RTX 2080 Ti of 2019."
-    rate = next(iter(rates(results).values()))
-    return sum(multiply_adds(cfg) for _, cfg in planned_runs(exp)) / rate / 3600
-
 
 def published_runs():
     "Returns the runs behind every published mean, [Config with its seed], each once."

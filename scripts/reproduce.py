@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import runlog
 from command import Parser, UsageError, exit_code, nearest, stop_on_signals
-from experiments import EXPERIMENTS, planned_runs
+from experiments import EXPERIMENTS
 from report import compare, tables
 from report.published import load_published
 from training import loop
@@ -91,8 +91,8 @@ def so_far(args, exp):
     whole = replace(own, runs=exp.runs, arms=arms).with_pairs(exp.pairs())
     rows = compare.gaps({args.name: whole}, runlog.load(args.results / 'runs.csv'), load_published(), args.results)
     rows = [row for row in rows if {row['base'], row['arm']} <= exp.arms.keys()]
-    begun = {compare.images(row) for row in rows if compare.has_begun(row)}
-    return [row for row in rows if compare.images(row) in begun] or rows
+    begun = {compare.set_key(row) for row in rows if compare.has_begun(row)}
+    return [row for row in rows if compare.set_key(row) in begun] or rows
 
 
 def listing(results):
@@ -128,10 +128,7 @@ def work(argv):
     if args.plan: return print(tables.plan(so_far(args, exp)))
     runs = loop.Loop(exp, args, 'reproduce.py')
     todo = runs.todo(exp, args.seed0)
-    if args.dry_run:
-        for arm, cfg in todo:
-            print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
-        return print(f'{len(todo)} runs to do, {len(planned_runs(exp)) - len(todo)} recorded')
+    if args.dry_run: return loop.print_runs(todo, exp)
     runlog.check(args.results)
     stop_on_signals()
     try:

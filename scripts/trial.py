@@ -25,7 +25,7 @@ os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # torc
 
 import runlog
 from command import Parser, UsageError, exit_code, nearest, stop_on_signals
-from experiments import Config, planned_runs
+from experiments import Config, Experiment
 from layer_source import is_outside
 from layer_source import parse as parse_layer
 from report import trial
@@ -50,13 +50,14 @@ def parse(argv):
         raise UsageError(f'unknown argument {unknown[0]}{hint}; see --help')
     loop.check_flags(args)
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
-    if args.layer == 'none': raise UsageError('none: is what a layer is compared with')
     given = loop.overrides(args)
     given.setdefault('dataset', 'custom' if given.get('data') else 'imagewoof')
     base = Config(**(DIGITS if given['dataset'] == 'digits' else DEFAULTS) | given)
     base.check_effects()
-    arm = parse_layer(args.layer)[1] if is_outside(args.layer) else args.layer
-    if is_outside(args.layer) and arm in ('none', 'conv'): arm = replace(base, attention=args.layer).attention
+    layer = replace(base, attention=args.layer).attention  # as the record has it
+    if layer == 'none': raise UsageError('none: is what a layer is compared with')
+    arm = parse_layer(layer)[1] if is_outside(layer) else layer
+    if is_outside(layer) and arm in ('none', 'conv'): arm = layer
     layers = {'none': 'none', 'conv': 'conv', arm: args.layer}
     arms = {name: replace(base, attention=attention) for name, attention in layers.items()}
     replace(base, seed=args.seed0 + (args.runs or RUNS) - 1)  # the last seed is checked now
@@ -99,9 +100,10 @@ def make_plan(args, runs, arms, arm):
 def measure(arms, arm, device, threads):
     "Returns {arm: what its layer costs}, that of fastai's own layer among them where there is one."
     from training import layer, timing
-    if arm in timing.PEERS:
-        peer = f'fastai.layers:{timing.PEERS[arm].__name__}'
-        arms = arms | {f"fastai's {arm}": replace(arms[arm], attention=peer)}
+    layer_of_ours = arms[arm].attention
+    if layer_of_ours in timing.PEERS:
+        peer = f'fastai.layers:{timing.PEERS[layer_of_ours].__name__}'
+        arms = arms | {f"fastai's {layer_of_ours}": replace(arms[arm], attention=peer)}
     print(f'measuring a training step of {", ".join(arms)} ...', flush=True)
     steps = timing.measure_steps(arms, device, threads)
     costs = {}
@@ -156,19 +158,19 @@ def put_on_trial(argv):
 
 
 def check_layer(runs, cfg):
-    "Raises UsageError unless the layer works on the shapes that it will meet."
+    "Raises UsageError unless the layer works on the shapes that it will meet; for a cluster, on this machine."
     from training import layer
-    from training.machine import settle
-    layer.check(settle(cfg, runs.device), runs.device)
+    from training.machine import get_device, settle
+    device = runs.device
+    if runs.args.ray is not None:
+        device, cfg = get_device(), replace(cfg, precision='auto', compile=0, cuda_graphs=0)
+    layer.check(settle(cfg, device), device)
 
 
 def dry_run(args, runs, arms):
     "Prints the runs that a new trial would do."
-    exp = trial.Experiment('', arms, args.runs or RUNS)
-    todo = runs.todo(exp, args.seed0)
-    for arm, cfg in todo:
-        print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
-    print(f'{len(todo)} runs to do, {len(planned_runs(exp)) - len(todo)} recorded')
+    exp = Experiment('', arms, args.runs or RUNS)
+    loop.print_runs(runs.todo(exp, args.seed0), exp)
 
 
 def main(argv=None): return exit_code('trial.py', lambda: put_on_trial(argv))

@@ -121,6 +121,17 @@ def test_the_source_is_the_file_and_what_it_imports_from_its_folder(file):
     assert len(seen) == 4
 
 
+@pytest.mark.parametrize('statement', [
+    'try: import beside\nexcept ImportError: pass', 'if True: from beside import Scale', 'import torch, \\\n    beside',
+    'def f():\n    from . import beside', 'print  # broken\nfrom beside import x y',
+])
+def test_an_import_counts_wherever_it_stands(statement, tmp_path):
+    for name, text in (('mine', statement), ('beside', 'Scale = 1'), ('other', '')):
+        (tmp_path / f'{name}.py').write_text(text, encoding='utf-8')
+    files = layer_source.sources(f'{tmp_path}/mine.py:Mine', tmp_path / 'mine.py')
+    assert files.keys() == {'mine.py', 'beside.py'}
+
+
 def test_the_source_of_a_module_is_what_it_imports_from_its_package(file, monkeypatch):
     package = file.parent / 'package'
     package.mkdir()

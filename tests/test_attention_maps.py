@@ -1,4 +1,6 @@
 """What an attention layer looks at: the maps against the layers themselves, their figures, the command."""
+from pathlib import Path
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -6,6 +8,7 @@ import torch
 from conftest import make_image, script
 
 import runlog
+from command import UsageError
 from layers import ATTENTION, SimpleSelfAttention
 from report import maps as drawn
 from training import maps
@@ -130,6 +133,17 @@ def test_what_is_inside_a_layer_is_no_layer_of_the_network():
     branch.watch(model)
     model(torch.randn(2, 3, 32, 32))
     assert len(branch.ratios()) == 1 and attention_layers(xresnet('xresnet18', 3)) == {}
+
+
+def test_images_of_one_name_have_a_figure_each():
+    files = [Path(name) for name in ('a/dog.jpg', 'b/dog.jpg', 'dog-2.png', 'epochs.jpg', 'cat.jpg')]
+    assert attention_maps.titles(files) == ['dog', 'dog-2', 'dog-2-2', 'epochs-2', 'cat']
+
+
+def test_a_folder_that_is_a_file_is_named(tmp_path):
+    (tmp_path / 'out').touch()
+    with pytest.raises(UsageError, match=r'out/dog\.png: cannot be written \('):
+        attention_maps.save(None, tmp_path / 'out' / 'dog')
 
 
 def test_a_layer_that_works_in_place_is_measured_too():

@@ -207,6 +207,7 @@ def test_list_and_plan(tmp_path, capsys):
     ('digits --seed 3', 'one that the experiment sets'), ('digits --epcohs 3', 'unknown argument --epcohs'),
     ('--source 320 woof-128', 'did you mean woof-128-5?'), ('--list --epcohs 3', 'unknown argument --epcohs'),
     ('digits --cpus-per-run 2', 'with --ray only'), ('digits --ray --cpus-per-run 0.5', 'whole cores'),
+    ('digits --ray --cpus-per-run inf', 'whole cores'),
     ('digits --ray --gpu 0', '--gpu: '),
     ('digits --ray --gpus-per-run 2', 'from 0 to 1'), ('digits --seed0 2147483646 --runs 9', 'at most'),
     ('digits --runs 9999999999', '--seed 9999999998'), ('digits --size 31', 'at least 32'),

@@ -155,7 +155,8 @@ def test_ctrl_c_leaves_plan_rows_and_page_and_the_trial_goes_on(file, tree, spaw
 
 
 @pytest.mark.parametrize('argv, words', [
-    ('none', 'none: is what a layer is compared with'), ('simpel', '--sa simpel: unknown; choose from'),
+    ('none', 'none: is what a layer is compared with'), ('None', 'none: is what a layer is compared with'),
+    ('simpel', '--sa simpel: unknown; choose from'),
     ('FILE:Gat', 'has no Gat (did you mean Gate?)'), ('FILE:Half', 'it must keep the shape'),
     ('nosuch.py:A', 'no such file'),
     ('FILE:Gate --runs 0', '--runs 0: must be at least 1'), ('FILE:Gate --name a/b', '--name a/b: letters, digits'),

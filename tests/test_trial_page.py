@@ -55,6 +55,15 @@ def test_what_counts_are_the_planned_seeds_images_and_precision(tmp_path):
     assert trial.accuracy(trial.of_arms(plan, runs)['none']).endswith('(4)')
 
 
+def test_a_layer_that_always_diverges_has_a_whole_sentence(tmp_path):
+    plan = made_plan()
+    runs = made_runs(plan, tmp_path)
+    runs.loc[runs.attention == 'simple', ['status', 'accuracy']] = 'diverged', np.nan
+    first, _ = trial.gaps(plan, runs, tmp_path)
+    words = '**simple** against none: too few runs to say (all runs of simple diverged'
+    assert trial.conclusion(first).startswith(words)
+
+
 def test_equal_time_takes_epochs_in_proportion(tmp_path):
     plan = made_plan()
     trial.add_equal_time(plan)

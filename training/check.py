@@ -1,7 +1,7 @@
 """Opens each image of a folder of the user's once before the first step: for damage, content, what is made of it.
 
-What was found is remembered by path, size and times, so that a folder costs its seconds once. Archives of ours are not
-opened: they were compared with their checksum and their number of images when they were extracted.
+What was found is remembered by path, size and times, so that a folder costs its seconds once. The images of our
+archives are not opened: fastdownload compares a download with its size and a checksum, and each run counts its images.
 """
 import hashlib
 import io

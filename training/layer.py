@@ -16,7 +16,7 @@ from command import UsageError, is_local_rank_0, nearest
 from layers import ATTENTION
 from training import distributed
 from training.arch import width
-from training.machine import DTYPES
+from training.machine import autocast
 
 
 def get_layer(cfg):
@@ -27,7 +27,7 @@ def get_layer(cfg):
 
 # --- a layer from outside ---
 
-imported = {}  # {name of a module: the hash of its source when it was imported}
+hash_at_import = {}  # {name of a module: the hash of its source when it was imported}
 
 
 def outside_layer(attention, file, source):
@@ -77,7 +77,7 @@ def import_file(attention, file, source):
 def import_module(attention, file, source):
     "Returns an installed module, or one where it was found."
     place = layer_source.parse(attention)[0]
-    if imported.setdefault(place, source) != source:
+    if hash_at_import.setdefault(place, source) != source:
         raise UsageError(f'--sa {attention}: {place} has changed since it was imported; start Python anew')
     path = [] if importlib.util.find_spec(place.partition('.')[0]) else [str(layer_source.root_of(attention, file))]
     sys.path.extend(path)
@@ -160,9 +160,8 @@ def attempt(what, module, x, precision):
     Raises UsageError where it or, in training, its gradient cannot be used.
     """
     x, shape = x.detach().requires_grad_(), tuple(x.shape)
-    dtype = DTYPES.get(precision, torch.bfloat16)
-    autocast = torch.autocast(x.device.type, dtype, enabled=precision != 'fp32')
-    with clear_errors(f'{what}: fails on a batch {shape}'), torch.set_grad_enabled(module.training), autocast:
+    grad, cast = torch.set_grad_enabled(module.training), autocast(precision, x.device)
+    with clear_errors(f'{what}: fails on a batch {shape}'), grad, cast:
         y = module(x * 1)  # in the network it may change its input in place
     if not isinstance(y, torch.Tensor): raise UsageError(f'{what}: gives a {type(y).__name__}, not a tensor')
     if tuple(y.shape) != shape: raise UsageError(f'{what}: gives {tuple(y.shape)} for {shape}; it must keep the shape')

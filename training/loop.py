@@ -25,7 +25,7 @@ def add_flags(ap, leave_out=ARMS):
         help='train N runs side by side, on a CPU with one thread each (default 1)')
     add('--ray', nargs='?', const='', metavar='ADDRESS',
         help="hand the runs to Ray: this machine's own, or the cluster there")
-    add('--cpus-per-run', type=float, default=1, metavar='N', help='with --ray: cores of a run (default 1)')
+    add('--cpus-per-run', type=float, default=1., metavar='N', help='with --ray: cores of a run (default 1)')
     add('--gpus-per-run', type=float, metavar='N',
         help='with --ray: GPUs of a run, 0.25 say (default 1, without any 0)')
     add_run_flags(ap)
@@ -49,7 +49,7 @@ def check_ray_flags(args):
     cpus, gpus = args.cpus_per_run, args.gpus_per_run
     if args.ray is None and (cpus != 1 or gpus is not None):
         raise UsageError('--cpus-per-run, --gpus-per-run: with --ray only')
-    if not (cpus >= 1 and cpus == int(cpus)):
+    if not (cpus >= 1 and cpus.is_integer()):
         raise UsageError(f'--cpus-per-run {cpus:g}: must be 1 or more whole cores')
     if gpus is not None and not (gpus in (0, 1) or 0 < gpus < 1):
         raise UsageError(f'--gpus-per-run {gpus:g}: must be from 0 to 1')
@@ -63,6 +63,13 @@ def overrides(args):
 
 
 # --- the runs ---
+
+def print_runs(todo, exp):
+    "Prints the runs of an Experiment that are to do, and how many are recorded."
+    for arm, cfg in todo:
+        print(f'{arm} seed {cfg.seed}: {cfg.dataset}, {cfg.size} px, {cfg.epochs} epochs, {cfg.model}')
+    print(f'{len(todo)} runs to do, {len(planned_runs(exp)) - len(todo)} recorded')
+
 
 class Loop:
     """Trains the runs of an Experiment that the record does not hold yet.

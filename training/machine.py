@@ -16,6 +16,12 @@ from training import distributed, host
 DTYPES = {'fp16': torch.float16, 'bf16': torch.bfloat16}  # of autocast
 
 
+def autocast(precision, device):
+    "Returns the autocast of a settled precision, which does nothing in fp32."
+    return torch.autocast(device.type, DTYPES.get(precision, torch.bfloat16), enabled=precision != 'fp32')
+
+
+
 def get_device(gpu=None):
     """Returns the GPU number `gpu`, of CUDA or Apple's; without a number the first one there is, or the CPU.
 

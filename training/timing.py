@@ -12,7 +12,7 @@ from fastai.losses import LabelSmoothingCrossEntropy
 
 from training.layer import ready
 from training.learner import decay_groups, get_opt_func, keep_memory
-from training.machine import DTYPES, wait_for
+from training.machine import autocast, wait_for
 from training.run import get_model
 
 PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}  # fastai's own layers
@@ -62,10 +62,9 @@ def training_step(cfg, device, n_classes=10):
     model, x = ready(cfg.channels_last, device, get_model(cfg, n_classes).train(), x)
     y = torch.randint(n_classes, (cfg.bs,), device=device)
     loss_func, opt = LabelSmoothingCrossEntropy(cfg.label_smoothing), get_opt_func(cfg)(decay_groups(model), lr=cfg.lr)
-    autocast = torch.autocast(device.type, DTYPES.get(cfg.precision, torch.bfloat16), enabled=cfg.precision != 'fp32')
 
     def step():
-        with autocast: loss = loss_func(model(x), y)
+        with autocast(cfg.precision, device): loss = loss_func(model(x), y)
         loss.backward()
         opt.step()
         opt.zero_grad()
