@@ -92,7 +92,8 @@ class Config:
     data: str = knob('', 'a local folder train|val/<class>/<image> instead of a download', role='run')
     valid_pct: float = knob(0., 'with --data: the folder is flat, <class>/<image>, and this part of each class, '
                             'such as 0.2, validates', least=0, below=1)
-    skip_damaged: int = knob(0, 'with --data: train without the images that cannot be read, and count them in the row',
+    skip_damaged: int = knob(0, 'with --data: leave out the images of training and validation that cannot be read, and '
+                             'count them in the row',
                              choices=SWITCH, role='run')
     pct_noise: int = knob(0, 'percent of wrong training labels, from the CSV of the archive, which was made for v2: '
                           'with v1 it is about 0.7 times as many', choices=[0, 1, 5, 25, 50])
@@ -154,6 +155,8 @@ class Config:
 
     def __post_init__(self):
         outside = isinstance(self.attention, str) and layer_source.is_outside(self.attention)
+        if not outside and str(self.attention).endswith('.py'):
+            raise UsageError(f'--sa {self.attention}: name the layer in it, {self.attention}:NAME')
         for f in fields(self):
             of_any_name = f.name == 'attention' and outside
             meta = {**f.metadata, 'choices': None} if of_any_name else f.metadata

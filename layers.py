@@ -37,6 +37,7 @@ class SpectralWeight(nn.Module):
     pass. Parameter and buffers are plain tensors, no hook and no parametrisation, so the module can be
     copied, pickled, compiled and wrapped. `sym=True` symmetrises the weight *before* it is normalised.
     Departure: the iteration starts with `n_init` steps, so that the norm is 1 within a few percent at once.
+    Under gradient checkpointing the pass that is computed anew makes one more step, so that W is a little another.
     """
     def __init__(self, n_out, n_in, ks=1, sym=False, n_init=30):
         super().__init__()

@@ -330,8 +330,12 @@ def merge(other, results=RESULTS):
     rows = _read_ours(other)
     try: path, new, clash = _append(rows, results)
     except ValueError as e: raise UsageError(f'{other}: {e}') from None
+    alone = 0
     for run_id in dict.fromkeys(row['run_id'] for row in rows if row['run_id'] not in clash):
-        write_files(files_of(run_id, Path(other).parent), results)
+        files = files_of(run_id, Path(other).parent)
+        write_files(files, results)
+        alone += not files and not curve_file(run_id, results).exists()
+    if alone: print(f'{other}: there are no curves and predictions of {alone} runs beside it', file=sys.stderr)
     _refuse(path, clash)
     return path, new
 
@@ -342,6 +346,17 @@ def write_curve(run_id, rows, results=RESULTS):
 
 
 def curve_file(run_id, results): return Path(results) / 'curves' / f'{run_id}.csv'
+
+
+def read_curve(run_id, results=RESULTS):
+    "Returns curves/<run_id>.csv as a frame with the columns CURVE; an empty one where there is none or it is damaged."
+    import pandas as pd
+    file = curve_file(run_id, results)
+    try: return pd.read_csv(file).reindex(columns=list(CURVE)).astype(float).astype(dict(epoch=int))
+    except FileNotFoundError: pass
+    except (OSError, ValueError) as e:  # also what pandas raises of its own
+        print(f'{file}: cannot be read as a curve ({e})', file=sys.stderr)
+    return pd.DataFrame(columns=list(CURVE), dtype=float)
 
 
 def write_predictions(run_id, results=RESULTS, **arrays):

@@ -92,6 +92,9 @@ def parse(argv):
     try:
         if cfg.data: find_images(Path(cfg.data), cfg.valid_pct)
     except OSError as e: raise UsageError(f'cannot read the data: {e}') from None
+    if args.dump and args.lrfinder: raise UsageError('--dump, --lrfinder: give one of them')
+    if (args.dump or args.lrfinder) and (args.save or args.export):
+        raise UsageError('--save, --export: with --dump and --lrfinder there is no trained model')
     if args.log_to: check_tool(args.log_to)
     if args.export: check_export(args.export, cfg.attention)
     if args.save and args.save.suffix == '.safetensors':
@@ -127,6 +130,7 @@ def config_of(args):
             raise UsageError(f'--sym: for --sa simple only, not {args.attention}')
         config['attention'] = 'simple_sym'
     cfg = Config(**config)
+    if cfg.attention == 'none' and args.sa_at != Config.sa_at: raise UsageError('--sa-at: with --sa only')
     if with_mish and cfg.act != 'mish':
         raise UsageError(f'--arch {args.arch} and --act {args.act}: that network has Mish; take --arch {cfg.arch}')
     return cfg

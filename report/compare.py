@@ -132,7 +132,9 @@ def on_own_images(runs):
             except UsageError: continue  # a layer that is no more
             name = cfg.attention + (f'@{cfg.sa_at}' if cfg.sa_at != Config.sa_at else '')
             if name in arms: name += f' {cfg.attention_source[:6]}'  # another version of the user's layer
-            arms[name], wanted[name] = cfg, int(of_arm.data_fingerprint.value_counts().max())
+            done = of_arm[of_arm.status.isin(runlog.DONE)]
+            n_seeds = done.groupby('data_fingerprint').seed.nunique().max() if len(done) else 1
+            arms[name], wanted[name] = cfg, int(n_seeds)
         if len(arms) < 2: continue
         arms = {name: arms[name] for name in sorted(arms, key=lambda name: name != 'none')}
         found[_own_name(dict(zip(alike, key)))] = Experiment(claim='', arms=arms, runs=wanted)

@@ -365,5 +365,4 @@ def epoch_differences(pairs, results):
 
 def _curve(run_id, results):
     "Returns the accuracy after each epoch of a run; empty where its curve is not at hand."
-    file = runlog.curve_file(run_id, results)
-    return pd.read_csv(file).set_index('epoch').accuracy.dropna() if file.exists() else pd.Series(dtype=float)
+    return runlog.read_curve(run_id, results).set_index('epoch').accuracy.dropna()

@@ -57,9 +57,12 @@ def on_trial(plan):
     return experiment(plan).arms[arm]
 
 
-def check_same(plan, layer, arms, results):
-    "Raises UsageError unless a plan asks what `arms` {arm: settled Config} do."
+def check_same(plan, layer, arms, data_fingerprint, results):
+    "Raises UsageError unless a plan asks what `arms` {arm: settled Config} do, on the same images."
     file = path(results, plan['name'])
+    if plan['data_fingerprint'] != data_fingerprint:
+        raise UsageError(f'{file}: is a trial on other images (data {plan["data_fingerprint"]}, here '
+                         f'{data_fingerprint}); give this one another --name')
     if plan['layer'] != layer: raise UsageError(f'{file}: is a trial of {plan["layer"]}; give this one another --name')
     planned = experiment(plan).arms
     for arm, cfg in arms.items():

@@ -18,8 +18,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import pandas as pd
-
 import runlog
 from command import Parser, UsageError, exit_code, nearest
 from report import figures
@@ -72,10 +70,8 @@ def draw_maps(argv):
 
 def draw_epochs(saved, args):
     "Draws what the layers add after each epoch, where the curve of the model's run has it."
-    curve = runlog.curve_file(saved.get('run_id', ''), args.results)
-    if not curve.exists(): return
-    epochs = pd.read_csv(curve)
-    if 'branch_ratio' not in epochs or epochs.branch_ratio.isna().all(): return
+    epochs = runlog.read_curve(saved.get('run_id', ''), args.results)
+    if epochs.branch_ratio.isna().all(): return
     save(drawn.branch({saved['config']['attention']: epochs}), args.out / 'epochs')
 
 

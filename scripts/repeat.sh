@@ -12,6 +12,12 @@ if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
 fi
 n=$1
 shift
+for flag in "$@"; do
+  if [[ $flag == --seed || $flag == --seed=* ]]; then
+    echo "repeat.sh: --seed: the seeds are 0 to $((n - 1)); train_imagenette.py --seed N --runs M takes others" >&2
+    exit 2
+  fi
+done
 repo=$(dirname "$0")/..
 python=${PYTHON:-python}
 if [[ -z ${PYTHON:-} && -x $repo/.venv/bin/python ]]; then python=$repo/.venv/bin/python; fi

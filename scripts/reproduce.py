@@ -42,7 +42,9 @@ def parse(argv):
     ap.add_argument('--plan', action='store_true', help="print how many runs each comparison needs; don't train")
     loop.add_flags(ap)
     args, unknown = ap.parse_known_args(argv)
-    if unknown: raise UsageError(f'unknown argument {unknown[0]}, or one that the experiment sets; see --help')
+    if unknown:
+        hint = nearest(unknown[0], list(ap._option_string_actions))
+        raise UsageError(f'unknown argument {unknown[0]}, or one that the experiment sets{hint}; see --help')
     loop.check_flags(args)
     return args, None if args.list else chosen(args)
 

@@ -122,8 +122,9 @@ def the_plan(args, runs, arms, arm):
     "Returns the plan of the trial: the one that is saved, with what the flags change in it, or a new one."
     before = trial.load(args.results, args.name)
     if before is None: return make_plan(args, runs, arms, arm)
+    _, digest = runs.settled(arms[arm])
     arms = settled(runs, arms)
-    trial.check_same(before, arms[arm].attention, arms, args.results)
+    trial.check_same(before, arms[arm].attention, arms, digest, args.results)
     if args.seed0 not in (0, before['seed0']):
         raise UsageError(f'--seed0 {args.seed0}: the plan begins with seed {before["seed0"]}; give another --name')
     plan = deepcopy(before) | dict(runs=args.runs or before['runs'], until=args.until or before['until'])

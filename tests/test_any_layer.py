@@ -158,7 +158,7 @@ def test_the_source_of_a_module_is_what_it_imports_from_its_package(file, monkey
     ('fastai.layrs:A', 'fastai has no module layrs (did you mean layers?)'),
     ('my_layers.py:', 'neither a layer of ours nor'),
     (':Scaled', 'neither a layer of ours nor'), ('a b:c', 'neither a layer of ours nor'),
-    ('my_layers.py:a.b', 'neither a layer of ours nor'), ('my_layers.py', 'unknown; choose from none, simple'),
+    ('my_layers.py:a.b', 'neither a layer of ours nor'), ('my_layers.py', 'name the layer in it, my_layers.py:NAME'),
     ('simpel', 'did you mean simple?'),
     ('my_layers.py:Scaledd', 'has no Scaledd (did you mean Scaled?)'),
     ('my_layers.py:number', 'is of type int, not a class'),
@@ -176,10 +176,13 @@ def test_the_source_of_a_module_is_what_it_imports_from_its_package(file, monkey
     ('imports.py:A', 'imports.py cannot be imported: ModuleNotFoundError: No module named'),
     ('broken.py:A', 'broken.py cannot be imported: SyntaxError: '), ('exits.py:A', 'cannot be imported: SystemExit: 3'),
     ('clash.py:A', 'clash.py:A: imports runlog beside it, but that is the name of'),
+    ('made.py:instance', 'made.py:instance: is a module already; name its class, or a function of n_channels'),
+    ('made.py:lazy', 'lazy(64) fails on cpu: ValueError: Attempted to use an uninitialized parameter'),
 ])
 def test_a_refusal_is_one_line_before_anything_is_trained(attention, words, file, command, monkeypatch, tree, tmp_path):
     texts = dict(imports='import nosuchmodule', broken='def f(:', exits='import sys; sys.exit(3)', runlog='A = 1',
-                 clash='from runlog import A')
+                 clash='from runlog import A', made='from torch import nn\ninstance = nn.Identity()\n'
+                 'def lazy(n): return nn.LazyConv2d(n, 1)')
     for name, text in texts.items(): (file.parent / f'{name}.py').write_text(text)
     monkeypatch.chdir(file.parent)
     code, out, err = command('--data', tree, *TINY, '--sa', attention)

@@ -92,7 +92,10 @@ def test_a_reader_of_2020_is_told_what_differs(line, note, capsys):
     ('--eps 1e-3 --opt sgd', '--eps 0.001: for --opt adam, rms, ranger, radam, lamb or lookahead only, not sgd'),
     ('--alpha 0.9 --opt sgd', '--sqrmom 0.9: for --opt adam, rms,'),
     ('--source 320 --dataset digits', '--source 320: for --dataset imagenette or imagewoof only, not digits'),
-    ('--skip-damaged', '--skip-damaged: with --data only'),
+    ('--skip-damaged', '--skip-damaged: with --data only'), ('--sa-at 2', '--sa-at: with --sa only'),
+    ('--dump --lrfinder', '--dump, --lrfinder: give one of them'),
+    ('--dump --save m.pt', '--save, --export: with --dump and --lrfinder there is no trained model'),
+    ('--sa my_layers.py', '--sa my_layers.py: name the layer in it, my_layers.py:NAME'),
     ('--arch mxresnet18 --act_fn relu', '--arch mxresnet18 and --act relu: that network has Mish; take --arch x'),
 ])
 def test_flags_that_do_not_go_together(line, message):

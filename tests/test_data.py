@@ -161,6 +161,17 @@ def test_validation_images_count_among_those_that_are_to_fit_on_the_device(tree,
         get_dls(config(tree, loader='device'))
 
 
+def test_auto_takes_loader_processes_where_a_gpu_has_no_room(tree, monkeypatch):
+    def no_memory(*args): raise MemoryError('1 MiB')
+    monkeypatch.setattr(data, 'decoded', no_memory)
+    files = sorted(str(file.relative_to(tree)) for file in tree.rglob('*.JPEG'))
+    def kind(**knobs):
+        pairs = [(file, 0) for file in files]
+        return data.loaders(config(tree, **knobs), tree, pairs, pairs[:6], 'f', torch.device('cuda', 0))[2]
+    assert kind(loader='auto') == 'workers'
+    with pytest.raises(UsageError, match='no room for 1 MiB'): kind(loader='device')
+
+
 def test_validation_is_the_same_every_time(tree):
     dls = get_dls(config(tree))
     first = next(iter(dls.valid))[0]
@@ -175,6 +186,12 @@ def test_random_erasing_is_for_training_images_only(tree, loader):
     erased.train.erase.p = 1.
     assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(plain.train, erased.train))
     assert torch.equal(next(iter(plain.valid))[0], next(iter(erased.valid))[0])
+
+
+def test_the_numbers_of_images_of_the_archives():
+    assert data.N_IMAGES == {
+        ('imagewoof', 'v1'): (12_454, 500), ('imagewoof', 'v2'): (9_025, 3_929),
+        ('imagenette', 'v1'): (12_894, 500), ('imagenette', 'v2'): (9_469, 3_925)}
 
 
 REAL = Path(os.environ.get('IMAGEWOOF_160', '~/.fastai/data/imagewoof2-160')).expanduser()

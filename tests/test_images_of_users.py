@@ -6,6 +6,7 @@ import errno
 import fcntl
 import io
 import os
+import re
 import shutil
 import signal
 import struct
@@ -508,7 +509,14 @@ def test_images_of_the_record_keep_their_fingerprint(tree, memory, monkeypatch):
     digest = find_set(config(tree)).fingerprint
     monkeypatch.setattr(check, 'KNOWN', {digest: fingerprint(find_images(tree))})
     assert find_set(config(tree)).fingerprint == fingerprint(find_images(tree))
-    assert all(len(new) == 16 and len(old) == 12 for new, old in check.KNOWN.items())
+
+
+def test_the_images_of_the_record_are_those_of_its_page():
+    page = (REPO / 'results' / 'README.md').read_text(encoding='utf-8')
+    named = re.findall(r'^\| ([0-9a-f]{12}) \| `(.*)`, rebuilt \|$', page, re.M)
+    assert dict(named) == {'5880ca44b220': 'imagewoof2-160', '7a7293228448': 'imagewoof2-320',
+                           '22be7e3ebe16': 'imagenette2-160'}
+    assert set(check.KNOWN.values()) == set(dict(named)) and {len(digest) for digest in check.KNOWN} == {16}
 
 
 REAL = Path(os.environ.get('IMAGEWOOF_160', '~/.fastai/data/imagewoof2-160')).expanduser()

@@ -225,6 +225,26 @@ def test_a_copy_without_git_knows_its_commit_and_whether_it_is_changed(checkout,
     assert runlog.commit(copy)['git_dirty'] == 1
 
 
+@pytest.mark.parametrize('text', ['', 'a,b\n1,2\n', 'epoch,accuracy\n1,x\n'])
+def test_a_damaged_curve_is_an_empty_one_and_a_line(text, tmp_path, capsys):
+    runlog.write_curve('r', [dict(epoch=1, accuracy=0.5)], tmp_path)
+    assert runlog.read_curve('r', tmp_path).accuracy.tolist() == [0.5]
+    runlog.curve_file('r', tmp_path).write_text(text)
+    empty, absent = runlog.read_curve('r', tmp_path), runlog.read_curve('s', tmp_path)
+    assert list(empty) == list(absent) == list(runlog.CURVE) and len(empty) == len(absent) == 0
+    assert capsys.readouterr().err.count('r.csv: cannot be read as a curve') == 1
+
+
+def test_rows_without_their_curves_are_said(tmp_path, capsys):
+    row = dict(run_id='r', status='ok', started='t', seed=0)
+    runlog.append(row, tmp_path / 'one')
+    runlog.merge(tmp_path / 'one' / 'runs.csv', tmp_path / 'two')
+    assert 'there are no curves and predictions of 1 runs beside it' in capsys.readouterr().err
+    runlog.write_curve('r', [dict(epoch=1)], tmp_path / 'one')
+    runlog.merge(tmp_path / 'one' / 'runs.csv', tmp_path / 'two')
+    assert not capsys.readouterr().err and runlog.curve_file('r', tmp_path / 'two').exists()
+
+
 def test_a_copy_inside_another_repository_has_not_its_commit(checkout):
     inside = checkout / 'vendor' / 'copy'
     inside.mkdir(parents=True)

@@ -362,6 +362,7 @@ def test_verdict_beside_a_claim_of_2(low, high, words):
 
 @pytest.mark.parametrize('low, high, words', [
     (0.001, 0.041, 'difference'), (-0.02, -0.01, 'difference'), (-0.006, 0.004, 'no difference seen'),
+    (-0.01, 0.01, 'no difference seen'), (-0.0099, 0.005, 'no difference seen'), (-0.0101, 0, 'too few runs to say'),
     (-0.002, 0.012, 'too few runs to say'), (0, 0.03, 'too few runs to say'), (NAN, NAN, 'too few runs to say'),
 ])
 def test_verdict_without_a_claim(low, high, words):

@@ -75,8 +75,8 @@ def test_the_sources_own_command_line():
     ('--compile', dict(compile=1)), ('--compile 0 --fused 0', dict(fused=0)),
     ('--loader device', dict(loader='device')),
     ('--pct-noise 5', dict(pct_noise=5)), ('--pct_noise 5', dict(pct_noise=5)), ('--act_fn mish', dict(act='mish')),
-    ('--sa-at 1,2.0 --pool max --opt ranger --schedule flat_cos',
-     dict(sa_at='1,2.0', pool='max', opt='ranger', schedule='flat_cos')),
+    ('--sa --sa-at 1,2.0 --pool max --opt ranger --schedule flat_cos',
+     dict(attention='simple', sa_at='1,2b0', pool='max', opt='ranger', schedule='flat_cos')),
 ])
 def test_flags(argv, expected): assert config(*argv.split()) == Config(**expected)
 
@@ -188,7 +188,7 @@ def test_answers_in_under_3_seconds(argv, code):
 # --- runs ---
 
 def test_a_run_leaves_a_row_a_curve_and_predictions(tree, command, tmp_path):
-    code, out, err = command('--data', tree, '--sa', '--seed', 5, '--meta', 'a, "note"', *TINY[:-1], 2)
+    code, out, err = command('--data', tree, '--sa', '--seed', 5, '--meta', 'a, "note"', *TINY[:-1], 2, '--bs', 4)
     assert code == 0, err
     row = record(tmp_path).iloc[0]
     last = out.strip().splitlines()[-1]
@@ -208,6 +208,8 @@ def test_a_run_leaves_a_row_a_curve_and_predictions(tree, command, tmp_path):
     curve = pd.read_csv(tmp_path / 'results' / 'curves' / f'{row.run_id}.csv')
     assert list(curve) == list(runlog.CURVE) and curve.epoch.tolist() == [1, 2]
     assert curve.accuracy.iloc[-1] == row.accuracy and curve.accuracy.max() == row.max_accuracy
+    assert row.max_accuracy_epoch == curve.epoch[curve.accuracy.idxmax()]
+    assert row.images_per_second > 2 * 28 / row.fit_seconds  # 7 batches of 4 an epoch; the fit validates, too
     saved = np.load(tmp_path / 'results' / 'predictions' / f'{row.run_id}.npz')
     assert (saved['logits'].argmax(1) == saved['targets']).mean() == pytest.approx(row.accuracy, abs=1e-6)
     assert saved['logits'].shape == (6, 3)
@@ -295,6 +297,11 @@ def test_a_model_that_this_code_cannot_load_gets_a_line(tmp_path):
     load('good.pt')
     with pytest.raises(UsageError, match=r'newer\.pt: was saved by another version of this code .*cutmix'):
         load('newer.pt', config=asdict(Config(arch='xresnet18')) | dict(cutmix=1.))
+    (tmp_path / 'mine.py').write_text('from layers import ResidualConv as Mine')
+    of_file = asdict(Config(arch='xresnet18', attention=f'{tmp_path}/mine.py:Mine'))
+    (tmp_path / 'mine.py').rename(tmp_path / 'elsewhere.py')
+    with pytest.raises(UsageError, match=r'gone\.pt: its layer was in .*/mine\.py, put it there or in the working'):
+        load('gone.pt', config=of_file)
     with pytest.raises(UsageError, match=r'other\.pt: its weights do not fit xresnet18 .*size mismatch'):
         load('other.pt', vocab=['a', 'b', 'c'])
 
@@ -327,10 +334,10 @@ def test_a_reader_that_closes_the_pipe_is_no_fault():
 
 @pytest.mark.slow(4)
 def test_lrfinder_suggests_and_plots_each_setting_in_its_own_file(tree, command, tmp_path):
-    given = '--opt', 'sgd', '--sa-at', '1,2', '--wd', 0.01, '--act', 'mish'
+    given = '--opt', 'sgd', '--stem', '32-32-64', '--wd', 0.01, '--act', 'mish'
     code, out, err = command('--data', tree, *TINY, '--lrfinder', *given)
     assert code == 0, err
-    file = tmp_path / 'results' / 'lr_find' / 'custom-32-xresnet18-bs6-splitv1-sa_at1,2-actmish-epochs1-optsgd.png'
+    file = tmp_path / 'results' / 'lr_find' / 'custom-32-xresnet18-bs6-splitv1-stem32-32-64-actmish-epochs1-optsgd.png'
     assert 'suggested learning rate' in out and file.read_bytes()[:4] == b'\x89PNG'
     assert not (tmp_path / 'results' / 'runs.csv').exists()
 
@@ -350,6 +357,12 @@ def test_a_saved_model_predicts_the_same(tree, command, tmp_path):
     saved = np.load(tmp_path / 'results' / 'predictions' / f'{row.run_id}.npz')
     with torch.no_grad(): logits = torch.cat([model(x) for x, _ in dls.valid])
     assert torch.allclose(logits, torch.tensor(saved['logits']), atol=1e-4)
+
+
+def test_repeat_has_seeds_of_its_own():
+    argv = ['bash', REPO / 'scripts' / 'repeat.sh', '3', '--woof', '--', '--woof', '--sa', '--seed', '5']
+    done = subprocess.run(argv, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith('repeat.sh: --seed: the seeds are 0 to 2; ')
 
 
 @pytest.mark.parametrize('python, codes, calls, code', [

@@ -1,7 +1,9 @@
 """A layer on trial: scripts/trial.py on a tree of a few images. Of its plan and page: test_trial_page.py."""
 import json
 import signal
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import REPO, script
@@ -191,8 +193,15 @@ def test_steps_are_measured_in_turn():
     costs = timing.measure_steps(arms, torch.device('cpu'), threads=1, rounds=1)
     assert set(costs) == set(arms)
     assert all(0 < cost['step_ms'] < 60_000 and cost['peak_mb'] > 1 for cost in costs.values())
-    theirs = costs["fastai's simple"]
-    assert costs['simple']['ratio'] == 1 and theirs['ratio_low'] <= theirs['ratio'] <= theirs['ratio_high']
+    assert costs['simple']['ratio'] == costs['simple']['ratio_low'] == costs['simple']['ratio_high'] == 1
+
+
+def test_the_ratio_of_a_step_is_the_median_over_the_turns(monkeypatch):
+    monkeypatch.setattr(timing, 'take_turns', lambda *_: np.array([[1., 2, 4], [2, 6, 4]]))
+    cfg = Config(dataset='digits', size=32, arch='xresnet18', bs=4, precision='fp32')
+    costs = timing.measure_steps(dict(none=cfg, simple=replace(cfg, attention='simple')), torch.device('cpu'))
+    found = costs['simple']
+    assert (found['step_ms'], found['ratio'], found['ratio_low'], found['ratio_high']) == (4000, 2, 1.5, 2.5)
 
 
 @pytest.mark.parametrize('fused', [0, 1])

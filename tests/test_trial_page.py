@@ -55,6 +55,14 @@ def test_what_counts_are_the_planned_seeds_images_and_precision(tmp_path):
     assert trial.accuracy(trial.of_arms(plan, runs)['none']).endswith('(4)')
 
 
+def test_a_plan_of_other_images_is_not_gone_on_with(tmp_path):
+    plan = made_plan()
+    arms = trial.experiment(plan).arms
+    trial.check_same(plan, 'simple', arms, 'd', tmp_path)
+    with pytest.raises(UsageError, match=r'other images \(data d, here e\); give this one another --name'):
+        trial.check_same(plan, 'simple', arms, 'e', tmp_path)
+
+
 def test_a_layer_that_always_diverges_has_a_whole_sentence(tmp_path):
     plan = made_plan()
     runs = made_runs(plan, tmp_path)

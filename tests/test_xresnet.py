@@ -1,5 +1,6 @@
 import pytest
 import torch
+from fastai import layers as fastai_layers
 from fastai.layers import MaxPool
 from fastai.vision.models import xresnet as fastai_xresnet
 
@@ -22,6 +23,43 @@ def test_without_attention_it_is_fastais_network(arch):
     for mode in (True, False):
         a, b = ours.train(mode)(x), theirs.train(mode)(x)
         assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+@pytest.mark.parametrize('arch', ['xresnet18', 'xresnet50'])
+def test_it_starts_as_fastais_do(arch):
+    "Kaiming's normal weights, no bias at the head, and blocks that add nothing: their last norm is 0."
+    model = xresnet(arch, 10, SimpleSelfAttention)
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)) and module.weight.numel() > 5000:
+            assert module.weight.std().item() == pytest.approx((2 / module.weight[0].numel())**0.5, rel=0.05), name
+        if isinstance(module, SimpleSelfAttention):
+            assert module.conv.weight.std().item() == pytest.approx((2 / module.n_channels)**0.5, rel=0.05)
+        if isinstance(module, ResBlock):
+            norms = [m for m in module.convs.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+            assert [bool(norm.weight.any()) for norm in norms] == [True] * (len(norms) - 1) + [False]
+    assert not [m for m in model.modules() if isinstance(m, torch.nn.Linear)][-1].bias.any()
+
+
+@pytest.mark.parametrize('arch', ['xresnet18', 'xresnet50'])
+def test_with_the_layer_it_is_fastais_network_with_theirs(arch):
+    ours = xresnet(arch, 10, SimpleSelfAttention, stem='32-32-64')
+    theirs = getattr(fastai_xresnet, arch)(n_out=10, sa=True)
+    (at,) = [name for name, m in theirs.named_modules() if isinstance(m, fastai_layers.SimpleSelfAttention)]
+    (here,) = [name for name, m in ours.named_modules() if isinstance(m, SimpleSelfAttention)]
+    for module in theirs.modules():  # what starts at 0 would hide the blocks and the layer
+        if isinstance(module, torch.nn.BatchNorm2d): torch.nn.init.constant_(module.weight, 0.5)
+    layer = theirs.get_submodule(at)
+    layer.gamma.data.fill_(0.1)
+    for _ in range(300): layer(torch.zeros(1, layer.n_in, 1, 1))  # until their power iteration has converged
+    rest = [value for name, value in theirs.state_dict().items() if not name.startswith(f'{at}.')]
+    state = dict(zip([name for name in ours.state_dict() if not name.startswith(f'{here}.')], rest, strict=True))
+    ours.load_state_dict(state | {name.replace(at, here): value for name, value in theirs.state_dict().items()
+                                  if name.startswith(f'{at}.')})
+    x = torch.randn(4, 3, 64, 64)
+    with torch.no_grad(): a, b = ours(x), theirs(x)
+    assert (a - b).abs().max() <= 1e-3 * b.abs().max()
+    ours.get_submodule(here).gamma.data.fill_(0.)
+    with torch.no_grad(): assert (ours(x) - b).abs().max() > 0.01 * b.abs().max()  # so the layer counts
 
 
 def test_max_pool_is_fastais():

@@ -42,6 +42,8 @@ def outside_layer(attention, file, source):
     if layer is None:
         names = [key for key, value in vars(module).items() if callable(value) and not key.startswith('_')]
         raise UsageError(f'{what}: {file} has no {name}{nearest(name, names)}')
+    if isinstance(layer, nn.Module):
+        raise UsageError(f'{what}: is a module already; name its class, or a function of n_channels')
     if not callable(layer):
         raise UsageError(f'{what}: is of type {type(layer).__name__}, not a class or a function of n_channels')
     return layer
@@ -132,7 +134,8 @@ def tried(attention, file, source, shapes, device, precision, channels_last):
             with clear_errors(f'{what} fails'): module = make(C)
             if not isinstance(module, nn.Module):
                 raise UsageError(f'{what} is of type {type(module).__name__}, not a torch.nn.Module')
-            module, x = ready(channels_last, device, module, torch.randn(2, C, H, W))
+            with clear_errors(f'{what} fails on {device}'):
+                module, x = ready(channels_last, device, module, torch.randn(2, C, H, W))
             y = attempt(f'{what}, random numbers', module.train(), x, precision)
             attempt(f'{what}, all zeros as at the first step', module, torch.zeros_like(x), precision)
             attempt(f'{what}, one image in validation', module.eval(), x[:1], precision)

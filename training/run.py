@@ -276,6 +276,10 @@ def built(file, saved):
     try: cfg = Config(**saved['config'] | dict(attention_source=''))  # what is there now
     except TypeError as e:
         raise UsageError(f'{file}: was saved by another version of this code ({in_a_line(e)})') from None
+    except UsageError as e:
+        there = saved['config'].get('attention_file')
+        if not there: raise
+        raise UsageError(f'{file}: its layer was in {there}, put it there or in the working directory ({e})') from None
     has_changed = cfg.attention_source != saved['config'].get('attention_source', '')
     if has_changed: print(f'{file}: the source of {cfg.attention} has changed since it was saved', file=sys.stderr)
     model = get_model(cfg, len(saved['vocab']))
@@ -288,7 +292,8 @@ def read_model(file):
     "Returns dict(config, vocab, model: the weights, run_id) from a file that `run(..., save=file)` wrote."
     try: saved = torch.load(file, map_location='cpu', weights_only=True)
     except Exception as e:  # what a damaged file makes torch and pickle raise has no end
-        why = str(e).splitlines()[0] if str(e) else type(e).__name__
+        advice = 'weights_only' in str(e)  # torch's: to load what may run foreign code
+        why = type(e).__name__ if advice or not str(e) else str(e).splitlines()[0]
         raise UsageError(f'{file}: cannot be read as a model that --save wrote ({why})') from None
     if not isinstance(saved, dict) or not saved.keys() >= {'config', 'vocab', 'model'}:
         raise UsageError(f'{file}: not a model that --save wrote')
