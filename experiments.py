@@ -171,7 +171,7 @@ class Config:
         try: places = parse_places(self.sa_at, blocks)
         except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None
         self._set('places', places)  # [(stage, block)], what the network is built from
-        self._set('sa_at', format_places(places, blocks) if self.attention != 'none' else Config.sa_at)
+        self._set('sa_at', format_places(places, blocks))
 
     def _set(self, name, value):
         "Sets an attribute while this object is made; afterwards it is frozen."
@@ -214,12 +214,13 @@ def model_name(arch, attention):
 
 
 def resolve(cfg):
-    "Returns `cfg` with what follows from its other fields written out: the archive and the split."
+    "Returns `cfg` with what follows from its other fields written out: the archive, the split, no place of no layer."
     source, split = cfg.source, cfg.split
     if source == 'auto' and cfg.dataset != 'digits' and not cfg.data:
         source = '160' if cfg.size <= 128 else '320' if cfg.size <= 224 else 'full'
     if split == 'auto': split = 'v1' if cfg.dataset in ('imagenette', 'imagewoof') and not cfg.valid_pct else 'v2'
-    return replace(cfg, source=source, split=split)
+    sa_at = Config.sa_at if cfg.attention == 'none' else cfg.sa_at
+    return replace(cfg, source=source, split=split, sa_at=sa_at)
 
 
 def parse_places(sa_at, blocks):
@@ -249,7 +250,7 @@ def format_places(places, blocks):
 
 
 def as_written_now(attention, sa_at):
-    "Returns the places of a layer as Config has them: older rows have 3.0 for 3b0, and any place of `none`."
+    "Returns the places of a layer as `resolve` leaves them: older rows have 3.0 for 3b0, and any place of `none`."
     return Config.sa_at if attention == 'none' else re.sub(r'\b(\d)\.(\d?0)\b', r'\1b\2', sa_at)
 
 

@@ -335,7 +335,7 @@ def merge(other, results=RESULTS):
         files = files_of(run_id, Path(other).parent)
         write_files(files, results)
         alone += not files and not curve_file(run_id, results).exists()
-    if alone: print(f'{other}: there are no curves and predictions of {alone} runs beside it', file=sys.stderr)
+    if alone: print(f'{other}: there are no curves and predictions of {alone} runs beside it')
     _refuse(path, clash)
     return path, new
 

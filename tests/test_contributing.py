@@ -98,4 +98,5 @@ def test_an_experiment_is_an_entry(change, tree, tmp_path):
     assert 'too few runs to say' in run(copy, *argv, '--results', tmp_path / 'results')
     assert [row['act'] for row in rows(tmp_path / 'results')] == ['relu', 'leaky_relu']
     listed = run(copy, 'scripts/reproduce.py', '--list', '--results', tmp_path / 'results')
-    assert 'leaky  A leaky ReLU helps\n    runs done / wanted: relu 0/1, leaky_relu 0/1\n' in listed
+    assert 'leaky  A leaky ReLU helps\n    python train_imagenette.py --dataset digits ' in listed
+    assert '    runs done / wanted: relu 0/1, leaky_relu 0/1\n' in listed

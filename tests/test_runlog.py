@@ -239,10 +239,10 @@ def test_rows_without_their_curves_are_said(tmp_path, capsys):
     row = dict(run_id='r', status='ok', started='t', seed=0)
     runlog.append(row, tmp_path / 'one')
     runlog.merge(tmp_path / 'one' / 'runs.csv', tmp_path / 'two')
-    assert 'there are no curves and predictions of 1 runs beside it' in capsys.readouterr().err
+    assert 'there are no curves and predictions of 1 runs beside it' in capsys.readouterr().out
     runlog.write_curve('r', [dict(epoch=1)], tmp_path / 'one')
     runlog.merge(tmp_path / 'one' / 'runs.csv', tmp_path / 'two')
-    assert not capsys.readouterr().err and runlog.curve_file('r', tmp_path / 'two').exists()
+    assert not capsys.readouterr().out and runlog.curve_file('r', tmp_path / 'two').exists()
 
 
 def test_a_copy_inside_another_repository_has_not_its_commit(checkout):
