@@ -197,6 +197,7 @@ class Config:
             raise UsageError(f'{flag(f)} {value}: for --{other} {listed(values)} only, not {getattr(self, other)} '
                              f'(default {f.default})')
         if self.skip_damaged and not self.data: raise UsageError('--skip-damaged: with --data only')
+        if self.attention == 'none' and self.sa_at != Config.sa_at: raise UsageError('--sa-at: with --sa only')
 
     @property
     def model(self): return model_name(self.arch, self.attention)

@@ -37,7 +37,7 @@ class SpectralWeight(nn.Module):
     pass. Parameter and buffers are plain tensors, no hook and no parametrisation, so the module can be
     copied, pickled, compiled and wrapped. `sym=True` symmetrises the weight *before* it is normalised.
     Departure: the iteration starts with `n_init` steps, so that the norm is 1 within a few percent at once.
-    Under gradient checkpointing the pass that is computed anew makes one more step, so that W is a little another.
+    Under gradient checkpointing the pass that is computed anew makes one more step, so that its W differs slightly.
     """
     def __init__(self, n_out, n_in, ks=1, sym=False, n_init=30):
         super().__init__()
@@ -467,7 +467,7 @@ class ResidualConv(_WithConv):
 
 
 class _Mixing(_WithConv):
-    "y = x + M x with a matrix M (B, C, C) that `mix` makes of x and gamma W: of a Gram matrix, where nothing is said."
+    "y = x + M x, M (B, C, C) made of x and gamma W by `mix`; the multiply-adds here are of one that takes x x^T."
     def attend(self, x, dtype):
         z, mix = self.mix(x.to(dtype), self.gamma_w(dtype))
         return _add_product(x, z, mix, z)

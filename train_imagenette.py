@@ -130,7 +130,6 @@ def config_of(args):
             raise UsageError(f'--sym: for --sa simple only, not {args.attention}')
         config['attention'] = 'simple_sym'
     cfg = Config(**config)
-    if cfg.attention == 'none' and args.sa_at != Config.sa_at: raise UsageError('--sa-at: with --sa only')
     if with_mish and cfg.act != 'mish':
         raise UsageError(f'--arch {args.arch} and --act {args.act}: that network has Mish; take --arch {cfg.arch}')
     return cfg

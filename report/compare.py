@@ -171,17 +171,20 @@ def correct(run_ids, results):
     files = [Path(results) / 'predictions' / f'{run_id}.npz' for run_id in run_ids]
     if not files or not all(file.exists() for file in files): return None
     found = [_predictions(file, file.stat().st_mtime) for file in files]
-    if None in found or any(names != found[0][0] for names, _ in found): return None
+    if None in found or len({names for names, _ in found}) > 1: return None
     return np.array([right for _, right in found])
 
 
 @lru_cache(maxsize=1_000)
 def _predictions(file, changed):
-    "Returns (names of the images, whether each is classified correctly), in the order of the names; None of damage."
+    """Returns (a hash of the names of the images, whether each is classified correctly, in the order of the names).
+
+    It is None of a damaged file. `changed`, the time of the file, has a file that is new read anew.
+    """
     try:
         with np.load(file) as saved:
             order = saved['files'].argsort()
-            return tuple(saved['files'][order]), (saved['logits'].argmax(1) == saved['targets'])[order]
+            return hash(tuple(saved['files'][order])), (saved['logits'].argmax(1) == saved['targets'])[order]
     except Exception as e:  # what damaged files make zipfile and numpy raise has no end
         return print(f'{file}: cannot be read, so there are no intervals over images ({e})', file=sys.stderr)
 

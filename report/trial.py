@@ -52,7 +52,7 @@ def experiment(plan):
 
 
 def on_trial(plan):
-    "Returns the Config of the layer on trial: the second arm of every contrast, the first of which is with none."
+    "Returns the Config of the layer on trial, the second arm of the first contrast."
     _, arm = plan['contrasts'][0]
     return experiment(plan).arms[arm]
 

@@ -22,6 +22,7 @@ from command import Parser, exit_code
 from experiments import EXPERIMENTS, N_IMAGES, Config, planned_runs, resolve
 from layer_source import is_outside
 from report.published import load_published, published_mean
+from report.tables import markdown_table
 
 DEVICES = 1, 8, 64
 COUNTS = N_IMAGES | {('digits', 'v2'): (1_437, 360)}
@@ -127,20 +128,22 @@ def costs(results=runlog.RESULTS):
 def markdown(table, hours):
     "Returns both frames as Markdown. The hours of an experiment are those on the first device."
     device, rate = hours.measured[0].partition(',')[0], hours.multiply_adds_per_second[0]
-    lines = [['experiment', 'runs', '10^15 multiply-adds', f'hours on one {device}'], ['---'] + ['---:'] * 3]
+    lines = []
     for row in table.itertuples():
         n = row.multiply_adds
         lines.append([row.experiment, row.runs, f'{n / 1e15:,.1f}', f'{rounded(n / rate / 3600):,}'])
     all_hours = hours.hours_on_1[0]
     in_all = f'{all_hours * 3600 * rate / 1e15:,.0f}'
     lines.append(['every published mean, each run once', hours.runs[0], in_all, f'{all_hours:,.0f}'])
-    lines.append([])
-    lines += [['what was measured', '10^12 multiply-adds a second', 'longest run', *DEVICES], ['---'] + ['---:'] * 5]
+    head = ['experiment', 'runs', '10^15 multiply-adds', f'hours on one {device}']
+    experiments = markdown_table(head, lines, range(1, 4))
+    lines = []
     for row in hours.itertuples():
         on_each = [f'{getattr(row, f"hours_on_{n}"):,.0f} h' for n in DEVICES]
         speed = f'{row.multiply_adds_per_second / 1e12:.3f}'
         lines.append([row.measured, speed, f'{row.longest_run_hours:,.1f} h', *on_each])
-    return ''.join(f'| {" | ".join(map(str, line))} |\n' if line else '\n' for line in lines)
+    head = ['what was measured', '10^12 multiply-adds a second', 'longest run', *DEVICES]
+    return f'{experiments}\n\n{markdown_table(head, lines, range(1, 6))}\n'
 
 
 def rounded(hours):

@@ -53,13 +53,13 @@ def parse(argv):
     given = loop.overrides(args)
     given.setdefault('dataset', 'custom' if given.get('data') else 'imagewoof')
     base = Config(**(DIGITS if given['dataset'] == 'digits' else DEFAULTS) | given)
-    base.check_effects()
     layer = replace(base, attention=args.layer).attention  # as the record has it
     if layer == 'none': raise UsageError('none: is what a layer is compared with')
     arm = parse_layer(layer)[1] if is_outside(layer) else layer
     if is_outside(layer) and arm in ('none', 'conv'): arm = layer
     layers = {'none': 'none', 'conv': 'conv', arm: args.layer}
     arms = {name: replace(base, attention=attention) for name, attention in layers.items()}
+    arms[arm].check_effects()
     replace(base, seed=args.seed0 + (args.runs or RUNS) - 1)  # the last seed is checked now
     if args.name is None: args.name = default_name(arm, arms[arm])
     if not args.name.replace('-', '').replace('_', '').replace('.', '').isalnum():
@@ -100,10 +100,10 @@ def make_plan(args, runs, arms, arm):
 def measure(arms, arm, device, threads):
     "Returns {arm: what its layer costs}, that of fastai's own layer among them where there is one."
     from training import layer, timing
-    layer_of_ours = arms[arm].attention
-    if layer_of_ours in timing.PEERS:
-        peer = f'fastai.layers:{timing.PEERS[layer_of_ours].__name__}'
-        arms = arms | {f"fastai's {layer_of_ours}": replace(arms[arm], attention=peer)}
+    attention = arms[arm].attention
+    if attention in timing.PEERS:
+        peer = f'fastai.layers:{timing.PEERS[attention].__name__}'
+        arms = arms | {f"fastai's {attention}": replace(arms[arm], attention=peer)}
     print(f'measuring a training step of {", ".join(arms)} ...', flush=True)
     steps = timing.measure_steps(arms, device, threads)
     costs = {}

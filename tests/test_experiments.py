@@ -108,6 +108,8 @@ def test_the_experiment_attention_is_that_of_its_plan():
     assert exp.described() == [('none', 'low_rank'), ('none', 'channel')]
     questions = [exp.asks(*pair) for pair in exp.pairs()]
     assert all(questions) and len(set(questions)) == 8 and exp.asks('none', 'simple') == ''
+    page = (REPO / 'results' / 'README.md').read_text(encoding='utf-8')
+    assert all(f'\n| {exp.asks(*pair)} | {" → ".join(pair)} | ' in page for pair in exp.pairs())
 
 
 @pytest.mark.parametrize('name', [name for name, exp in EXPERIMENTS.items() if exp.plan])

@@ -44,8 +44,7 @@ def class_folders(path, valid_pct=0.):
     if not path.is_dir(): raise UsageError(f'{path}: {_no_folder(path)}')
     there = subfolders(path)
     if valid_pct and not ('train' in there and subfolders(path / 'train')): return there
-    if 'train' not in there:
-        raise UsageError(f'{path}: no folder train; {EXPECTED}{_hint(path, there)}')
+    if 'train' not in there: raise UsageError(f'{path}: no folder train; {EXPECTED}{_hint(path, there)}')
     used = ['train', *validation_folders(path)[:1]]
     if valid_pct and len(used) > 1:
         raise UsageError(f'{path}: has a folder {used[1]} to validate on; leave --valid-pct out')

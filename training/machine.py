@@ -21,7 +21,6 @@ def autocast(precision, device):
     return torch.autocast(device.type, DTYPES.get(precision, torch.bfloat16), enabled=precision != 'fp32')
 
 
-
 def get_device(gpu=None):
     """Returns the GPU number `gpu`, of CUDA or Apple's; without a number the first one there is, or the CPU.
 
