@@ -416,14 +416,19 @@ def recorded(runs, cfg, data_fingerprint):
 
 # --- the command ---
 
-def merge_command(argv):
-    "Does what the command line asks for."
+def parse(argv):
+    "Returns the arguments of a command line; raises UsageError on a mistake."
     ap = Parser(description='Merge run files.', allow_abbrev=False)
     sub = ap.add_subparsers(dest='command', required=True)
     m = sub.add_parser('merge', help='add the rows of OTHER.csv to runs.csv, each once')
     m.add_argument('other', type=Path)
     m.add_argument('--results', type=Path, default=RESULTS, help='results directory')
-    args = ap.parse_args(argv)
+    return ap.parse_args(argv)
+
+
+def merge_command(argv):
+    "Does what the command line asks for."
+    args = parse(argv)
     try: print('{1} rows added to {0}'.format(*merge(args.other, args.results)))
     except OSError as e: raise UsageError(f'{args.results}: no row can be written there ({e})') from None
 

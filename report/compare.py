@@ -7,7 +7,7 @@ never pooled. How a verdict is reached: results/README.md.
 import sys
 from collections import Counter, namedtuple
 from functools import lru_cache
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import pandas as pd
@@ -75,8 +75,8 @@ def sets(exp, runs, own=None, recipes=None):
     """Returns [(the SET columns of one set (dict), {arm: its runs})] of an Experiment, the latest first.
 
     `planned` in the dict says whether the split and the archive, which is whole, are those of `own`, the Experiment as
-    EXPERIMENTS has it. Of an `exp` with another split or archive only the sets with these are returned. `recipes` is
-    by_recipe(runs), where that is known already.
+    EXPERIMENTS has it; `folder` is the name of the folder of images of the user's, else ''. Of an `exp` with another
+    split or archive only the sets with these are returned. `recipes` is by_recipe(runs), where that is known already.
     """
     recipes = by_recipe(runs) if recipes is None else recipes
     planned = _planned_images(own or exp)
@@ -90,7 +90,7 @@ def sets(exp, runs, own=None, recipes=None):
             if cfg.precision not in ('auto', key['precision']): continue
             number = of_set.set_number.iloc[0]
             if number not in found:
-                columns = key | dict(planned=planned == here and is_whole(dataset, key))
+                columns = key | dict(planned=planned == here and is_whole(dataset, key), folder=_folder(of_set))
                 found[number] = columns, dict.fromkeys(exp.arms, runs[:0])
             _, arms = found[number]
             arms[name] = of_set
@@ -98,6 +98,12 @@ def sets(exp, runs, own=None, recipes=None):
         columns, arms = of_set
         return columns['planned'], max(of_arm.started.max() for of_arm in arms.values() if len(of_arm))
     return sorted(found.values(), key=age, reverse=True)
+
+
+def _folder(of_set):
+    "Returns the name of the folder that the latest run of a set had its images from; '' of a dataset with a name."
+    latest = of_set.sort_values('started').iloc[-1]
+    return PurePath(latest.data).name if latest.dataset == 'custom' else ''
 
 
 def _planned_images(exp):
@@ -196,7 +202,7 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
 
     The pairs are Experiment.pairs, which are tested, and Experiment.described, which are not. A row is a nested dict.
     An experiment without runs has one for each of its pairs.
-    experiment, dataset, the SET columns, planned (see `sets`), base, arm, tested, asks (Experiment.asks),
+    experiment, dataset, the SET columns, planned, folder (see `sets`), base, arm, tested, asks (Experiment.asks),
     metric ('last' or 'max')
     published    base, arm: mean, sd, n; difference: difference, low, high, p; recipe: documented, assumed, other script
     ours         base, arm: the keys of stats.summary of the runs that `difference` is of; n_ok, diverged, other (ends),
@@ -234,7 +240,7 @@ def _gaps_of(name, exp, runs, recipes, published, results):
 
 def _set_without_runs(exp, runs):
     "Returns the SET columns, as far as they are planned, and {arm: no runs} of an Experiment."
-    columns = dict.fromkeys(SET) | _planned_images(exp) | dict(planned=True)
+    columns = dict.fromkeys(SET) | _planned_images(exp) | dict(planned=True, folder='')
     no_runs = {arm: runs[:0] for arm in exp.arms}
     return columns, no_runs
 

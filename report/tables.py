@@ -38,6 +38,7 @@ def titles(rows):
 def _title(row, differing):
     "Returns the title of a row, with those columns of SET that differ in its experiment."
     words = [row['experiment'] + (' (best epoch)' if row['metric'] == 'max' else '')]
+    if row['folder']: words.append(f'folder {row["folder"]}')
     if not row['planned']: words.append(f'split {row["split"]}')
     if row['verdict']['verdict'] == NO_VERDICT or 'source' in differing: words.append(f'archive {row["source"]}')
     if 'precision' in differing and row['precision']: words.append(row['precision'])

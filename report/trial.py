@@ -12,6 +12,7 @@ recorded        {arm: runs that were recorded before the plan was saved}
 changes         [dict(saved, arms, runs, until, recorded)]: how the plan was before it was changed, and when
 """
 import json
+from pathlib import PurePath
 
 import numpy as np
 from matplotlib import rc_context
@@ -96,11 +97,12 @@ def plan_text(plan):
     recorded = ', '.join(f'{n} of {arm}' for arm, n in plan['recorded'].items() if n)
     commit = (plan['git_commit'][:7] or 'unknown') + (' with changes' if plan['git_dirty'] else '')
     last = plan['seed0'] + plan['runs'] - 1
+    images = f'folder {PurePath(cfg.data).name}' if cfg.dataset == 'custom' else cfg.dataset
     lines = [
         f'Layer: `{plan["layer"]}`{source}, at place {cfg.sa_at} of the network.',
         f'Arms, in turn, each turn with one seed: {", ".join(plan["arms"])}.',
         f'Contrasts: {contrasts}; accuracy of the last epoch, at the same seeds.',
-        f'Images: {cfg.dataset}, split {cfg.split}, {cfg.size} px (data {plan["data_fingerprint"]}).',
+        f'Images: {images}, split {cfg.split}, {cfg.size} px (data {plan["data_fingerprint"]}).',
         f'Recipe: {cfg.arch}, {cfg.epochs} epochs, batch {cfg.bs}, {cfg.opt}, lr {cfg.lr:g}, {cfg.schedule}, '
         f'{plan["precision"]}{special(cfg)}.',
         f'Stopping: {plan["runs"]} runs of each arm, seeds {plan["seed0"]} to {last}{more(plan["until"])}.',

@@ -8,7 +8,9 @@ from conftest import REPO, script
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+import runlog
 import train_imagenette
+from report import __main__ as report
 
 DOCUMENTS = ['README.md', 'CONTRIBUTING.md', 'scripts/README.md', 'tests/faults/README.md', 'results/README.md',
              'results/LOG.md', 'results/published/README.md', 'results/benchmarks/README.md']
@@ -70,8 +72,17 @@ def test_commands_of_trials_are_understood(argv, tmp_path, monkeypatch):
 def test_commands_of_maps_are_understood(argv): assert script('attention_maps').parse(argv)
 
 
+@pytest.mark.parametrize('argv', commands('runlog.py'))
+def test_commands_of_the_record_are_understood(argv): assert runlog.parse(argv)
+
+
+@pytest.mark.parametrize('argv', commands('-m report'))
+def test_commands_of_reports_are_understood(argv): assert report.parse(argv)
+
+
 def test_the_commands_are_found():
     assert len(commands('train_imagenette.py')) > 8 and len(commands('scripts/reproduce.py')) > 4
+    assert commands('runlog.py') and commands('-m report')
 
 
 def test_the_readme_is_short(): assert len(TEXTS['README.md'].split()) <= 1200
@@ -83,6 +94,17 @@ def test_the_readme_starts_with_commands_that_start_from_nothing():
     blocks = [block for block in re.findall(r'(?:^ {4}.+\n)+', start, re.MULTILINE) if '-m venv' in block]
     assert len(blocks) == 2 and all('-r requirements.txt' in block for block in blocks)
     assert 'train_imagenette.py --dataset digits' in blocks[0] and blocks[1].rstrip().endswith('-m pytest')
+
+
+@pytest.mark.slow(8)
+def test_the_first_command_prints_what_the_readme_shows(command):
+    "But for the numbers: those of the README are of the whole network, here it is narrow."
+    start = TEXTS['README.md'].partition('## Start')[2].partition('\n## ')[0]
+    argv = shlex.split(re.search(r'train_imagenette.py (.+)', start)[1])
+    shown = [line.strip() for line in start.splitlines() if line.startswith(('    epoch ', '    accuracy '))]
+    code, out, _ = command(*argv)
+    def masked(line): return re.sub(r'[\d.]+', '0', line).partition('->')[0]
+    assert code == 0 and len(shown) == 4 and [masked(line) for line in out.splitlines()] == list(map(masked, shown))
 
 
 # --- how it is installed ---

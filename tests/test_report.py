@@ -74,7 +74,7 @@ def test_runs_on_images_of_ones_own_that_differ_in_the_layer_are_compared():
     rows = [row for row in compare.gaps({name: exp}, runs, PUBLISHED) if compare.has_runs(row)]
     row = next(row for row in rows if row['arm'] == 'simple')
     assert row['difference']['difference'] == pytest.approx(0.1033, abs=1e-3) and row['difference']['n_pairs'] == 3
-    assert name in tables.text(rows) and 'none → simple' in tables.text(rows)
+    assert f'{name}, folder pets' in tables.text(rows) and 'none → simple' in tables.text(rows)
 
 
 def test_repetitions_and_failures_on_own_images_are_no_runs_that_are_wanted():

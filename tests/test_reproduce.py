@@ -147,6 +147,8 @@ def test_until_takes_other_seeds_than_another_loop(loop, claimed, tmp_path, monk
 
 
 def test_a_run_that_another_process_is_at_is_left_to_it(loop, claimed, tmp_path):
+    with claimed('none'), claimed('simple'): code, out, _ = loop('--runs', 1)
+    assert code == 0 and 'seed 0\n' in out and 'min left' not in out  # nothing to tell the time by
     with claimed('simple'): code, _, err = loop('--runs', 1)
     assert code == 0 and 'another process is already training this run: skipped' in err
     assert rows(tmp_path).attention.tolist() == ['none']

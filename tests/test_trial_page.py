@@ -55,6 +55,14 @@ def test_what_counts_are_the_planned_seeds_images_and_precision(tmp_path):
     assert trial.accuracy(trial.of_arms(plan, runs)['none']).endswith('(4)')
 
 
+def test_a_plan_names_its_images():
+    plan = made_plan()
+    pets = dict(dataset='custom', data='/somewhere/pets', source='auto')
+    own = {arm: cfg | pets for arm, cfg in plan['arms'].items()}
+    assert f'Images: {plan["arms"]["none"]["dataset"]}, split' in trial.plan_text(plan)
+    assert 'Images: folder pets, split' in trial.plan_text(plan | dict(arms=own))
+
+
 def test_a_plan_of_other_images_is_not_gone_on_with(tmp_path):
     plan = made_plan()
     arms = trial.experiment(plan).arms

@@ -117,17 +117,19 @@ class Loop:
 
         A run that fails has left its row, and the others go on.
         """
-        start = time.perf_counter()
+        start, skipped = time.perf_counter(), 0
         for done, (arm, cfg, error) in enumerate(self.each(todo, self.args.checkpoint_every), 1):
             if isinstance(error, Busy):
-                self.left += 1
+                skipped += 1
                 print(f'{error}: skipped', file=sys.stderr)
             elif error:
                 self.failed += 1
                 print(f'{self.program}: {arm} seed {cfg.seed} failed: {error}; going on', file=sys.stderr)
-            minutes = (time.perf_counter() - start) / done * (len(todo) - done) / 60
             bar = '#' * round(30 * done / len(todo))
-            print(f'[{bar:30}] {done}/{len(todo)}  {arm} seed {cfg.seed}  {minutes:.0f} min left', flush=True)
+            minutes = (time.perf_counter() - start) / done * (len(todo) - done) / 60
+            left = f'  {minutes:.0f} min left' if done > skipped else ''  # Another process trains those skipped.
+            print(f'[{bar:30}] {done}/{len(todo)}  {arm} seed {cfg.seed}{left}', flush=True)
+        self.left += skipped
 
     def here(self, todo, checkpoint_every):
         """Trains `todo` in this process, one after the other; yields (arm, cfg, error) as each ends.
