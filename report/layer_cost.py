@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 import runlog
 from report.figures import CLEAR, GREY, INK, OURS, STYLE, WIDTH
+from report.tables import markdown_table
 
 
 def load_cost(file=runlog.RESULTS / 'benchmarks' / 'cost.csv'):
@@ -52,6 +53,19 @@ def verdict(cost):
                      f'slower at {slower} of {len(rows)} shapes, and takes {rows.memory.min():.2f} to '
                      f'{rows.memory.max():.2f} times its memory, more at {larger}.')
     return ' '.join(lines)
+
+
+def beside_fastai(cost):
+    "Returns the rows that have a counterpart in fastai, in the order that the layer takes of itself, in Markdown."
+    rows = cost[cost.faster.notna() & (cost.auto | (cost.layer == 'sagan fused'))]
+    layers = list(rows.layer.unique())
+    head = ['C', 'N', 'images', *(word for layer in layers for word in (layer, 'memory'))]
+    lines = []
+    for (C, N, B), of_shape in rows.groupby(['C', 'N', 'B'], sort=False):
+        cells = {row.layer: [f'{row.faster:.2f} [{row.faster_low:.2f}, {row.faster_high:.2f}]', f'{row.memory:.2f}']
+                 for row in of_shape.itertuples()}
+        lines.append([C, f'{N:,}', B, *(cell for layer in layers for cell in cells.get(layer, ['–', '–']))])
+    return markdown_table(head, lines, {0, 1, 2, *range(4, len(head), 2)})
 
 
 def sweeps(cost):

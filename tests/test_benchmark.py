@@ -13,9 +13,10 @@ from test_report import unchanged
 from experiments import Config
 from layers import ATTENTION, multiply_adds
 from report import layer_cost
+from training import benchmarks, timing
 from training.data import get_dls
 
-benchmark = script('benchmark')
+main = script('benchmark').main
 CPU = torch.device('cpu')
 
 
@@ -26,19 +27,19 @@ def test_peak_memory_is_that_of_the_tensors_alive_at_once():
         del a
         return b * 2
     f()
-    assert benchmark.peak_mb(f, CPU) == pytest.approx(8, abs=0.1)
+    assert timing.peak_mb(f, CPU) == pytest.approx(8, abs=0.1)
 
 
 def test_alternate_takes_turns_and_leaves_the_warm_up_out():
     calls = []
-    medians = benchmark.alternate([lambda: calls.append('a'), lambda: calls.append('b')], CPU, rounds=3)
+    medians = timing.alternate([lambda: calls.append('a'), lambda: calls.append('b')], CPU, rounds=3)
     assert calls == ['a', 'b'] * 4 and len(medians) == 2 and min(medians) > 0
 
 
 def test_layer(monkeypatch, tmp_path, capsys):
-    small = [(name, (2, 16, 8, 8), (1, 16, 8, 8)) for name, *_ in benchmark.LAYERS[1:3]]
-    monkeypatch.setattr(benchmark, 'LAYERS', small)
-    assert not benchmark.main(['layer', '--quick', '--results', str(tmp_path)])
+    small = [(name, (2, 16, 8, 8), (1, 16, 8, 8)) for name, *_ in benchmarks.LAYERS[1:3]]
+    monkeypatch.setattr(benchmarks, 'LAYERS', small)
+    assert not main(['layer', '--quick', '--results', str(tmp_path)])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'layer-quick.csv')
     assert table.layer.tolist() == ['simple', 'sagan'] and table['shape'].tolist() == ['1x16x8x8'] * 2
     assert (table.faster_low <= table.faster).all() and (table.faster <= table.faster_high).all()
@@ -48,14 +49,14 @@ def test_layer(monkeypatch, tmp_path, capsys):
 
 def run_cost(monkeypatch, tmp_path, *shapes):
     "The table of `cost --quick` at `shapes` (C, side)."
-    monkeypatch.setattr(benchmark, 'QUICK_COST', shapes)
-    assert not benchmark.main(['cost', '--quick', '--results', str(tmp_path)])
+    monkeypatch.setattr(benchmarks, 'QUICK_COST', shapes)
+    assert not main(['cost', '--quick', '--results', str(tmp_path)])
     return layer_cost.load_cost(tmp_path / 'benchmarks' / 'cost-quick.csv')
 
 
 def test_cost_has_every_layer_in_every_order_at_every_shape(monkeypatch, tmp_path, capsys):
     table = run_cost(monkeypatch, tmp_path, (16, 4), (16, 8), (8, 8))
-    simple = [name for name, make in ATTENTION.items() if isinstance(make(8), benchmark.SimpleSelfAttention)]
+    simple = [name for name, make in ATTENTION.items() if isinstance(make(8), benchmarks.SimpleSelfAttention)]
     expected = {(name, order) for name in simple for order in multiply_adds(8, 1)}
     expected |= {('fastai simple', 'source'), ('fastai sagan', ''), ('sagan fused', '')}
     expected |= {(name, '') for name in ATTENTION if name not in ('none', *simple)}
@@ -79,7 +80,7 @@ def test_cost_has_every_layer_in_every_order_at_every_shape(monkeypatch, tmp_pat
 
 
 def test_cost_skips_what_is_too_large_and_says_so(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(benchmark, 'SQUARES_MB', 0.5)  # 4 N x N matrices of 4 bytes and 1024/N images: N/64 MiB
+    monkeypatch.setattr(benchmarks, 'SQUARES_MB', 0.5)  # 4 N x N matrices of 4 bytes and 1024/N images: N/64 MiB
     table = run_cost(monkeypatch, tmp_path, (8, 4), (8, 8))
     skipped = table[table.ms.isna()]
     assert set(skipped.N) == {64} and table.peak_mb.isna().equals(table.ms.isna()) and 'NaN' in capsys.readouterr().out
@@ -91,13 +92,13 @@ def test_cost_skips_what_is_too_large_and_says_so(monkeypatch, tmp_path, capsys)
 
 def test_the_positions_hold_the_matrices_that_the_bound_counts():
     x = torch.randn(2, 8, 32, 32, requires_grad=True)
-    module = benchmark.SimpleSelfAttention(8, order='positions')
-    peak = benchmark.peak_mb(lambda: benchmark.forward_backward(module, x, x.detach()), CPU)
+    module = benchmarks.SimpleSelfAttention(8, order='positions')
+    peak = timing.peak_mb(lambda: benchmarks.forward_backward(module, x, x.detach()), CPU)
     assert 0.5 < peak / (4 * 2 * 1024**2 * 4 / 2**20) < 1.1
 
 
 def test_equality_can_fail_where_gamma_is_not_0():
-    table = benchmark.equality(16, 6).set_index(['gamma', 'order'])
+    table = benchmarks.equality(16, 6).set_index(['gamma', 'order'])
     assert set(table.loc[0.1].index) == set(multiply_adds(1, 1)) and table.own_weights.max() < 1e-5
     assert table.other_weights[0.].max() == 0 and table.other_weights[0.1].min() > 0.1
 
@@ -186,11 +187,11 @@ def test_the_figures_of_cost_show_ratios_and_both_crossovers():
 @pytest.mark.slow(2)
 def test_step_compares_the_same_experiment(tree):
     cfg = Config(dataset='custom', data=str(tree), split='v2', attention='simple', bs=6, size=32, workers=0)
-    cfg, dls, model = benchmark.prepare(cfg, CPU)
-    theirs, ours = benchmark.plain_learner(cfg, CPU), benchmark.get_learner(cfg, dls, model)
+    cfg, dls, model = benchmarks.prepare(cfg, CPU)
+    theirs, ours = benchmarks.plain_learner(cfg, CPU), benchmarks.get_learner(cfg, dls, model)
     assert [len(learn.dls.train_ds) for learn in (theirs, ours)] == [24, 24]
     for learn in (theirs, ours):
-        clock = benchmark.Clock(4)
+        clock = benchmarks.Clock(4)
         with learn.no_bar(), learn.no_logging(): learn.fit(1, cfg.lr, cbs=clock)
         assert len(clock.seconds) == 2 and min(clock.seconds) > 0
     hypers = [learn.opt.hypers[0] for learn in (theirs, ours)]
@@ -199,14 +200,14 @@ def test_step_compares_the_same_experiment(tree):
 
 
 def test_floor_counts_what_is_multiplied_and_moved(monkeypatch):
-    monkeypatch.setattr(benchmark, 'matrix_rate', lambda device: 1e3)
-    monkeypatch.setattr(benchmark, 'copy_rate', lambda device: float('inf'))
+    monkeypatch.setattr(benchmarks, 'matrix_rate', lambda device: 1e3)
+    monkeypatch.setattr(benchmarks, 'copy_rate', lambda device: float('inf'))
     cfg = Config(bs=2, size=32, precision='fp32')
     model = torch.nn.Conv2d(3, 8, 1, bias=False)
     multiply_adds = 2 * 32 * 32 * 3 * 8
     expected = 2 * multiply_adds, 2 * multiply_adds / 1e3  # forward, and the weight's gradient
-    assert benchmark.floor(cfg, model, CPU) == expected
-    with benchmark.CountBytes() as moved:
+    assert benchmarks.floor(cfg, model, CPU) == expected
+    with benchmarks.CountBytes() as moved:
         a = torch.ones(100)  # writes 400 bytes
         a.view(10, 10).t().add(1)  # reads 400, writes 400
     assert moved.bytes == 1200
@@ -215,39 +216,39 @@ def test_floor_counts_what_is_multiplied_and_moved(monkeypatch):
 def test_one_batch_is_the_same_batch_over_and_over(tree):
     dls = get_dls(Config(dataset='custom', data=str(tree), split='v2', bs=6, size=32, workers=0))
     first = next(iter(dls.train))[0]
-    one = benchmark.get_one_batch(dls).train
+    one = benchmarks.get_one_batch(dls).train
     assert len(list(one)) == len(dls.train) == 4 and all(torch.equal(x, first) for x, _ in one)
 
 
 @pytest.mark.slow(8)
 def test_loader_and_run(tree, tmp_path, monkeypatch, capfd):
     record = sorted((REPO / 'results').rglob('*'))
-    monkeypatch.setattr(benchmark, 'step_config', lambda args, device, folder, **kwargs: Config(
+    monkeypatch.setattr(benchmarks, 'step_config', lambda args, device, folder, **kwargs: Config(
         dataset='custom', data=str(tree), split='v2', attention='simple', arch='xresnet18', bs=4, size=32, workers=0))
-    assert not benchmark.main(['loader', '--quick', '--results', str(tmp_path)])
+    assert not main(['loader', '--quick', '--results', str(tmp_path)])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'loader-quick.csv')
     assert table.loader.tolist() == ['workers', 'device'] and table.loader_images_per_second.min() > 0
     share = table.step_images_per_second / table.one_batch_images_per_second
     assert table.share.tolist() == pytest.approx(share.tolist(), rel=0.01)
     flags = ['--data', str(tree), '--split', 'v2', '--arch', 'xresnet18', '--bs', '6', '--size', '32',
              '--epochs', '2', '--workers', '0']
-    assert not benchmark.main(['run', '--quick', '--results', str(tmp_path), *flags])
+    assert not main(['run', '--quick', '--results', str(tmp_path), *flags])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'run-quick.csv')
     assert table.attention.tolist() == ['none', 'simple'] and (table.seconds >= table.fit_seconds - 0.01).all()
     assert (table.floor_seconds > 0).all() and table.epochs.tolist() == [2, 2]
     capfd.readouterr()
-    assert benchmark.main(['run', '--quick', '--results', str(tmp_path), '--size', '31']) == 2
+    assert main(['run', '--quick', '--results', str(tmp_path), '--size', '31']) == 2
     assert capfd.readouterr().err.count('\n') == 1
     assert sorted((REPO / 'results').rglob('*')) == record
 
 
 def test_switches_are_measured_beside_the_default(tree, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(benchmark, 'SWITCHES', dict(keep_memory=0))
-    monkeypatch.setattr(benchmark, 'step_config', lambda args, device, folder, arch, size: Config(
+    monkeypatch.setattr(benchmarks, 'SWITCHES', dict(keep_memory=0))
+    monkeypatch.setattr(benchmarks, 'step_config', lambda args, device, folder, arch, size: Config(
         dataset='custom', data=str(tree), split='v2', attention='simple', arch=arch, bs=4, size=32, workers=0))
     kept = []
-    monkeypatch.setattr(benchmark, 'keep_memory', kept.append)
-    assert not benchmark.main(['switches', '--quick', '--results', str(tmp_path)])
+    monkeypatch.setattr(benchmarks, 'keep_memory', kept.append)
+    assert not main(['switches', '--quick', '--results', str(tmp_path)])
     table = pd.read_csv(tmp_path / 'benchmarks' / 'switches-quick.csv')
     assert table.switch.tolist() == ['default', '--keep-memory 0'] and table.time[0] == 1
     assert (table.time_low <= table.time).all() and (table.time <= table.time_high).all()
@@ -264,14 +265,14 @@ def measured(what): return pd.read_csv(REPO / 'results' / 'benchmarks' / f'{what
 def test_every_layer_is_as_fast_as_fastais_and_takes_no_more_memory_at_every_shape():
     table = measured('cost')
     rows = table[table.layer.isin(['simple', 'simple_sym', 'sagan']) & table.auto]
-    assert len(rows) == 3 * len(benchmark.COST) and set(zip(rows.C, rows.N)) == {(C, n**2) for C, n in benchmark.COST}
+    assert len(rows) == 3 * len(benchmarks.COST) and set(zip(rows.C, rows.N)) == {(C, n**2) for C, n in benchmarks.COST}
     assert rows.faster.min() >= 1 and rows.memory.max() <= 1 and set(rows.git_dirty) == {0}
 
 
 @ours
 def test_the_speeds_in_the_readme_are_those_measured():
     text = (REPO / 'results' / 'benchmarks' / 'README.md').read_text()
-    assert benchmark.beside_fastai(measured('cost')) in text
+    assert layer_cost.beside_fastai(measured('cost')) in text
     for r in measured('layer').itertuples():
         shape = r.shape.replace('x', ', ')
         assert (f'| {r.layer}, ({shape}) | {r.fastai_ms:,.0f} ms, {r.fastai_mb:.0f} MiB | {r.ours_ms:,.0f} ms, '

@@ -27,6 +27,7 @@ cluster      does so on Ray
 
 maps         shows what the attention layers of a trained model look at
 timing       measures steps and layers side by side
+benchmarks   measures ours beside fastai's own
 """
 import os
 import tempfile
