@@ -11,13 +11,19 @@ import sys
 import threading
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
 
 class UsageError(Exception):
-    "Reports a mistake of the user, in one line that says what to do."
+    """Reports a mistake of the user, in one line that says what to do.
+
+    Of several processes that train together the first one prints it, as all make the same: unless they `have_met` to
+    train, each on its share of the images.
+    """
+    have_met = False
+
     def __init__(self, message):
         message = message.rstrip().rsplit('UsageError: ')[-1]  # A loader process wraps the message in its traceback.
         super().__init__(''.join(c if c.isprintable() else repr(c)[1:-1] for c in message))
@@ -54,8 +60,22 @@ PATHS = '--data', '--results', '--save', '--export', '--out'  # Empty, they woul
 
 
 class Parser(argparse.ArgumentParser):
-    "Parses a command line, with underscores in a flag as good as hyphens; raises UsageError on a mistake."
+    """Parses a command line, with underscores in a flag as good as hyphens; raises UsageError on a mistake.
+
+    `refused` are flags that a user may expect, and why they are not there.
+    """
+    def __init__(self, *args, refused=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.refused = refused or {}
+
     def error(self, message): raise UsageError(message)
+
+    def parse_args(self, args=None, namespace=None):
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if not unknown: return parsed
+        flag = unknown[0].partition('=')[0]
+        if flag in self.refused: raise UsageError(f'{flag}: {self.refused[flag]}')
+        raise UsageError(f'unknown argument {unknown[0]}{nearest(flag, self._option_string_actions)}; see --help')
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
@@ -96,10 +116,10 @@ def is_local_rank_0():
     return os.environ.get('LOCAL_RANK', '0') == '0'
 
 
-@lru_cache
-def say_once(line):
-    "Prints a line, once in the life of the first process of a run on this machine."
-    if is_local_rank_0(): print(line, flush=True)
+@cache
+def say_once(line, file=None):
+    "Prints a line, to stdout or `file`, once in the life of the first process of a run on this machine."
+    if is_local_rank_0(): print(line, file=file, flush=True)
 
 
 # --- signals ---
@@ -136,7 +156,7 @@ def stop_on_signals():
 
 @contextmanager
 def restored():
-    "Puts back what `stop_on_signals` changes in the block: the signal handlers, the hook and `Stopped.by`."
+    "Puts back what a command changes in the block: signal handlers, the hook, `Stopped.by`, `UsageError.have_met`."
     hook = sys.unraisablehook
     handlers = {number: signal.getsignal(number) for number in (*ENDING, CHILD) if number}
     try: yield
@@ -145,7 +165,7 @@ def restored():
         else: handlers.pop(CHILD, None)  # The handler there may be torch's, which it sets once in a process.
         for number, handler in handlers.items():
             if signal.getsignal(number) != handler: signal.signal(number, handler)
-        sys.unraisablehook, Stopped.by = hook, 0
+        sys.unraisablehook, Stopped.by, UsageError.have_met = hook, 0, False
 
 
 @contextmanager
@@ -229,7 +249,8 @@ def exit_code(program, work):
     with printable(), restored():
         try: return work()
         except UsageError as e:
-            if is_local_rank_0(): print(f'{program}: {e}', file=sys.stderr)
+            who = '' if is_local_rank_0() else f'process {os.environ.get("RANK", "?")}: '
+            if not who or UsageError.have_met: print(f'{program}: {who}{e}', file=sys.stderr)
             return 2
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there.

@@ -64,7 +64,7 @@ def knob(default, help, *aliases, choices=None, also=None, instead=None, least=N
               speed: it says how the same function is computed; runs that differ in it alone repeat one another.
               run: it is of the run, and no part of the setting: its seed, its folder, what feeds it.
     for_life  whether a run that is continued must keep the value (default: every knob of the role result).
-    before    how runs went before the knob was there, if not at its default: rows of older files get it.
+    before    the value of runs that were recorded before the knob was there (default: its default).
     flag      whether it has a flag; a knob without one follows from others.
     """
     assert role in ROLES
@@ -138,7 +138,7 @@ class Config:
                        'cropped on the device; auto: device on a GPU that has room for the images',
                        choices=['auto', 'workers', 'device'], role='speed', before='workers')
     fused: int = knob(1, "adam as one kernel of torch; 0: fastai's own, the same function", choices=SWITCH,
-                      role='speed', for_life=True, before=0)
+                      only_with=('opt', ['adam']), role='speed', for_life=True, before=0)
     channels_last: int = knob(1, 'memory format of the network; 0: channels first', choices=SWITCH, role='speed')
     compile: int = knob(0, 'torch.compile of the training passes, with CUDA graphs on a GPU', choices=SWITCH,
                         role='speed')
@@ -167,11 +167,8 @@ class Config:
         for name, value in zip(('attention', 'attention_file', 'attention_source'), found): self._set(name, value)
         if self.data.startswith('~'): self._set('data', os.path.expanduser(self.data))  # no shell does so in --data=~/x
         self._check_together()
-        blocks = NETWORKS[self.arch][1]
-        try: places = parse_places(self.sa_at, blocks)
+        try: self._set('sa_at', format_places(self.places, NETWORKS[self.arch][1]))
         except ValueError as e: raise UsageError(f'--sa-at {self.sa_at}: {e}') from None
-        self._set('places', places)  # [(stage, block)], what the network is built from
-        self._set('sa_at', format_places(places, blocks))
 
     def _set(self, name, value):
         "Sets an attribute while this object is made; afterwards it is frozen."
@@ -201,6 +198,11 @@ class Config:
 
     @property
     def model(self): return model_name(self.arch, self.attention)
+
+    @property
+    def places(self):
+        "The sorted [(stage, block)] of the layers, see `parse_places`."
+        return parse_places(self.sa_at, NETWORKS[self.arch][1])
 
 
 def listed(names):
@@ -266,11 +268,12 @@ def flag(f):
     return '--sa' if f.name == 'attention' else '--' + f.name.replace('_', '-')
 
 
-def add_config_flags(ap, leave_out=(), **default):
+def add_config_flags(ap, leave_out=(), default=None):
     "Adds a flag for each field of Config, with its aliases. `default`, if given, takes the place of all the defaults."
     for f in fields(Config):
         if f.name in leave_out or not f.metadata['flag']: continue
-        ap.add_argument(flag(f), *f.metadata['aliases'], dest=f.name, **options_of(f) | default)
+        options = options_of(f) if default is None else options_of(f) | dict(default=default)
+        ap.add_argument(flag(f), *f.metadata['aliases'], dest=f.name, **options)
 
 
 def options_of(f):
@@ -291,7 +294,8 @@ def command_line(cfg):
     "Returns the command line that trains `cfg` once: size, epochs, and the flags of what is not the default."
     by_itself = replace(cfg, split='auto')
     values = asdict(by_itself if resolve(by_itself) == resolve(cfg) else cfg) | dict(sa_at=cfg.sa_at.replace('b', '.'))
-    words = ['python', 'train_imagenette.py'] + ['--woof'] * (cfg.dataset == 'imagewoof')
+    words = ['python', 'train_imagenette.py']
+    if cfg.dataset == 'imagewoof': words.append('--woof')
     for f in sorted(fields(Config), key=lambda f: f.name in ('attention', 'sa_at')):  # these two last
         if not f.metadata['flag'] or (f.name, values[f.name]) == ('dataset', 'imagewoof'): continue
         if values[f.name] == f.default and f.name not in ('size', 'epochs'): continue

@@ -119,10 +119,12 @@ def sources(attention, file):
 def root_of(attention, file):
     "Returns the folder that the imports of a layer start from: that of its file, or the one that holds its package."
     place, file = parse(attention)[0], Path(file)
-    return file.parents[0 if is_file(place) else place.count('.') + (file.stem == '__init__')]
+    if is_file(place): return file.parent
+    depth = place.count('.') + 1 if file.stem == '__init__' else place.count('.')
+    return file.parents[depth]
 
 
-IMPORT = re.compile(rb'^[ \t]*(?:import[ \t]+([^\n;]+)|'
+IMPORT = re.compile(rb'(?:^|[;:])[ \t]*(?:import[ \t]+([^\n;]+)|'
                     rb'from[ \t]+([.\w]+)[ \t]+import[ \t]*(\([^)]*\)|(?:\\\n|[^\n;])+))', re.MULTILINE)
 COMMENT, NAME = re.compile(r'#.*|\bas\s+\w+|\\\n'), re.compile(r'[\w.]+')
 
@@ -138,7 +140,7 @@ def by_parsing(content):
 
 
 def by_form(content):
-    "Yields the same of statements that begin a line, without parsing: a package may have two thousand files."
+    "Yields the same without parsing, and more where a text has the form of one: a package may have two thousand files."
     for plain, start, names in IMPORT.findall(content):
         yield start.decode(errors='ignore'), NAME.findall(COMMENT.sub('', (plain or names).decode(errors='ignore')))
 

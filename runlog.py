@@ -20,13 +20,12 @@ import time
 import warnings
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 from filelock import FileLock, SoftFileLock
 
-from command import Parser, UsageError, exit_code
+from command import Parser, UsageError, exit_code, say_once, shown
 from experiments import SETTINGS, Config, as_written_now, fields, setting
 
 RESULTS = Path(__file__).parent / 'results'
@@ -123,16 +122,9 @@ def take_lock(file, timeout):
             if e.errno not in NO_LOCKS: raise
             lock = SoftFileLock(f'{file}.held', timeout=timeout)
             lock.acquire()
-            say_no_locks(Path(file).parent)
+            say_once(f'{Path(file).parent}: its file system has no locks; files *.held stand for them, '
+                     'and after a kill -9 those that are left must be removed', sys.stderr)
     return lock
-
-
-@lru_cache
-def say_no_locks(folder):
-    "Says once what is not safe in a folder without locks."
-    what = ('its file system has no locks; files *.held stand for them, '
-            'and after a kill -9 those that are left must be removed')
-    print(f'{folder}: {what}', file=sys.stderr)
 
 
 @contextmanager
@@ -291,7 +283,9 @@ def _append(rows, results):
             if there is row: new.append(row)
             elif _differ(row, there): clash.append(row['run_id'])
         if new: _write_rows(path, COLUMNS, old + new)
-    if wrong and new: print(f'{"; ".join(wrong)}: the row is in {path}', file=sys.stderr)
+    if wrong and new:
+        print(f'{"; ".join(wrong)}: the row is in {path}; once that is mended, python runlog.py merge {shown(path)}',
+              file=sys.stderr)
     return path, len(new), clash
 
 
@@ -391,8 +385,19 @@ def load(path=RESULTS / 'runs.csv'):
         values = df[name].fillna('')
         df[name] = (values if kind is str else pd.to_numeric(values)).astype(dtypes[kind])
     df['resumed'], df['sa_at'] = df.resumed.fillna(0), list(map(as_written_now, df.attention, df.sa_at))
+    say_what_waits(path, set(df.run_id))
     if df.run_id.is_unique: return df
     return df.loc[sorted(df.groupby('run_id').resumed.idxmax())].reset_index(drop=True)
+
+
+def say_what_waits(path, run_ids):
+    "Says which files beside runs.csv have rows that it has not, written while it was damaged."
+    if not os.path.exists(path) or Path(path).name != 'runs.csv': return
+    for other in sorted(Path(path).parent.glob('runs-*.csv')):
+        try: rows = _read_rows(other) or []
+        except (OSError, UsageError): continue
+        n = sum(row['run_id'] not in run_ids for row in rows)
+        if n: say_once(f'{n} rows of {other} are not in runs.csv: python runlog.py merge {shown(other)}', sys.stderr)
 
 
 def by_setting(runs, names=SETTINGS):
@@ -403,8 +408,9 @@ def by_setting(runs, names=SETTINGS):
 
 
 def of_config(runs, cfg):
-    "Returns the runs whose settings are those of a resolved `cfg`."
-    return by_setting(runs).get(setting(cfg), runs[:0])
+    "Returns the runs whose settings are those of a settled `cfg`."
+    alike = runs[SETTINGS].eq(list(setting(cfg))).fillna(False).all(axis=1)  # A blank is no value.
+    return runs[alike]
 
 
 def recorded(runs, cfg, data_fingerprint):

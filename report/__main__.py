@@ -73,7 +73,7 @@ def parse(argv):
                     help='write the table of our own record between the markers of README.md')
     args = ap.parse_args(argv)
     if args.readme and (args.names or args.results != runlog.RESULTS):
-        raise UsageError('--readme: alone; the table is of all of results/')
+        raise UsageError('--readme: without EXPERIMENT and --results; the table is of all of results/')
     for name in args.names:
         if name in EXPERIMENTS: continue
         raise UsageError(f'no experiment {name}{nearest(name, EXPERIMENTS)}; see reproduce.py --list')

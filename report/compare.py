@@ -185,14 +185,16 @@ def correct(run_ids, results):
 def _predictions(file, changed):
     """Returns (a hash of the names of the images, whether each is classified correctly, in the order of the names).
 
-    It is None of a damaged file. `changed`, the time of the file, has a file that is new read anew.
+    It is None of a damaged file. `changed`, the time of the file, is part of the cache's key: a file that was written
+    again is read again.
     """
     try:
         with np.load(file) as saved:
             order = saved['files'].argsort()
             return hash(tuple(saved['files'][order])), (saved['logits'].argmax(1) == saved['targets'])[order]
     except Exception as e:  # what damaged files make zipfile and numpy raise has no end
-        return print(f'{file}: cannot be read, so there are no intervals over images ({e})', file=sys.stderr)
+        print(f'{file}: cannot be read, so there are no intervals over images ({e})', file=sys.stderr)
+        return None
 
 
 # --- the comparisons ---
@@ -281,7 +283,7 @@ def complete_seeds(exp, arms):
 
 
 def _said(exp, own, arm, published):
-    "Returns the published row of an arm; None where there is none, or where its recipe is no more that of `own`."
+    "Returns the published row of an arm; None where there is none, or where overrides have changed the arm's recipe."
     if not own.tables or recipe(exp.arms[arm]) != recipe(own.arms[arm]): return None
     return published_mean(own, arm, published)
 
@@ -491,7 +493,7 @@ def known_to(points, pairs, runs, metric):
     """
     arms = {arm: accuracies(found, metric) for arm, found in runs.items()}
     if all(len(arm) >= 10 and len(set(arm.values())) == 1 for arm in arms.values()):
-        raise UsageError('--until: all runs of an arm end alike; stopped')
+        raise UsageError('--until: in each arm all runs end alike; stopped')
     return narrow_enough([(arms[base], arms[arm]) for base, arm in pairs], points)
 
 

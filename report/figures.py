@@ -235,7 +235,7 @@ def _two(arms, rows):
 
 def _height(arms, rows):
     "Returns the inches of a set."
-    top, height = _two(arms, rows)[1][1::2]
+    _, (_, top, _, height) = _two(arms, rows)
     return top + height + _names_height(_pair_names(rows)) + 0.1 + _epochs_height(rows)
 
 

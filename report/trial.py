@@ -12,7 +12,7 @@ recorded        {arm: runs that were recorded before the plan was saved}
 changes         [dict(saved, arms, runs, until, recorded)]: how the plan was before it was changed, and when
 """
 import json
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import numpy as np
 from matplotlib import rc_context
@@ -42,7 +42,13 @@ def load(results, name):
 
 def save(plan, results):
     "Writes a plan."
-    with runlog.replacing(path(results, plan['name'])) as f: json.dump(plan, f, indent=1, ensure_ascii=False)
+    with alone(results), runlog.replacing(path(results, plan['name'])) as f:
+        json.dump(plan, f, indent=1, ensure_ascii=False)
+
+
+def alone(results):
+    "Returns a lock on the plans and pages of all trials: several loops may be at one."
+    return runlog.locked(Path(results) / '.trials.lock')
 
 
 def experiment(plan):
@@ -248,8 +254,9 @@ def figure(plan, runs, results):
 def write(plan, runs, results):
     "Writes results/trials/<name>.md, .png and .svg; returns the page's path."
     file = path(results, plan['name']).with_suffix('.md')
-    figures.save(figure(plan, runs, results), file.with_suffix(''))
-    with runlog.replacing(file) as f: f.write(page(plan, runs, results))
+    with alone(results):
+        figures.save(figure(plan, runs, results), file.with_suffix(''))
+        with runlog.replacing(file) as f: f.write(page(plan, runs, results))
     return file
 
 

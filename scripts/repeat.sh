@@ -13,10 +13,12 @@ fi
 n=$1
 shift
 for flag in "$@"; do
-  if [[ $flag == --seed || $flag == --seed=* ]]; then
-    echo "repeat.sh: --seed: the seeds are 0 to $((n - 1)); train_imagenette.py --seed N --runs M takes others" >&2
-    exit 2
-  fi
+  case ${flag%%=*} in
+    --seed) echo "repeat.sh: --seed: the seeds are 0 to $((n - 1)); train_imagenette.py --seed N --runs M takes others" >&2 ;;
+    --runs | --run) echo "repeat.sh: ${flag%%=*}: N, before the flags, says how many runs there are of each" >&2 ;;
+    *) continue ;;
+  esac
+  exit 2
 done
 repo=$(dirname "$0")/..
 python=${PYTHON:-python}

@@ -2,9 +2,9 @@
 """Repeats a published experiment by its name: the arms take turns, a seed a turn, and recorded runs are skipped.
 
     python scripts/reproduce.py --list                          lists every experiment, with its verdicts so far
-    python scripts/reproduce.py woof-128-5                      runs it as often as published
+    python scripts/reproduce.py woof-128-5                      runs each arm as often as the experiment says
     python scripts/reproduce.py woof-128-5 --runs 3 --arms none,simple --split v2
-                                                                any flag of train_imagenette.py overrides its settings
+                                                                takes other settings in all arms
     python scripts/reproduce.py woof-128-5 --dry-run            says what would run
     python scripts/reproduce.py woof-128-5 --plan               says how many runs each comparison needs
     python scripts/reproduce.py woof-128-5 --until 0.5          goes on until each difference is known to half a point
@@ -12,9 +12,9 @@
     python scripts/reproduce.py woof-128-5 --ray [ADDRESS]      trains as many runs at once as Ray has room for, here or
                                                                 on the cluster at ADDRESS
 
-There is one process for all runs, N with --jobs, and one a run with Ray; each run is that of a fresh process. A failed
-or diverged run is recorded, and the loop goes on; after failed ones it ends with exit code 1. Ctrl-C and SIGTERM end it
-with what is recorded so far; called again, it goes on.
+There is one process for all runs, N with --jobs, and one a run with Ray; a run gives the same as in a fresh process.
+A failed or diverged run is recorded, and the loop goes on; after failed ones it ends with exit code 1. Ctrl-C and
+SIGTERM end it with what is recorded so far; called again, it goes on.
 """
 import argparse
 import sys
@@ -34,24 +34,22 @@ from training import loop
 
 def parse(argv):
     "Returns (the flags of this command, the experiment with its overrides); raises UsageError on a mistake."
-    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                refused=loop.INSTEAD | {'--sa': 'the experiment has its layers; --arms takes some of them'})
     ap.add_argument('name', nargs='?', help='an experiment, see --list')
     ap.add_argument('--list', action='store_true', help='every experiment with what is published and what is recorded')
-    ap.add_argument('--runs', type=int, metavar='N', help='runs of each arm (default: as published)')
-    ap.add_argument('--arms', metavar='A,B', help='these arms only, the first one the base')
+    ap.add_argument('--runs', type=int, metavar='N', help='runs of each arm (default: as the experiment says)')
+    ap.add_argument('--arms', metavar='A,B', help='train these arms only, in this order')
     ap.add_argument('--plan', action='store_true', help="print how many runs each comparison needs; don't train")
     loop.add_flags(ap)
-    args, unknown = ap.parse_known_args(argv)
-    if unknown:
-        hint = nearest(unknown[0], list(ap._option_string_actions))
-        raise UsageError(f'unknown argument {unknown[0]}, or one that the experiment sets{hint}; see --help')
+    args = ap.parse_args(argv)
     loop.check_flags(args)
     return args, None if args.list else chosen(args)
 
 
 def chosen(args):
     "Returns the experiment that the flags name, with their arms, runs and overrides; raises UsageError on a mistake."
-    if not args.name: raise UsageError('name one, see --list')
+    if not args.name: raise UsageError('name an experiment; --list shows them')
     if args.name not in EXPERIMENTS:
         raise UsageError(f'no experiment {args.name}{nearest(args.name, EXPERIMENTS)}; see --list')
     exp = EXPERIMENTS[args.name]

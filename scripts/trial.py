@@ -8,8 +8,8 @@
     python scripts/trial.py my_layers.py:MyLayer --until 0.5       until each difference is known to half a point
     python scripts/trial.py my_layers.py:MyLayer --equal-time      slower arms with fewer epochs too: equal run time
 
-A layer is any callable n_channels -> torch.nn.Module that keeps the shape. Any flag of train_imagenette.py overrides a
-setting in all arms: --data DIR takes images of your own. The arms take turns, each turn with one seed. The plan is
+A layer is any callable n_channels -> torch.nn.Module that keeps the shape. The knobs of train_imagenette.py are flags
+here, too, for all arms: --data DIR takes images of your own. The arms take turns, each turn with one seed. The plan is
 printed and saved before the first run. The page results/trials/<name>.md with its figure is written at the end, also
 when the trial is stopped: called again, it continues.
 """
@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 os.environ |= {'KINETO_LOG_LEVEL': '99', 'TORCH_CPP_LOG_LEVEL': 'ERROR'}  # torch's profiler would write lines
 
 import runlog
-from command import Parser, UsageError, exit_code, nearest, stop_on_signals
+from command import Parser, UsageError, exit_code, stop_on_signals
 from experiments import Config, Experiment
 from layer_source import is_outside
 from layer_source import parse as parse_layer
@@ -38,16 +38,14 @@ DIGITS = DEFAULTS | dict(size=32, epochs=3)
 
 def parse(argv):
     "Returns (the flags of this command, {arm: Config}, the arm on trial)."
-    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                refused=loop.INSTEAD | {'--sa': 'the layer stands first, without a flag'})
     ap.add_argument('layer', help='FILE.py:NAME, PACKAGE.MODULE:NAME, or a layer of ours')
     ap.add_argument('--runs', type=int, metavar='N', help=f'runs of each arm (default {RUNS})')
     ap.add_argument('--name', help="the page's name (default: of the layer, its source and the images)")
     ap.add_argument('--equal-time', action='store_true', help='also train the slower arms for as long as the fastest')
     loop.add_flags(ap, leave_out=('attention', 'seed'))
-    args, unknown = ap.parse_known_args(argv)
-    if unknown:
-        hint = nearest(unknown[0], list(ap._option_string_actions))
-        raise UsageError(f'unknown argument {unknown[0]}{hint}; see --help')
+    args = ap.parse_args(argv)
     loop.check_flags(args)
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
     given = loop.overrides(args)
@@ -81,14 +79,14 @@ def settled(runs, arms):
 def make_plan(args, runs, arms, arm):
     "Returns the plan of a new trial, with the costs of its arms measured."
     from training.machine import device_name, get_device
-    _, digest = runs.settled(arms[arm])
+    _, fingerprint = runs.settled(arms[arm])
     arms = settled(runs, arms)
     cfg = arms[arm]
     device = runs.device if args.ray is None else get_device()
     plan = dict(
         name=args.name, layer=cfg.attention, source=cfg.attention_source, saved=runlog.timestamp(),
         **{key: value for key, value in runlog.provenance().items() if key.startswith('git_')},
-        device=device_name(device), precision=cfg.precision, data_fingerprint=digest,
+        device=device_name(device), precision=cfg.precision, data_fingerprint=fingerprint,
         arms={name: asdict(cfg) for name, cfg in arms.items()},
         contrasts=[[base, arm] for base in ('none', 'conv') if base != arm],
         seed0=args.seed0, runs=args.runs or RUNS, until=args.until,
@@ -122,9 +120,9 @@ def the_plan(args, runs, arms, arm):
     "Returns the plan of the trial: the one that is saved, with what the flags change in it, or a new one."
     before = trial.load(args.results, args.name)
     if before is None: return make_plan(args, runs, arms, arm)
-    _, digest = runs.settled(arms[arm])
+    _, fingerprint = runs.settled(arms[arm])
     arms = settled(runs, arms)
-    trial.check_same(before, arms[arm].attention, arms, digest, args.results)
+    trial.check_same(before, arms[arm].attention, arms, fingerprint, args.results)
     if args.seed0 not in (0, before['seed0']):
         raise UsageError(f'--seed0 {args.seed0}: the plan begins with seed {before["seed0"]}; give another --name')
     plan = deepcopy(before) | dict(runs=args.runs or before['runs'], until=args.until or before['until'])

@@ -49,6 +49,27 @@ def test_a_command_puts_back_what_it_sets(work, code, before):
     assert exit_code('command', work) == code and state() == before
 
 
+@pytest.mark.parametrize('rank, have_met, printed', [
+    ('0', False, 'command: a mistake\n'), ('0', True, 'command: a mistake\n'), ('1', False, ''),
+    ('1', True, 'command: process 5: a mistake\n'),
+])
+def test_a_mistake_is_printed_by_one_process_unless_each_has_its_own(rank, have_met, printed, monkeypatch, capsys):
+    monkeypatch.setenv('LOCAL_RANK', rank)
+    monkeypatch.setenv('RANK', '5')
+    def work():
+        UsageError.have_met = have_met
+        raise UsageError('a mistake')
+    assert exit_code('command', work) == 2 and capsys.readouterr().err == printed and not UsageError.have_met
+
+
+def test_an_unknown_argument_has_a_hint_or_says_what_to_take():
+    parser = command.Parser(refused={'--sa': 'take --attention'})
+    parser.add_argument('--epochs')
+    for argv, words in ((['--epcohs=3'], r'unknown argument --epcohs=3 \(did you mean --epochs\?\); see --help'),
+                        (['--sa=1'], '--sa: take --attention'), (['--xyz'], 'unknown argument --xyz; see --help')):
+        with pytest.raises(UsageError, match=f'^{words}$'): parser.parse_args(argv)
+
+
 @pytest.mark.parametrize('argv', [['--data', ''], ['--data='], ['--runs', '2', '--data', '']])
 def test_an_empty_value_is_not_taken_for_the_default(argv):
     parser = command.Parser()

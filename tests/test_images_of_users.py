@@ -669,7 +669,6 @@ def test_without_a_home_the_way_on_is_named(tmp_path, start, words, monkeypatch)
 def test_a_file_system_without_locks_holds_a_record(tmp_path, monkeypatch, capsys, number):
     def no_lock(*args): raise OSError(number, os.strerror(number))
     monkeypatch.setattr(fcntl, 'flock', no_lock)
-    runlog.say_no_locks.cache_clear()
     with warnings.catch_warnings():
         warnings.simplefilter('error', UserWarning)
         for i in range(2):

@@ -96,7 +96,7 @@ def test_until_goes_on_in_pairs(loop, tmp_path, monkeypatch):
 def test_until_ends_where_the_runs_have_no_spread(loop, monkeypatch):
     monkeypatch.setattr(compare, 'accuracies', lambda runs, metric='last': dict.fromkeys(range(10), 0.1))
     code, _, err = loop('--runs', 1, '--until', 5)
-    assert code == 2 and '--until: all runs of an arm end alike; stopped' in err
+    assert code == 2 and '--until: in each arm all runs end alike; stopped' in err
 
 
 @pytest.mark.parametrize('text, names', [

@@ -3,6 +3,7 @@ import os
 import shutil
 import stat
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
@@ -11,7 +12,7 @@ from conftest import REPO
 
 import runlog
 from command import UsageError
-from experiments import Config, fields
+from experiments import Config, fields, resolve
 
 
 def row(run_id='a', **values):
@@ -45,6 +46,25 @@ def test_a_file_with_other_columns_is_left_alone(tmp_path, capsys):
     assert runlog.append(row('b'), tmp_path) == tmp_path / 'runs-2.csv'
     assert (tmp_path / 'runs.csv').read_text() == 'run_id,acc\nold,0.1\n'
     assert runlog.load(tmp_path / 'runs-2.csv').run_id.tolist() == ['a', 'b']
+
+
+def test_rows_that_wait_in_another_file_are_said_until_they_are_merged(tmp_path, capsys):
+    runlog.append(row('a'), tmp_path / 'else')
+    shutil.copy(tmp_path / 'else' / 'runs.csv', tmp_path / 'runs-2.csv')
+    runlog.append(row('b'), tmp_path)
+    for _ in range(2): assert runlog.load(tmp_path / 'runs.csv').run_id.tolist() == ['b']
+    err = capsys.readouterr().err
+    assert err.startswith(f'1 rows of {tmp_path / "runs-2.csv"} are not in runs.csv: ') and err.count('\n') == 1
+    runlog.merge(tmp_path / 'runs-2.csv', tmp_path)
+    capsys.readouterr()
+    assert len(runlog.load(tmp_path / 'runs.csv')) == 2 and not capsys.readouterr().err
+
+
+def test_runs_of_a_config_have_all_its_settings(tmp_path):
+    cfg = resolve(Config(dataset='digits', precision='fp32'))
+    for run_id, changes in dict(same={}, other=dict(lr=0.1), blank=dict(epochs='')).items():
+        runlog.append(row(run_id) | asdict(cfg) | changes, tmp_path)
+    assert runlog.of_config(runlog.load(tmp_path / 'runs.csv'), cfg).run_id.tolist() == ['same']
 
 
 def test_merge_adds_each_row_once(tmp_path):

@@ -26,6 +26,7 @@ from command import UsageError
 from experiments import EXPERIMENTS, Config, fields, flag, literal, resolve
 from layers import ATTENTION
 from training.learner import Compile, Graphs, SmoothLoss, get_opt_func
+from training.others import notes_on_others
 from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
 
 TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
@@ -90,6 +91,9 @@ def test_a_command_line_of_the_replication():
     assert config(*line.split()) == replace(cfg, act='relu', source='auto')
 
 
+def notes_on(line): return notes_on_others(line.split(), train_imagenette.parse(line.split())[1])
+
+
 BOTH = 'in 2019 the default was --lr 0.001 --bs 256; here it is --lr 0.003 --bs 64'
 
 
@@ -109,19 +113,22 @@ BOTH = 'in 2019 the default was --lr 0.001 --bs 256; here it is --lr 0.003 --bs 
     ('--sched_type one_cycle --lr 1 --bs 64 --source full', 'the default was --arch mxresnet50; here'),
     ('--sa --sym', '--sym 1 makes W symmetric'), ('--sym 1 --lr 3e-3 --bs 64', '--sym does nothing without --sa'),
 ])
-def test_a_reader_of_2019_is_told_what_differs(argv, note, capsys):
-    config(*argv.split())
-    out, err = capsys.readouterr()
-    assert note in err and err.count('\n') == 1 and err.startswith('train_imagenette.py: ') and not out
+def test_a_reader_of_2019_is_told_what_differs(argv, note):
+    (told,) = notes_on(argv)
+    assert note in told
 
 
 @pytest.mark.parametrize('argv', ['', '--woof --sa --epochs 5', '--woof 1 --sa 1 --bs 64 --lr 3e-3',
                                   '--sa simple_sym --runs 2', '--woof 1 --lr 1e-3 --bs 256', '--lr 1e-2 --bs 128',
                                   '--run 2 --lr 4e-3 --bs 64 --arch xresnet18',
                                   '--meta 1 --woof --resume 1', '--schedule flat_cos --fused 0'])
-def test_nobody_else_is_told(argv, capsys):
-    config(*argv.split())
-    assert capsys.readouterr() == ('', '')
+def test_nobody_else_is_told(argv): assert not notes_on(argv)
+
+
+@pytest.mark.slow(1)
+def test_notes_go_to_stderr(command):
+    code, out, err = command('--woof', 1, '--dump', '--arch', 'xresnet18')
+    assert code == 0 and err == f'train_imagenette.py: {BOTH}, as in the documented results\n' and 'xresnet18: ' in out
 
 
 def test_the_help_says_what_differs_from_2019(capsys):
@@ -359,10 +366,14 @@ def test_a_saved_model_predicts_the_same(tree, command, tmp_path):
     assert torch.allclose(logits, torch.tensor(saved['logits']), atol=1e-4)
 
 
-def test_repeat_has_seeds_of_its_own():
-    argv = ['bash', REPO / 'scripts' / 'repeat.sh', '3', '--woof', '--', '--woof', '--sa', '--seed', '5']
+@pytest.mark.parametrize('flags, words', [
+    (['--seed', '5'], '--seed: the seeds are 0 to 2; '), (['--seed=5'], '--seed: the seeds are 0 to 2; '),
+    (['--runs', '2'], '--runs: N, before the flags, says '), (['--run=2'], '--run: N, before the flags, says '),
+])
+def test_repeat_has_seeds_and_runs_of_its_own(flags, words):
+    argv = ['bash', REPO / 'scripts' / 'repeat.sh', '3', '--woof', '--', '--woof', '--sa', *flags]
     done = subprocess.run(argv, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith('repeat.sh: --seed: the seeds are 0 to 2; ')
+    assert done.returncode == 2 and done.stderr.startswith(f'repeat.sh: {words}')
 
 
 @pytest.mark.parametrize('python, codes, calls, code', [

@@ -1,5 +1,7 @@
 """Trains runs, each from its Config to its row; needs torch. The modules, in the order of the data's way:
 
+others       what differs in the command lines of other scripts
+
 files        which images a folder has, their splits and their labels
 check        opens each image of a user's folder once, for damage and content
 images       reads an image, crops and resizes it

@@ -366,7 +366,7 @@ def remarks(cfg, images, train, valid):
 
 
 def get_dls(cfg, device='cpu'):
-    """Returns the DataLoaders of a resolved `cfg`.
+    """Returns the DataLoaders of a settled `cfg`.
 
     They have the attributes `vocab` (class names), `valid_files`, `fingerprint`, `skipped` (how many damaged images are
     left out), `loader` (the kind) and `workers`. Raises UsageError if the images or their labels cannot be used.

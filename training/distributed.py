@@ -26,7 +26,13 @@ def is_rank_0(): return rank_distrib() == 0
 
 def join(device):
     "Meets the other processes, once in the life of this one; a process that is alone meets nobody."
-    if n_processes() == 1 or dist.is_initialized(): return
+    if n_processes() == 1: return
+    if not dist.is_initialized(): start(device)
+    UsageError.have_met = True
+
+
+def start(device):
+    "Starts what the processes talk by."
     try:
         from accelerate import PartialState
     except ImportError:

@@ -69,7 +69,8 @@ def _hint(path, there):
     """
     inner = []
     for name in there:
-        with suppress(OSError): inner += [name] * ('train' in subfolders(path / name))
+        with suppress(OSError):
+            if 'train' in subfolders(path / name): inner.append(name)
     return f'; did you mean {path / inner[0]}?' if inner else ''
 
 
@@ -164,9 +165,9 @@ def left_out(others):
 
 def labels_of(files):
     "Returns {file: its class} from their paths: the folder below train or val, or the first one of a flat folder."
-    # 1 in a tree; a class of a flat folder may be named train or test
-    depth = any(file.startswith('train/') and file.count('/') > 1 for file in files)
-    return {file: file.split('/')[depth] for file in files}
+    # a class of a flat folder may be named train or test, too
+    is_tree = any(file.startswith('train/') and file.count('/') > 1 for file in files)
+    return {file: file.split('/')[1 if is_tree else 0] for file in files}
 
 
 def same_but_for_case(name, names):

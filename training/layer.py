@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 import layer_source
-from command import UsageError, is_local_rank_0, nearest
+from command import UsageError, nearest, say_once
 from layers import ATTENTION
 from training import distributed
 from training.arch import width
@@ -110,12 +110,8 @@ def check(cfg, device):
     """
     if not layer_source.is_outside(cfg.attention): return
     change = tried(*conditions(cfg, device))
-    if change and cfg.attention not in said and is_local_rank_0():
-        said.add(cfg.attention)
-        print(f'{cfg.attention}: not the identity at the start: it changes its input by {change:.1%}', file=sys.stderr)
-
-
-said = set()
+    if change:
+        say_once(f'{cfg.attention}: not the identity at the start: it changes its input by {change:.1%}', sys.stderr)
 
 
 def conditions(cfg, device):

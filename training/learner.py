@@ -266,6 +266,6 @@ def print_epoch(learn, values):
 def fit(learn, cfg):
     "Trains for `cfg.epochs` on the schedule of `cfg`."
     if cfg.schedule == 'flat_cos': return learn.fit_flat_cos(cfg.epochs, cfg.lr, pct_start=cfg.ann_start)
-    # fastai 1's cycle moved the momentum from 0.95 to 0.85 and back, whatever --mom said. Here --mom is its middle.
+    # fastai 1's cycle moved the momentum from 0.95 to 0.85 and back, whatever --mom said. Here --mom moves it.
     high, low = min(cfg.mom + 0.05, (1 + cfg.mom) / 2), max(0, cfg.mom - 0.05)
     learn.fit_one_cycle(cfg.epochs, cfg.lr, div=10, pct_start=0.3, moms=(high, low, high))

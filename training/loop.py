@@ -10,6 +10,10 @@ from command import Busy, UsageError, add_run_flags, check_run_flags, is_stop, l
 from experiments import Config, add_config_flags, fields, planned_runs
 
 ARMS = 'attention', 'sa_at', 'seed'  # what tells the arms and the runs apart
+INSTEAD = {  # short forms of train_imagenette.py, and what to take here
+    '--woof': 'take --dataset imagewoof', '--fp16': 'take --precision fp16', '--seed': 'take --seed0, the first seed',
+    '--sym': 'take the layer simple_sym', '--run': 'take --runs', '--resume': 'leave it out, the loop always does so',
+}
 
 
 # --- the flags of the commands that train an experiment ---
@@ -34,7 +38,7 @@ def add_flags(ap, leave_out=ARMS):
 
 
 def check_flags(args):
-    "Raises UsageError on values of the flags of `add_flags` that cannot be."
+    "Raises UsageError where a flag of `add_flags` has a value that is not possible."
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UsageError('one process starts the runs: several at once by --jobs or --ray')
     if args.until is not None and not 0 < args.until < float('inf'):
@@ -78,7 +82,7 @@ class Loop:
     `left` those that another process was training.
     """
     def __init__(self, exp, args, program):
-        self.exp, self.args, self.program, self.digests = exp, args, program, {}
+        self.exp, self.args, self.program, self.fingerprints = exp, args, program, {}
         self.failed = self.left = 0
         # torch and fastai take seconds: not before the command line is known to be good
         if args.ray is not None:
@@ -103,8 +107,8 @@ class Loop:
         from training.machine import settle
         cfg = settle(cfg, self.device)
         key = cfg.dataset, cfg.source, cfg.data, cfg.valid_pct, cfg.skip_damaged
-        if key not in self.digests: self.digests[key] = None if self.args.dry_run else find_set(cfg).fingerprint
-        return cfg, self.digests[key]
+        if key not in self.fingerprints: self.fingerprints[key] = None if self.args.dry_run else find_set(cfg).fingerprint
+        return cfg, self.fingerprints[key]
 
     def todo(self, exp, seed0):
         "Returns [(arm, Config)] of the runs of `exp` from `seed0` on that are not recorded yet."
@@ -151,9 +155,9 @@ class Loop:
         "Returns {arm: its runs in the record} on this machine's data and precision, whatever their end."
         record, found = self.record(), {}
         for arm, cfg in self.exp.arms.items():
-            cfg, digest = self.settled(cfg)
+            cfg, fingerprint = self.settled(cfg)
             runs = runlog.of_config(record, cfg)
-            found[arm] = runs[runs.data_fingerprint == digest]
+            found[arm] = runs[runs.data_fingerprint == fingerprint]
         return found
 
     def until(self, enough, seed):

@@ -65,7 +65,11 @@ def brief(e):
 
 
 def settle(cfg, device):
-    "Returns `cfg` as it will run on `device`, with every 'auto' written out; raises UsageError where it cannot."
+    """Returns `cfg` as it will run on `device`; raises UsageError where it cannot.
+
+    It is resolved, and the precision, the processes and the workers are written out. The loader is chosen in `get_dls`,
+    which knows the images.
+    """
     cfg = resolve(cfg)
     precision = cfg.precision if cfg.precision != 'auto' else best_precision(device)
     check_precision(precision, device)
