@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import runlog
-from command import Parser, UsageError, exit_code, nearest
+from command import Parser, UsageError, exit_code, nearest, shown
 from experiments import EXPERIMENTS
 from report import figures, tables
 from report.compare import for_readers, gaps, on_own_images
@@ -65,7 +65,8 @@ def _write_markdown(results, name, markdown):
 
 def parse(argv):
     "Returns the arguments of a command line; raises UsageError on a mistake."
-    ap = Parser(description='The experiments beside their published numbers.', allow_abbrev=False)
+    ap = Parser(description='The experiments beside their published numbers: prints their tables, and writes them and '
+                            'the figures to results/tables and results/figures.', allow_abbrev=False)
     ap.add_argument('names', nargs='*', metavar='EXPERIMENT',
                     help='print these only, and write nothing (default: all that have runs)')
     ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
@@ -94,6 +95,7 @@ def make_report(argv):
     except OSError as e: raise UsageError(f'cannot write the tables and figures ({e})') from None
     begun = for_readers(rows + gaps(on_own_images(runs), runs, published, args.results))
     print(tables.text(begun) if begun else f'{len(runs)} runs, but none of two arms to compare')
+    print(f'-> {shown(args.results / "tables")}, {shown(args.results / "figures")}')
 
 
 def main(argv=None): return exit_code('report', lambda: make_report(argv))

@@ -149,7 +149,8 @@ def on_own_images(runs):
 
 def _own_name(settings):
     "Returns a name for runs on images of the user's, with the settings that are not the defaults."
-    words = [f'own images, {settings.pop("size")} px', f'{settings.pop("epochs")} epochs', settings.pop('arch')]
+    words = ['own images (no plan)', f'{settings.pop("size")} px', f'{settings.pop("epochs")} epochs',
+             settings.pop('arch')]
     return ', '.join(words + [f'{name} {value}' for name, value in settings.items()
                               if name != 'dataset' and value != getattr(Config, name)])
 
@@ -205,7 +206,7 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
     The pairs are Experiment.pairs, which are tested, and Experiment.described, which are not. A row is a nested dict.
     An experiment without runs has one for each of its pairs.
     experiment, dataset, the SET columns, planned, folder (see `sets`), base, arm, tested, asks (Experiment.asks),
-    metric ('last' or 'max')
+    metric ('last' or 'max'), n_tests (the comparisons that Holm's correction is over; 0 of a pair that is not tested)
     published    base, arm: mean, sd, n; difference: difference, low, high, p; recipe: documented, assumed, other script
     ours         base, arm: the keys of stats.summary of the runs that `difference` is of; n_ok, diverged, other (ends),
                  n_done (at seeds that count), n_wanted, images_share (of the variance, by the validation images);
@@ -218,7 +219,7 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
     welch        difference, low, high, p of the unpaired test
     images       low, high for new runs and new images, where the predictions are at hand
     verdict      verdict, reason, at_chance (the verdict with the diverged runs at chance), claim (nan: none),
-                 half_width; n_runs and n_wanted of the arm that lacks most
+                 half_width; n_runs (that it is of), n_done and n_wanted of the arm that lacks most
     """
     steps, way = (runs.groupby(columns, dropna=False).ngroup() for columns in (STEPS, WAY))
     runs = runs.assign(steps=steps, way=way)
@@ -265,21 +266,25 @@ def _gaps_of_set(exp, key, arms, said, results):
     tested = [row(*pair, True) for pair in exp.pairs()]
     described = [row(*pair, False) for pair in exp.described()]
     _correct_for_many(tested, len(tested) if exp.contrasts else None)
-    return tested + described
+    n_tests = sum(not np.isnan(r['difference']['p']) for r in tested)
+    if exp.contrasts or not n_tests: n_tests = len(tested)
+    return [r | dict(n_tests=n_tests) for r in tested] + [r | dict(n_tests=0) for r in described]
 
 
 def complete_seeds(exp, arms):
     """Returns {arm: the seeds that count} of the arms of `exp.complete`, from {arm: its runs} of one set.
 
-    They are the seeds at which all of these arms that were to run are done. An arm without any run is not waited for.
+    They are the seeds at which all of these arms that were to run are done. An arm of which no run is done yet is not
+    waited for. The planned seeds are counted from the first one that is done.
     """
-    done = {arm: set(arms[arm].seed[arms[arm].status.isin(runlog.DONE)]) for arm in exp.complete
-            if arm in arms and len(arms[arm])}
+    done = {arm: set(arms[arm].seed[arms[arm].status.isin(runlog.DONE)]) for arm in exp.complete if arm in arms}
+    done = {arm: seeds for arm, seeds in done.items() if seeds}
+    every = set().union(*done.values())
     def is_complete(seed):
-        planned = [seeds for arm, seeds in done.items() if seed < exp.wanted(arm)] or done.values()
+        planned = [seeds for arm, seeds in done.items() if seed - min(every) < exp.wanted(arm)] or done.values()
         return all(seed in seeds for seeds in planned)
-    whole = {seed for seed in set().union(*done.values()) if is_complete(seed)}
-    return dict.fromkeys(done, whole)
+    complete = set(filter(is_complete, every))
+    return {arm: complete for arm in done}
 
 
 def _said(exp, own, arm, published):
@@ -307,21 +312,24 @@ Run = namedtuple('Run', 'seed run_id value way steps')
 def _arm(runs, metric, n_wanted, complete=None):
     """Returns what `_gap` needs of an arm: its Runs that ended ok, by seed; those that diverged, at chance; counts.
 
-    Where not all its seeds count, `complete` are those that do.
+    Of several runs of a seed the first that is done says how the seed ended. Where not all seeds count, `complete` are
+    those that do.
     """
     columns = runs.seed, runs.run_id, runs[METRICS[metric]].astype(float), runs.way, runs.steps
-    every = [Run(*values) for values in zip(*(column.tolist() for column in columns))]
-    ok = sorted(run for run, status in zip(every, runs.status) if status == 'ok' and not np.isnan(run.value))
-    diverged = [run.seed for run, status in zip(every, runs.status) if status == 'diverged']
+    ends = sorted(zip((Run(*values) for values in zip(*(column.tolist() for column in columns))), runs.status))
+    first = {}  # seed: the end of its first run that is done
+    for run, status in ends:
+        if status in runlog.DONE: first.setdefault(run.seed, status)
+    ok = [run for run, status in ends if status == first.get(run.seed) == 'ok' and not np.isnan(run.value)]
+    diverged = [seed for seed, status in first.items() if status == 'diverged']
     def counts_at(seed): return complete is None or seed in complete
     counted = [run for run in ok if counts_at(run.seed)]
     diverged_counted = [seed for seed in diverged if counts_at(seed)]
-    seeds = {run.seed for run in counted}
     counts = dict(n_ok=len({run.seed for run in ok}), diverged=len(diverged),
-                  other=len(runs) - len(ok) - len(diverged), n_wanted=n_wanted,
-                  n_done=len(seeds | set(diverged_counted)))
+                  other=len(set(runs.seed) - {run.seed for run in ok} - set(diverged)), n_wanted=n_wanted,
+                  n_done=len({run.seed for run in counted}) + len(diverged_counted))
     chance = CHANCE.get(runs.dataset.iloc[0]) if len(runs) else None
-    at_chance = {} if chance is None else dict.fromkeys(set(diverged_counted) - seeds, chance)
+    at_chance = {} if chance is None else dict.fromkeys(diverged_counted, chance)
     return dict(ok=ok, counted=counted, at_chance=at_chance, counts=counts, seconds=runs.fit_seconds,
                 last_epoch=metric == 'last')
 
@@ -452,11 +460,13 @@ def _verdict(row, apart):
     said = row['published']['difference']
     least = min(sides, key=lambda side: side['n_done'] / side['n_wanted'])
     found = dict(verdict=NO_RUNS, reason='', at_chance='', claim=NAN, half_width=(test['high'] - test['low']) / 2,
-                 n_runs=least['n_done'], n_wanted=least['n_wanted'])
+                 n_runs=test['n_pairs'] if test['runs'] == 'like pairs' else least['n_done'], n_done=least['n_done'],
+                 n_wanted=least['n_wanted'])
     if not least['n_done']:
         if apart: return found | dict(verdict=APART, reason=apart)
-        have = all(side['n_ok'] + side['diverged'] for side in sides)
-        return found | dict(verdict=INCOMPLETE) if have else found
+        without = [row[name] for name, side in zip(SIDES, sides) if not side['n_ok'] + side['diverged']]
+        if not without: return found | dict(verdict=INCOMPLETE)
+        return found | dict(reason=without[0] if len(without) == 1 else '')
     if not row['tested']: return found | dict(verdict=DESCRIBED)
     if not row['planned'] and not np.isnan(said['difference']):
         return found | dict(verdict=NO_VERDICT, reason=archive(row['source']))

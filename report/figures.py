@@ -290,7 +290,9 @@ def differences(ax, rows):
     _name(ax, _pair_names(rows))
     is_published = [not np.isnan(row['published']['difference']['difference']) for row in rows]
     square = ' · square: published' if any(is_published) else ''
-    ax.set_title(f'dot: a seed · disc: mean, 95 % interval{square}', fontsize=7, loc='left', color=GREY)
+    is_mean = all(row['difference']['method'] == stats.PAIRED for row in rows)
+    estimate = 'mean' if is_mean else 'of all runs, paired or not'
+    ax.set_title(f'dot: a seed · disc: {estimate}, 95 % interval{square}', fontsize=7, loc='left', color=GREY)
 
 
 def _arm_names(arms): return [f'{arm}\n{len(compare.ended_ok(found))} runs' for arm, found in arms.items()]
@@ -332,8 +334,8 @@ def by_epoch(fig, top, rows, results):
     found = [(row, table) for row, table in found if len(table)]
     if not found: return
     whole = fig.get_size_inches()[1]
-    fig.text(0.08 / WIDTH, 1 - (top + 0.15) / whole, 'the difference after each epoch, with its 95 % interval',
-             fontsize=7, color=GREY)
+    title = 'the difference after each epoch at shared seeds, with its 95 % interval'
+    fig.text(0.08 / WIDTH, 1 - (top + 0.15) / whole, title, fontsize=7, color=GREY)
     columns = min(PANELS, max(len(found), 3))
     step = (WIDTH - LEFT - RIGHT + 0.2) / columns
     most = max(abs(table[['low', 'high', 'difference']]).max().max() for _, table in found)

@@ -170,7 +170,7 @@ def _splits(n_a, n_b):
 # --- two arms that share seeds ---
 
 PAIRED, MODEL, UNPAIRED = 'paired', 'seed + arm', 'unpaired'  # the methods of `compare_by_seed`
-SHARED = 2  # seeds that arms have to share, for their pairing to be used
+SHARED = 5  # seeds that arms have to share, where not all match, for their pairing to be used
 
 
 def compare_by_seed(a, b):
@@ -181,23 +181,23 @@ def compare_by_seed(a, b):
     share of these at which b is better).
 
     paired      all seeds match: the paired t test
-    seed + arm  at least two match: the model of `compare_blocks`, in which runs without a partner count too; its
+    seed + arm  at least SHARED match: the model of `compare_blocks`, in which runs without a partner count too; its
                 permutation test flips the signs of the pairs
-    unpaired    fewer match: Welch's test
+    unpaired    fewer match, or they do not determine the model: Welch's test
     """
     a, b = ({seed: arm[seed] for seed in sorted(arm)} for arm in (a, b))  # the order of the runs must not matter
     pairs = [seed for seed in a if seed in b]
     matched = len(pairs) == len(a) == len(b)
     values = [np.fromiter(arm.values(), float) for arm in (a, b)]
-    if len(pairs) < (1 if matched else SHARED):
-        return compare(*values) | dict(method=UNPAIRED, n_pairs=0, pair_sd=NAN, better_seeds=NAN)
     pairs_a, pairs_b = (np.array([arm[seed] for seed in pairs]) for arm in (a, b))
-    only_a, only_b = ([arm[seed] for seed in arm if seed not in other] for arm, other in ((a, b), (b, a)))
     paired = compare_paired(pairs_a, pairs_b)
-    blocks = None if matched else compare_blocks(pairs_a, pairs_b, only_a, only_b)
-    test = blocks or {key: paired[key] for key in ('difference', 'low', 'high', 'p')}
+    if matched and pairs: test = {key: paired[key] for key in ('difference', 'low', 'high', 'p')}
+    else:
+        only_a, only_b = ([arm[seed] for seed in arm if seed not in other] for arm, other in ((a, b), (b, a)))
+        test = compare_blocks(pairs_a, pairs_b, only_a, only_b) if len(pairs) >= SHARED else None
+    if not test: return compare(*values) | dict(method=UNPAIRED, n_pairs=0, pair_sd=NAN, better_seeds=NAN)
     return _compare_runs(*map(np.sort, values)) | test | dict(
-        permutation_p=paired['permutation_p'], method=MODEL if blocks else PAIRED, n_pairs=len(pairs),
+        permutation_p=paired['permutation_p'], method=PAIRED if matched else MODEL, n_pairs=len(pairs),
         pair_sd=paired['sd'], better_seeds=paired['beats'])
 
 
@@ -291,7 +291,7 @@ def _kenward_roger(x, kernels, weights, contrast):
     variance = contrast @ phi @ contrast
     slopes = np.array([-contrast @ phi @ p[k] @ phi @ contrast for k in n_kernels])
     adjusted = variance + 2 * contrast @ phi @ surplus @ phi @ contrast
-    return adjusted**0.5, 2 * variance**2 / (slopes @ w @ slopes)
+    return max(adjusted, variance)**0.5, 2 * variance**2 / (slopes @ w @ slopes)
 
 
 def holm(ps, n=None):

@@ -184,13 +184,29 @@ def verdict_parts(row):
         return [[f'{found["verdict"]}:', found['reason']]] if found['reason'] else [[found['verdict']]]
     notes = [found['reason']] if found['reason'] else []
     claimed, half_width = not np.isnan(found['claim']), found['half_width']
-    if claimed and row['published']['recipe'] == 'assumed': notes.append('assumed recipe')
+    if is_assumed(row): notes.append('assumed recipe')
     if not claimed and not np.isnan(half_width): notes.append(f'± {100 * half_width:.1f} points')
-    if row['difference']['runs'] != 'like pairs' and row['sensitivity']['mixed']: notes.append('of unlike runs')
+    if is_unlike(row): notes.append(UNLIKE)
     if found['n_runs'] < found['n_wanted']: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
+    if found['n_done'] > found['n_wanted']: notes.append(f'{found["n_done"]} runs made, {found["n_wanted"]} wanted')
+    diverged = sum(row['ours'][side]['diverged'] for side in SIDES)
+    if diverged and not found['at_chance']: notes.append(f'{diverged} diverged, not counted')
     words = [[found['verdict'], f'({", ".join(notes)})'] if notes else [found['verdict']]]
     if found['at_chance']: words.append(['with the diverged runs at chance:', found['at_chance']])
     return words
+
+
+UNLIKE = 'of unlike runs'
+
+
+def is_unlike(row):
+    "Returns whether the verdict is of runs of which not all have a partner that was made alike."
+    return row['difference']['runs'] != 'like pairs' and row['sensitivity']['mixed']
+
+
+def is_assumed(row):
+    "Returns whether the recipe of the claim is assumed."
+    return not np.isnan(row['verdict']['claim']) and row['published']['recipe'] == 'assumed'
 
 
 def holm(row):
@@ -293,17 +309,24 @@ def _details(rows, width):
 
 
 def _tests(row):
-    "Returns what the tests of a row say, in short texts."
+    "Returns what the tests of a row say, in short texts; results/README.md explains them."
     test, welch = row['difference'], row['welch']
-    better = f'in {test["beats"]:.0%} of all pairs of runs'
-    if test['n_pairs']: better = f'at {test["better_seeds"]:.0%} of {test["n_pairs"]} seeds and {better}'
-    words = [method(test), f'better {better}', f'P = {test["p"]:.2g} (Holm {test["holm_p"]:.2g})',
+    words = [method(test), f'better {_better(row)}', f'P = {test["p"]:.2g} (Holm {test["holm_p"]:.2g})',
              f'permutation P = {test["permutation_p"]:.2g}', f'Hedges g = {test["g"]:.2f}']
     if test['method'] != stats.UNPAIRED: words.append(f'Welch {interval(welch)}, P = {welch["p"]:.2g}')
     words += over_images(row)
-    shares = [images_share(row['ours'][side]) for side in SIDES]
-    if any(shares): words.append(f"the validation images' share of the variance: {', '.join(filter(None, shares))}")
-    return words
+    shares = {row[side]: images_share(row['ours'][side]) for side in SIDES}
+    shares = [f'{share} of {arm}' for arm, share in shares.items() if share]
+    return words + ([f"the validation images' share of the variance of runs: {', '.join(shares)}"] if shares else [])
+
+
+def _better(row):
+    "Returns how often the second arm is better: 'at 9 of 12 seeds (1 equal) and in 72% of all pairs of runs'."
+    words = f'in {row["difference"]["beats"]:.0%} of all pairs of runs'
+    if not row['difference']['n_pairs']: return words
+    changes = [arm.value - base.value for base, arm in row['pairs']]
+    better, equal = sum(d > stats.ROUNDING for d in changes), sum(abs(d) <= stats.ROUNDING for d in changes)
+    return f'at {better} of {len(changes)} seeds{f" ({equal} equal)" if equal else ""} and {words}'
 
 
 SHARE_RUNS = 10  # fewer runs do not tell their variance well enough for a share of it
@@ -312,16 +335,13 @@ SHARE_RUNS = 10  # fewer runs do not tell their variance well enough for a share
 def images_share(arm):
     """Returns the part of the variance of the runs that is of the validation images, with its interval, in words.
 
-    '' without predictions. Of fewer than SHARE_RUNS runs there is no number: it would as often as not pass 100 %.
+    '' without predictions, and of fewer than SHARE_RUNS runs: their share would as often as not pass 100 %.
     """
     share, n = arm['images_share'], int(arm['n'])
-    if np.isnan(share): return ''
+    if np.isnan(share) or n < SHARE_RUNS: return ''
     low, high = stats.share_range(share, n)
-    if n < SHARE_RUNS:
-        factor = np.divide(*stats.share_range(1e-9, n)[::-1])
-        return f'it takes {SHARE_RUNS} runs of an arm (of {n} the variance is known to a factor of {factor:.0f})'
-    if share > 1: return f'all of it, as far as {n} runs can tell (at least {low:.0%})'
-    return f'{share:.0%} [{low:.0%}, {high:.0%}] of {n} runs'
+    if share > 1: return f'all, as far as {n} runs can tell (at least {low:.0%}),'
+    return f'{share:.0%} [{low:.0%}, {high:.0%}]'
 
 
 def frame(rows):
@@ -374,8 +394,8 @@ def _found(rows):
     if not rows: return 'none has all its runs yet'
     verdicts = {}
     for row in rows:
-        is_assumed = not np.isnan(row['verdict']['claim']) and row['published']['recipe'] == 'assumed'
-        words = row['verdict']['verdict'] + (' (assumed recipe)' if is_assumed else '')
+        notes = [note for note, holds in (('assumed recipe', is_assumed(row)), (UNLIKE, is_unlike(row))) if holds]
+        words = row['verdict']['verdict'] + (f' ({", ".join(notes)})' if notes else '')
         verdicts.setdefault(words, []).append(row)
     def name(row):
         said = row['published']['difference']['difference']
@@ -388,14 +408,16 @@ def _found(rows):
 # --- how many runs it takes ---
 
 LEAST = 0.001  # of smaller differences, a tenth of a point, no plan is made
+GUESS = 10  # of fewer pairs the sd is known to a factor of more than 2.7
 
 
 def plan(rows):
     """Returns how many runs of each arm the published difference and the one seen so far need, a line a row.
 
     They need them at the spread seen so far, else at the published one, else at that of single runs that were
-    published with the same settings. Where seeds are shared, it is the spread of the differences at a seed. The rows
-    are those of the planned sets, or all where none is planned: with --split v2, say.
+    published with the same settings, for a P of 5 % over the number of comparisons of their experiment: Holm's first
+    step. Where seeds are shared, it is the spread of the differences at a seed, of fewer than GUESS seeds a guess. The
+    rows are those of the planned sets, or all where none is planned: with --split v2, say.
     """
     if not rows: return ONE_ARM
     singles, rows = load_published_runs(), [row for row in rows if row['tested']]
@@ -405,27 +427,31 @@ def plan(rows):
 
 def _plan(row, singles):
     "Returns the line of `plan` of a row, but for its title."
-    have = f'have {row["ours"]["base"]["n_ok"]} and {row["ours"]["arm"]["n_ok"]}'
+    have = f'have {row["ours"]["base"]["n_done"]} and {row["ours"]["arm"]["n_done"]}'
     whose, sd, paired = _spread(row, singles)
     differences = dict(published=row['published']['difference'], seen=row['difference'])
-    needs = [need for need in (_need(name, test, sd, paired) for name, test in differences.items()) if need]
-    if not needs: return f'no spread or no difference yet; {have}'
-    how = f'{"paired" if paired else "unpaired"}, at sd {100 * sd:.1f} ({whose}), 80 % power'
-    return f'{", ".join(needs)}; {how}; {have}'
+    needs = [_need(name, test, sd, paired, row['n_tests']) for name, test in differences.items()]
+    if not any(needs): return f'no spread or no difference yet; {have}'
+    level = '' if row['n_tests'] == 1 else f' at P 0.05 / {row["n_tests"]}'
+    how = f'{"paired" if paired else "unpaired"}, at sd {100 * sd:.1f} ({whose}), 80 % power{level}'
+    return f'{", ".join(filter(None, needs))}; {how}; {have}'
 
 
-def _need(name, test, sd, paired):
+def _need(name, test, sd, paired, n_tests):
     "Returns how many runs an arm a difference needs, in words; '' where it is not known or the spread is not."
     d = test['difference']
     if pd.isna(d) or not sd > 0: return ''
     if name == 'published' and test['low'] <= 0 <= test['high']: return f'published {100 * d:+.1f} is no claim'
     if abs(d) < LEAST: return f'{name} {100 * d:+.1f} is too small to plan for'
-    return f'{name} {100 * d:+.1f} needs {stats.runs_needed(d, sd, paired):,} runs an arm'
+    return f'{name} {100 * d:+.1f} needs {stats.runs_needed(d, sd, paired, alpha=stats.ALPHA / n_tests):,} runs an arm'
 
 
 def _spread(row, singles):
     "Returns (whose it is, the sd that a plan is made with, whether it is that of pairs); the sd is nan without any."
-    if row['difference']['pair_sd'] > 0: return 'of the differences at a seed', row['difference']['pair_sd'], True
+    test = row['difference']
+    if test['pair_sd'] > 0:
+        guess = ': a guess' if test['n_pairs'] < GUESS else ''
+        return f'of the differences at {test["n_pairs"]} seeds{guess}', test['pair_sd'], True
     spreads = {whose: [row[whose][side]['sd'] for side in SIDES] for whose in ('ours', 'published')}
     if not np.isnan(row['published']['difference']['difference']):
         exp_arms = EXPERIMENTS[row['experiment']].arms

@@ -159,3 +159,12 @@ def test_several_layers_helped_the_fork_at_5_epochs(dataset, size, one, four, sh
     few, many = (single_runs(part, **settings) for part in ('Self Attention.ipynb', 'with more layers.ipynb'))
     assert (round(mean(few), 1), round(mean(many), 1)) == (one, four)
     assert f'{dataset} {size} px, 5 epochs: {words(few, many)}' in shown('adding several layers')[0]
+
+
+def test_after_400_epochs_four_layers_lost_one_run_and_nothing_else(shown):
+    one, four = (single_runs(part, epochs='400') for part in ('Self Attention.ipynb', 'with more layers.ipynb'))
+    learned = [accuracy for accuracy in four if accuracy != 10]
+    words = ('6 runs each: 1 with four layers ended at chance, '
+             f'the others have {mean(learned):.2f} against {mean(one):.2f}')
+    found, shows = shown('adding several layers')
+    assert words in found and (len(four), len(learned)) == (6, 5) and 'but for that run' in shows

@@ -200,13 +200,13 @@ def test_list_and_plan(tmp_path, capsys):
 
 @pytest.mark.parametrize('argv, words', [
     ('board-nette-128-20 --dry-run', 'its recipe needs MaxBlurPool of kornia'),
-    ('woof-128', 'did you mean woof-128-5?'), ('', 'name one, see --list'),
+    ('woof-128', 'did you mean woof-128-5?'), ('', 'name an experiment; --list shows them'),
     ('woof-128-5-stages --arms simple,simple@1,2', 'simple@1: no such arm; there are simple, simple@1,2,3,4'),
     ('digits --arms none,x', 'no such arm; there are none, simple'), ('digits --runs 0', 'at least 1'),
     ('digits --until 0', 'above 0'),
-    ('digits --until nan', 'above 0'), ('digits --sa sagan', 'one that the experiment sets'),
+    ('digits --until nan', 'above 0'), ('digits --sa sagan', '--sa: the experiment has its layers'),
     ('woof-128-50-r18-lr --lr 0.003', 'two arms the same'), ('digits --arms none --until 1', 'needs two arms'),
-    ('digits --seed 3', 'one that the experiment sets'), ('digits --epcohs 3', 'unknown argument --epcohs'),
+    ('digits --seed 3', '--seed: take --seed0'), ('digits --epcohs 3', 'unknown argument --epcohs'),
     ('--source 320 woof-128', 'did you mean woof-128-5?'), ('--list --epcohs 3', 'unknown argument --epcohs'),
     ('digits --cpus-per-run 2', 'with --ray only'), ('digits --ray --cpus-per-run 0.5', 'whole cores'),
     ('digits --ray --cpus-per-run inf', 'whole cores'),

@@ -107,7 +107,8 @@ class Loop:
         from training.machine import settle
         cfg = settle(cfg, self.device)
         key = cfg.dataset, cfg.source, cfg.data, cfg.valid_pct, cfg.skip_damaged
-        if key not in self.fingerprints: self.fingerprints[key] = None if self.args.dry_run else find_set(cfg).fingerprint
+        if key not in self.fingerprints:
+            self.fingerprints[key] = None if self.args.dry_run else find_set(cfg).fingerprint
         return cfg, self.fingerprints[key]
 
     def todo(self, exp, seed0):
