@@ -19,23 +19,22 @@ from command import UsageError, nearest
 HERE = Path(__file__).parent
 
 
-def literal(file, name):
-    """Returns the value of the literal `name` in `file`, a path from the folder of this one.
+# What other files define is read from their texts: to import them would cost torch's seconds.
 
-    It is read from the text, as importing the file would cost torch's seconds. Of a dict whose values are no literals,
-    such as a registry of classes, the list of its keys is returned.
-    """
+def expression(file, name):
+    "Returns what stands behind `name =` in `file`, a path from the folder of this one, as a node of its syntax tree."
     for node in ast.parse((HERE / file).read_text(encoding='utf-8')).body:
-        if not isinstance(node, ast.Assign) or ast.unparse(node.targets[0]) != name: continue
-        try: return ast.literal_eval(node.value)
-        except ValueError: return [ast.literal_eval(key) for key in node.value.keys]
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name: return node.value
     raise LookupError(f'{file} has no {name}')
 
 
+def literal(file, name): return ast.literal_eval(expression(file, name))
+def keys_of(file, name): return [ast.literal_eval(key) for key in expression(file, name).keys]  # of a dict of any values
+
+
 NETWORKS = literal('xresnet.py', 'ARCHS') | literal('training/arch.py', 'FASTAI_ARCHS')  # name: (expansion, blocks)
-STEMS = list(literal('xresnet.py', 'STEMS'))
-ATTENTION, ACTIVATIONS = literal('layers.py', 'ATTENTION'), literal('xresnet.py', 'ACTIVATIONS')
-POOLS = literal('xresnet.py', 'POOLS')
+STEMS, ACTIVATIONS, POOLS = (keys_of('xresnet.py', name) for name in ('STEMS', 'ACTIVATIONS', 'POOLS'))
+ATTENTION = keys_of('layers.py', 'ATTENTION')
 INSTEAD_OF_ARCH = {  # names of networks in the scripts of others
     **dict.fromkeys(['presnet18', 'presnet34', 'presnet50', 'presnet101', 'presnet152', 'xresnet34_2', 'xresnet50_2'],
                     'was in fastai 1 only; take xresnet of the same depth'),

@@ -197,9 +197,10 @@ def _several_layers(runs):
              ('imagewoof', 256, 20), ('imagenette', 256, 20), ('imagewoof', 256, 80)]
     one, four = both('imagewoof', 256, 400)
     learned = four[four > 11]  # chance is 10 %
+    n_lost = len(four) - len(learned)
     changes = [*(change(*case) for case in cases),
-               f'imagewoof 256 px, 400 epochs, {len(four)} runs each: {len(four) - len(learned)} with four layers ended '
-               f'at chance, the others have {learned.mean():.2f} against {one.mean():.2f}']
+               f'imagewoof 256 px, 400 epochs, {len(four)} runs each: {n_lost} with four layers ended at chance, '
+               f'the others have {learned.mean():.2f} against {one.mean():.2f}']
     return ('adding several layers makes results worse',
             f"the fork's 30 runs with four layers minus its 30 with one: {'; '.join(changes)}",
             'the opposite at 5 epochs and, on imagewoof, at 20; no loss later but for that run. The two arms are two '

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import runlog
 import train_imagenette
 from command import Parser, UsageError, exit_code
-from experiments import literal
+from experiments import keys_of
 
 PROGRAM = 'benchmark.py'
 SHORT_RUN = ['--dataset', 'digits', '--size', '32', '--arch', 'xresnet18', '--epochs', '1']
@@ -39,7 +39,7 @@ SHORT_RUN = ['--dataset', 'digits', '--size', '32', '--arch', 'xresnet18', '--ep
 def parse(argv):
     "Returns the arguments of a command line; raises UsageError on a mistake."
     ap = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    ap.add_argument('what', choices=literal('training/benchmarks.py', 'BENCHMARKS'))
+    ap.add_argument('what', choices=keys_of('training/benchmarks.py', 'BENCHMARKS'))
     ap.add_argument('--quick', action='store_true', help='smaller shapes and fewer repetitions, under a minute')
     ap.add_argument('--data', help='folder train|val/<class>/<image> for the step (default: random images)')
     ap.add_argument('--gpu', type=int, help='CUDA device (default: the first, or the CPU)')
