@@ -29,7 +29,7 @@ def expression(file, name):
 
 
 def literal(file, name): return ast.literal_eval(expression(file, name))
-def keys_of(file, name): return [ast.literal_eval(key) for key in expression(file, name).keys]  # of a dict of any values
+def keys_of(file, name): return [ast.literal_eval(key) for key in expression(file, name).keys]  # whatever its values
 
 
 NETWORKS = literal('xresnet.py', 'ARCHS') | literal('training/arch.py', 'FASTAI_ARCHS')  # name: (expansion, blocks)

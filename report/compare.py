@@ -19,8 +19,9 @@ from report import stats
 from report.published import published_mean, weakest_recipe
 
 NAN = float('nan')
-SET = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']  # runs that differ in one are not pooled
-RECIPE = [key for key in SETTINGS if key not in SET]
+# of a set of runs: those that differ in one of these are not pooled
+SET_COLUMNS = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']
+RECIPE = [key for key in SETTINGS if key not in SET_COLUMNS]
 SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'n', 'mean', 'sd', 'low', 'high',
            'bca_low', 'bca_high', 'median', 'min', 'max', 'mean_max', 'sd_max', 'diverged', 'interrupted', 'failed',
            'seconds']  # of `summarise`, for readers
@@ -46,7 +47,7 @@ def summarise(runs):
     runs counts once, by its first; mean_max and sd_max of the best epoch's; how many runs diverged, failed or were
     interrupted; and the median seconds of a run.
     """
-    rows, keys = [], [*SETTINGS, *(key for key in SET if key not in SETTINGS)]
+    rows, keys = [], [*SETTINGS, *(key for key in SET_COLUMNS if key not in SETTINGS)]
     for key, group in runs.groupby(keys, sort=False, dropna=False):
         ok = ended_ok(group)
         best = stats.summary(ok.max_accuracy)
@@ -57,12 +58,12 @@ def summarise(runs):
 
 
 def by_recipe(runs):
-    "Returns {recipe: [(the SET columns of one set (dict), its runs)]}."
-    numbered = runs.assign(set_number=runs.groupby(SET, dropna=False).ngroup())
+    "Returns {recipe: [(the SET_COLUMNS of one set (dict), its runs)]}."
+    numbered = runs.assign(set_number=runs.groupby(SET_COLUMNS, dropna=False).ngroup())
     found = {}
     for key, alike in runlog.by_setting(numbered, RECIPE).items():
         of_sets = [alike.iloc[at] for at in alike.groupby('set_number').indices.values()]
-        found[key] = [(of_set[SET].iloc[0].to_dict(), of_set) for of_set in of_sets]
+        found[key] = [(of_set[SET_COLUMNS].iloc[0].to_dict(), of_set) for of_set in of_sets]
     return found
 
 
@@ -72,7 +73,7 @@ def recipe(cfg):
 
 
 def sets(exp, runs, own=None, recipes=None):
-    """Returns [(the SET columns of one set (dict), {arm: its runs})] of an Experiment, the latest first.
+    """Returns [(the SET_COLUMNS of one set (dict), {arm: its runs})] of an Experiment, the latest first.
 
     `planned` in the dict says whether the split and the archive, which is whole, are those of `own`, the Experiment as
     EXPERIMENTS has it; `folder` is the name of the folder of images of the user's, else ''. Of an `exp` with another
@@ -205,7 +206,7 @@ def gaps(experiments, runs, published, results=runlog.RESULTS):
 
     The pairs are Experiment.pairs, which are tested, and Experiment.described, which are not. A row is a nested dict.
     An experiment without runs has one for each of its pairs.
-    experiment, dataset, the SET columns, planned, folder (see `sets`), base, arm, tested, asks (Experiment.asks),
+    experiment, dataset, the SET_COLUMNS, planned, folder (see `sets`), base, arm, tested, asks (Experiment.asks),
     metric ('last' or 'max'), n_tests (the comparisons that Holm's correction is over; 0 of a pair that is not tested)
     published    base, arm: mean, sd, n; difference: difference, low, high, p; recipe: documented, assumed, other script
     ours         base, arm: the keys of stats.summary of the runs that `difference` is of; n_ok, diverged, other (ends),
@@ -242,8 +243,8 @@ def _gaps_of(name, exp, runs, recipes, published, results):
 
 
 def _set_without_runs(exp, runs):
-    "Returns the SET columns, as far as they are planned, and {arm: no runs} of an Experiment."
-    columns = dict.fromkeys(SET) | _planned_images(exp) | dict(planned=True, folder='')
+    "Returns the SET_COLUMNS, as far as they are planned, and {arm: no runs} of an Experiment."
+    columns = dict.fromkeys(SET_COLUMNS) | _planned_images(exp) | dict(planned=True, folder='')
     no_runs = {arm: runs[:0] for arm in exp.arms}
     return columns, no_runs
 
@@ -251,7 +252,7 @@ def _set_without_runs(exp, runs):
 def _gaps_of_set(exp, key, arms, said, results):
     """Returns the rows of `gaps` of one set, but for the experiment's name and the verdict.
 
-    key, arms   the SET columns and {arm: its runs}, see `sets`
+    key, arms   the SET_COLUMNS and {arm: its runs}, see `sets`
     said        {arm: its published row or None}
     """
     dataset = next(iter(exp.arms.values())).dataset
@@ -301,7 +302,8 @@ def _apart(exp, found):
         if any(arms >= set(pair) for _, arms in done): continue
         keys = [next((key for key, arms in done if arm in arms), None) for arm in pair]
         if None in keys: continue
-        differ = [f'{name} {keys[0][name]} and {keys[1][name]}' for name in SET if keys[0][name] != keys[1][name]]
+        values = {name: [key[name] for key in keys] for name in SET_COLUMNS}
+        differ = [f'{name} {one} and {other}' for name, (one, other) in values.items() if one != other]
         reasons[pair] = ', '.join(differ)
     return reasons
 
@@ -516,7 +518,7 @@ def done(exp, runs, recipes=None):
 
 def set_key(row):
     "Returns what tells the set of a row of `gaps`, or a key of `sets`, from other sets."
-    return tuple(str(row[name]) for name in SET)
+    return tuple(str(row[name]) for name in SET_COLUMNS)
 
 
 def has_begun(row):

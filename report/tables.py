@@ -10,7 +10,7 @@ from rich.table import Table
 
 from experiments import EXPERIMENTS
 from report import stats
-from report.compare import APART, INCOMPLETE, NO_RUNS, NO_VERDICT, SET, SIDES, has_runs, is_whole
+from report.compare import APART, INCOMPLETE, NO_RUNS, NO_VERDICT, SET_COLUMNS, SIDES, has_runs, is_whole
 from report.published import load_published_runs, single_runs_sd
 
 HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
@@ -28,15 +28,16 @@ TERMINAL = 100  # characters in a line of a terminal
 
 def titles(rows):
     "Returns a title for each row: the experiment, and of its set what tells it from the others of that experiment."
-    found = {}  # (experiment, column of SET): its values, in rows with runs
+    found = {}  # (experiment, column of SET_COLUMNS): its values, in rows with runs
     for row in rows:
-        for name in SET:
+        for name in SET_COLUMNS:
             if row['precision'] is not None: found.setdefault((row['experiment'], name), set()).add(row[name])
-    return [_title(row, {name for name in SET if len(found.get((row['experiment'], name), ())) > 1}) for row in rows]
+    def differing(row): return {name for name in SET_COLUMNS if len(found.get((row['experiment'], name), ())) > 1}
+    return [_title(row, differing(row)) for row in rows]
 
 
 def _title(row, differing):
-    "Returns the title of a row, with those columns of SET that differ in its experiment."
+    "Returns the title of a row, with those columns of SET_COLUMNS that differ in its experiment."
     words = [row['experiment'] + (' (best epoch)' if row['metric'] == 'max' else '')]
     if row['folder']: words.append(f'folder {row["folder"]}')
     if not row['planned']: words.append(f'split {row["split"]}')
