@@ -420,7 +420,9 @@ def over_images(correct_a, correct_b, paired=False):
 
     `correct_a`, `correct_b`: (runs, n images) of 0 and 1, on the same images; `paired`: run i of both has one seed. The
     variance of the difference is that of the runs (or of the pairs), plus that of the images less the part that the
-    runs have counted already, which is taken to be at least 0. The interval is the t interval of as many runs.
+    runs have counted already: what the chance of each run's images adds to their variance. Neither the rest nor the
+    variance of the runs without that part is taken to be below 0, so that the whole is never below that of the images
+    alone. The interval is the t interval of as many runs.
     """
     a, b = np.asarray(correct_a, float), np.asarray(correct_b, float)
     difference, n = float(b.mean() - a.mean()) if a.size and b.size else NAN, a.shape[1]
@@ -429,6 +431,7 @@ def over_images(correct_a, correct_b, paired=False):
     arms = [b - a] if paired else [a, b]
     of_runs = sum(x.mean(1).var(ddof=1) / len(x) for x in arms)
     counted = sum(x.var(0, ddof=1).mean() / len(x) / n for x in arms)
+    of_runs = max(of_runs, counted)
     of_images = max((b.mean(0) - a.mean(0)).var(ddof=1) / n - counted, 0)
     half = float(st.t.ppf(0.975, sum(len(x) - 1 for x in arms)) * (of_runs + of_images)**0.5)
     return dict(difference=difference, low=difference - half, high=difference + half) if half > ROUNDING else unknown

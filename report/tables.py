@@ -165,7 +165,7 @@ def _with_images(row):
 
 
 def over_images(row):
-    "Returns ['over images too: [1.8, 4.8]'], the interval over runs and images; [] where predictions are not at hand."
+    "Returns ['over images too: [1.6, 4.9]'], the interval over runs and images; [] where predictions are not at hand."
     return [] if np.isnan(row['images']['low']) else [f'over images too: {interval(row["images"])}']
 
 

@@ -626,7 +626,7 @@ def record_at_128px(attention):
 
 
 @pytest.mark.parametrize('base, arm, said', [
-    ('none', 'simple', '+3.28 [2.6, 4.0] [1.8, 4.8]'), ('none', 'sagan', '+1.95 [1.3, 2.6] [0.7, 3.2]'),
+    ('none', 'simple', '+3.28 [2.6, 4.0] [1.6, 4.9]'), ('none', 'sagan', '+1.95 [1.3, 2.6] [0.6, 3.3]'),
     ('sagan', 'simple', '+1.33 [0.4, 2.3] [0.1, 2.5]'),
 ])
 def test_the_headline_is_what_the_record_says(base, arm, said, rows_of_record):
@@ -635,7 +635,8 @@ def test_the_headline_is_what_the_record_says(base, arm, said, rows_of_record):
     low, high = st.ttest_rel(b.accuracy, a.accuracy).confidence_interval()
     change = b_right - a_right  # (seeds, images)
     of_seeds, of_images = change.mean(1).var(ddof=1) / 12, change.mean(0).var(ddof=1) / 500
-    half = st.t.ppf(0.975, 11) * (of_seeds + of_images - change.var(0, ddof=1).mean() / 12 / 500)**0.5
+    counted = change.var(0, ddof=1).mean() / 12 / 500  # of the images' part, by the runs
+    half = st.t.ppf(0.975, 11) * (max(of_seeds, counted) + max(of_images - counted, 0))**0.5
     ends = [low, high, change.mean() - half, change.mean() + half]
     found = [f'{100 * end:.1f}' for end in ends]
     assert f'{100 * change.mean():+.2f} [{found[0]}, {found[1]}] [{found[2]}, {found[3]}]' == said
@@ -678,7 +679,7 @@ def test_predictions_give_the_share_of_the_images(tmp_path, published, capsys):
     for i, values in logits.items():
         order = backwards if i == 'none1285-0' else slice(None)
         runlog.write_predictions(i, tmp_path, logits=values[order], targets=targets[order], files=named[order])
-    assert compare.gaps(exp, runs, published, tmp_path)[0]['images']['low'] == low
+    assert compare.gaps(exp, runs, published, tmp_path)[0]['images']['low'] == pytest.approx(low)
     others = np.array([f'{name}x' for name in named])
     runlog.write_predictions('none1285-0', tmp_path, logits=logits['none1285-0'], targets=targets, files=others)
     assert np.isnan(compare.gaps(exp, runs, published, tmp_path)[0]['images']['low'])  # of other images
