@@ -271,22 +271,21 @@ def add_config_flags(ap, leave_out=(), default=None):
     "Adds a flag for each field of Config, with its aliases. `default`, if given, takes the place of all the defaults."
     for f in fields(Config):
         if f.name in leave_out or not f.metadata['flag']: continue
-        options = options_of(f) if default is None else options_of(f) | dict(default=default)
-        ap.add_argument(flag(f), *f.metadata['aliases'], dest=f.name, **options)
+        ap.add_argument(flag(f), *f.metadata['aliases'], dest=f.name, **options_of(f, default))
 
 
-def options_of(f):
-    "Returns the options of `add_argument` for a field."
+def options_of(f, default=None):
+    "Returns the options of `add_argument` for a field, with the `default` if one is given."
     text, choices = f.metadata['help'], f.metadata['choices']
     if choices and choices is not SWITCH: text += f' [{", ".join(map(str, choices))}]'
-    if f.default != '': text += f' (default {f.default})'
+    if f.default != '' and default is None: text += f' (default {f.default})'
     metavar = 'TEXT' if f.type is str else f.type.__name__.upper()
     if f.type is str and choices: metavar = 'NAME'
     options = dict(type=f.type, default=f.default, metavar=metavar, help=text.replace('%', '%%'))
     if f.name in ('dataset', 'act'): options |= dict(default=None)  # It depends on --woof and --data, or on --arch.
     if f.name == 'attention': options |= dict(nargs='?', const='simple', type=attention_name)
     if choices is SWITCH: options |= dict(nargs='?', const=1, metavar='0|1')
-    return options
+    return options if default is None else options | dict(default=default)
 
 
 def command_line(cfg):
@@ -691,7 +690,7 @@ EXPERIMENTS = {
 
     # 64 px, where two CPU cores do a run in minutes; split v2
     'woof-64-5-r18': Experiment(
-        claim='Nothing is published: does the layer help where it costs nothing to try?',
+        claim='Nothing is published: does the layer help at 64 px, on a CPU?',
         arms=attentions(replace(AT_64_PX, precision='fp32'), 'none', 'simple', 'sagan', 'simple_sym'),
         runs={'none': 10, 'simple': 10, 'sagan': 6, 'simple_sym': 6},
         contrasts=(('none', 'simple'), ('none', 'sagan'), ('none', 'simple_sym')),
@@ -705,7 +704,7 @@ EXPERIMENTS = {
         hours=0.056,
     ),
     'attention': Experiment(
-        claim='Nothing is published: is it parameters, this image, the order of its statistics, the scale, any gate?',
+        claim='Nothing is published: which part of the layer helps?',
         arms=attentions(AT_64_PX, *TAKEN_APART),
         runs=dict.fromkeys(TAKEN_APART, 14) | dict.fromkeys(('low_rank', 'channel', 'se'), 10),
         hours=0.55,

@@ -12,7 +12,9 @@ Every layer here
 - keeps the shape, dtype and memory format of its input, and raises ValueError on any other shape;
 - runs under autocast: its products are in autocast's dtype, scaled so that float16 can hold them. On a GPU that
   needs torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False: else cuBLAS may add up parts of
-  a long sum in float16 before it scales them.
+  a long sum in float16 before it scales them. The backward pass belongs outside autocast, as torch says: within it
+  the small float32 products would be float16, and overflow. torch.compile and CUDA graphs record it within, unless
+  torch._functorch.config.backward_pass_autocast = 'off', and autocast stands in the forward of what is recorded.
 """
 import re
 from functools import partial

@@ -424,10 +424,11 @@ def recorded(runs, cfg, data_fingerprint):
 
 def parse(argv):
     "Returns the arguments of a command line; raises UsageError on a mistake."
-    ap = Parser(description='Merge run files.', allow_abbrev=False)
+    ap = Parser(description='Keeps the record of runs.', allow_abbrev=False)
     sub = ap.add_subparsers(dest='command', required=True)
-    m = sub.add_parser('merge', help='add the rows of OTHER.csv to runs.csv, each once')
-    m.add_argument('other', type=Path)
+    text = "adds the rows of another machine's runs.csv to this record, each once, with their curves and predictions"
+    m = sub.add_parser('merge', help=text, description=text)
+    m.add_argument('other', type=Path, help='a runs.csv, with curves/ and predictions/ beside it')
     m.add_argument('--results', type=Path, default=RESULTS, help='results directory')
     return ap.parse_args(argv)
 

@@ -65,8 +65,9 @@ def _write_markdown(results, name, markdown):
 
 def parse(argv):
     "Returns the arguments of a command line; raises UsageError on a mistake."
-    ap = Parser(description='The experiments beside their published numbers: prints their tables, and writes them and '
-                            'the figures to results/tables and results/figures.', allow_abbrev=False)
+    ap = Parser(prog='python -m report', allow_abbrev=False,
+                description='Prints the experiments beside their published numbers, and writes tables and figures of '
+                            'them to results/tables and results/figures.')
     ap.add_argument('names', nargs='*', metavar='EXPERIMENT',
                     help='print these only, and write nothing (default: all that have runs)')
     ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')

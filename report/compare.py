@@ -22,9 +22,8 @@ NAN = float('nan')
 # of a set of runs: those that differ in one of these are not pooled
 SET_COLUMNS = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']
 RECIPE = [key for key in SETTINGS if key not in SET_COLUMNS]
-SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'precision', 'n', 'mean', 'sd', 'low', 'high',
-           'bca_low', 'bca_high', 'median', 'min', 'max', 'mean_max', 'sd_max', 'diverged', 'interrupted', 'failed',
-           'seconds']  # of `summarise`, for readers
+SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'sa_at', 'opt', 'lr', 'precision', 'n', 'mean',
+           'sd', 'low', 'high', 'mean_max', 'diverged', 'interrupted', 'failed', 'seconds']  # for readers
 STEPS = knobs(role='speed')  # how a step is computed
 WAY = [*STEPS, 'torch', 'device']  # how a run was made: what can move its accuracy without being a setting
 LIKE_PAIRS = 5  # so many pairs of runs that were made alike decide the verdict where not all runs were

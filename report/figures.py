@@ -291,7 +291,7 @@ def differences(ax, rows):
     is_published = [not np.isnan(row['published']['difference']['difference']) for row in rows]
     square = ' · square: published' if any(is_published) else ''
     is_mean = all(row['difference']['method'] == stats.PAIRED for row in rows)
-    estimate = 'mean' if is_mean else 'of all runs, paired or not'
+    estimate = 'mean' if is_mean else 'the difference that the verdict is of'
     ax.set_title(f'dot: a seed · disc: {estimate}, 95 % interval{square}', fontsize=7, loc='left', color=GREY)
 
 

@@ -188,11 +188,10 @@ def known(plan, runs):
 
 
 def equal_time_text(plan):
-    "Returns what the arms of equal run time are, in Markdown, or how to get them."
+    "Returns what the arms of equal run time are, in Markdown; '' where the plan has none."
+    if not plan['equal_time']: return ''
     steps = step_ratios(plan)
     fastest = min(steps, key=steps.get)
-    if not plan['equal_time']:
-        return f'Not part of the plan: `--equal-time` adds it. The arm with the fastest step is {fastest}.'
     epochs = {arm: Config(**plan['arms'][arm]).epochs for arm in steps}
     lines = [f'{fastest} has the fastest step. A slower arm has as many epochs as fit in the same time, rounded:', '']
     for arm in plan['equal_time']:
@@ -209,8 +208,8 @@ def step_ratios(plan):
 NOTES = """\
 Parameters and multiply-adds (of products and convolutions, in a forward pass) are those of all its layers together. A \
 step is forward, loss, backward and optimizer on one batch of random numbers. It is the median of several, the arms in \
-turn, and so is its ratio to none in the same turn; on a machine with other work, a few percent are noise. The memory \
-of a step is the peak of the tensors that it allocates.
+turn, and so is its ratio to none in the same turn; its quartiles show how much of it is noise. The memory of a step \
+is the peak of the tensors that it allocates.
 
 Intervals are of 95 %. How they are made and how a verdict is reached is written in \
 results/README.md of the repository. P values are of {n_pairs} comparisons, in brackets after \
@@ -228,7 +227,7 @@ def page(plan, runs, results):
     parts = [f'# Trial of {plan["layer"]}', lines([row for row in rows if row not in equal_time]),
              f'![every run, and the differences with their intervals]({plan["name"]}.png)',
              '## What it costs', arms_table(plan, runs),
-             '## At equal run time', lines(equal_time), equal_time_text(plan),
+             '## At equal run time' if plan['equal_time'] else '', lines(equal_time), equal_time_text(plan),
              '## Plan', plan_text(plan), '## Notes', NOTES.format(**words)]
     return '\n\n'.join(filter(None, parts)) + '\n'
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import runlog
 import train_imagenette
 from command import Parser, UsageError, exit_code
-from experiments import keys_of
+from experiments import Config, keys_of
 
 PROGRAM = 'benchmark.py'
 SHORT_RUN = ['--dataset', 'digits', '--size', '32', '--arch', 'xresnet18', '--epochs', '1']
@@ -61,8 +61,9 @@ def measure(args):
 
     from report.layer_cost import beside_fastai
     from training.benchmarks import BENCHMARKS
-    from training.machine import device_name, get_device
+    from training.machine import device_name, get_device, prepare_device
     device = get_device(args.gpu)
+    prepare_device(Config(), device)
     table = pd.DataFrame(BENCHMARKS[args.what](args, device))
     print(table.to_string(index=False, float_format=lambda v: f'{v:.3g}'))
     if args.what == 'cost': print(beside_fastai(table))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Repeats a published experiment by its name: the arms take turns, a seed a turn, and recorded runs are skipped.
+"""Repeats an experiment by its name: the arms take turns, a seed a turn, and recorded runs are skipped.
 
     python scripts/reproduce.py --list                          lists every experiment, with its verdicts so far
     python scripts/reproduce.py woof-128-5                      runs each arm as often as the experiment says

@@ -47,6 +47,8 @@ def parse(argv):
     loop.add_flags(ap, leave_out=('attention', 'seed'))
     args = ap.parse_args(argv)
     loop.check_flags(args)
+    if args.equal_time and (getattr(args, 'cuda_graphs', 0) or getattr(args, 'compile', 0)):
+        raise UsageError('--equal-time: is worked out from plain steps; leave --cuda-graphs and --compile out')
     if args.runs is not None and args.runs < 1: raise UsageError(f'--runs {args.runs}: must be at least 1')
     given = loop.overrides(args)
     given.setdefault('dataset', 'custom' if given.get('data') else 'imagewoof')

@@ -3,6 +3,7 @@ import re
 import shlex
 
 import pytest
+import torch
 import yaml
 from conftest import REPO, script
 from packaging.requirements import Requirement
@@ -83,6 +84,23 @@ def test_commands_of_reports_are_understood(argv): assert report.parse(argv)
 def test_the_commands_are_found():
     assert len(commands('train_imagenette.py')) > 8 and len(commands('scripts/reproduce.py')) > 4
     assert commands('runlog.py') and commands('-m report')
+
+
+@pytest.mark.slow(3)
+def test_the_layer_goes_into_networks_of_others_as_is_said():
+    from fastai.vision.models.xresnet import xresnet50
+    from torchvision.models import resnet50
+
+    from layers import SimpleSelfAttention
+    block = TEXTS['scripts/README.md'].partition('## The layer in other networks')[2].split('```')[1]
+    lines = block.removeprefix('python\n').splitlines()
+    for make, code in ((resnet50, lines[:2]), (xresnet50, lines[2:3])):
+        model, x = make().eval(), torch.randn(1, 3, 64, 64)
+        before = model(x)
+        exec('\n'.join(code), dict(model=model, torch=torch, SimpleSelfAttention=SimpleSelfAttention))
+        assert sum(isinstance(m, SimpleSelfAttention) for m in model.modules()) == 1
+        assert torch.equal(model.eval()(x), before)
+    assert torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction is not None and len(lines) == 4
 
 
 def test_the_readme_is_short(): assert len(TEXTS['README.md'].split()) <= 1200

@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from fastai import layers as fastai_layers
+from torch._functorch import config as functorch_config
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -573,6 +574,24 @@ def test_compiles_in_one_graph_for_any_height_and_width(name, fresh_dynamo):
     for side in ((3, 3), (8, 5), (7, 9)):  # N < C, N > C, as before
         x = torch.randn(2, 16, *side)
         assert max(map(error, grads(compiled, x), grads(layer, x))) < 1e-5
+
+
+@pytest.mark.parametrize('name', ['simple', 'swap', 'mean', 'cov'])
+def test_gradients_in_float16_hold_a_large_loss_scale_compiled_too(name, fresh_dynamo):
+    "Under autocast the small float32 products of the backward pass would be float16, and pass its largest number."
+    x, g = torch.randn(2, 64, 32, 32), torch.randn(2, 64, 32, 32)
+    layer = ATTENTION[name](64).eval()
+    layer.gamma.data.fill_(0.1)
+    def finite(module, inside=False):
+        with torch.autocast('cpu', torch.float16, cache_enabled=False):
+            y = module(x.requires_grad_())
+            if inside: return is_finite(y, module)
+        return is_finite(y, module)
+    def is_finite(y, module):
+        found = torch.autograd.grad(y, [x, *module.parameters()], (2**13 * g / g.norm()).to(y.dtype))
+        return all(bool(part.isfinite().all()) for part in found)
+    with functorch_config.patch(backward_pass_autocast='off'):  # as training.machine sets it
+        assert finite(layer) and finite(torch.compile(layer, backend='aot_eager')) and not finite(layer, inside=True)
 
 
 @pytest.mark.slow(2)

@@ -399,8 +399,8 @@ def test_repeat_interleaves_the_arms_and_goes_on_after_a_run_that_fails(python, 
 
 # --- recipe ---
 
-def learner(tree, *argv):
-    cfg, dls, model = training.run.prepare(config('--data', tree, *TINY, *argv), torch.device('cpu'))
+def learner(tree, *argv, device='cpu'):
+    cfg, dls, model = training.run.prepare(config('--data', tree, *TINY, *argv), torch.device(device))
     return cfg, training.run.get_learner(cfg, dls, model)
 
 
@@ -595,6 +595,26 @@ def test_recorded_passes_train_as_plain_ones(fused, tree, monkeypatch):
     assert replayed == [True] * 2 * len(learners[0].dls.train) and 'forward' not in learners[1].model.__dict__
 
 
+def test_the_forward_pass_alone_is_recorded_under_autocast(tree, monkeypatch):
+    "The small products of the layer are float32; in a backward pass under autocast they would overflow in float16."
+    def record_passes(graphed, sample):
+        seen.append((torch.is_autocast_enabled('cpu'), graphed(*sample).dtype))
+    seen = []
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', record_passes)
+    for precision in ('bf16', 'fp32'):
+        _, learn = learner(tree, '--sa', '--precision', precision)
+        learn.fit(1, cbs=Graphs(32))
+    assert seen == [(False, torch.bfloat16), (False, torch.float32)]
+
+
+def test_what_fails_while_passes_are_recorded_is_the_reason_that_is_said(tree, monkeypatch):
+    def fails(graphed, sample):
+        try: raise RuntimeError('the first reason')
+        finally: raise RuntimeError('operation failed due to a previous error during capture')
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', fails)
+    with pytest.raises(UsageError, match='the first reason'): learner(tree)[1].fit(1, cbs=Graphs(32))
+
+
 def test_a_network_that_cannot_be_recorded_is_one_line(tree, monkeypatch):
     def fails(graphed, sample): raise RuntimeError('operation not permitted when stream is capturing')
     monkeypatch.setattr(torch.cuda, 'make_graphed_callables', fails)
@@ -613,11 +633,23 @@ def test_cuda_graphs_are_refused_where_there_can_be_none(argv, message, tree, co
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
-def test_cuda_graphs_compute_what_plain_passes_do(command, tmp_path):
-    argv = ['--dataset', 'digits', '--size', 32, '--epochs', 2, '--arch', 'xresnet18', '--sa', '--precision', 'fp32']
+@pytest.mark.parametrize('precision', ['fp32', 'fp16'])
+def test_cuda_graphs_compute_what_plain_passes_do(precision, command, tmp_path):
+    argv = ['--dataset', 'digits', '--size', 32, '--epochs', 2, '--arch', 'xresnet18', '--sa', '--precision', precision]
     for graphs in (0, 1): assert command(*argv, '--cuda-graphs', graphs)[0] == 0
     df = record(tmp_path)
     assert df.train_loss[0] == pytest.approx(df.train_loss[1], rel=0.02) and df.cuda_graphs.tolist() == [0, 1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+@pytest.mark.parametrize('cbs', [[], [Graphs(32)]])
+def test_cuda_a_large_loss_scale_overflows_in_no_layer(cbs, tree):
+    cfg, learn = learner(tree, '--sa', '--precision', 'fp16', device='cuda:0')
+    for name, p in learn.model.named_parameters():
+        if name.endswith('gamma'): p.data.fill_(0.1)
+    learn.add_cbs(cbs)
+    with learn.no_bar(): learn.fit(2, cfg.lr)
+    assert learn.scaler.get_scale() == 2**16
 
 
 def test_unknown_values_are_refused_by_config_itself():

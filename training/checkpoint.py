@@ -71,7 +71,7 @@ class Checkpoint(Callback):
         smooth = self.learn.recorder.smooth_loss
         smooth.count, smooth.val = self.state['smooth_loss']
         self.learn.measure.restore(self.state['measured'])
-        self.state = None  # It is as large as the model and its optimizer.
+        self.state.clear()  # It is as large as the model and its optimizer, and whoever found it still has it.
 
     def after_epoch(self):
         if self.is_due() and distributed.is_rank_0(): self.write()

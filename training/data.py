@@ -7,6 +7,7 @@ All that is random in an epoch (order, crops, flips) is drawn at once from (seed
 loader, nor on the number of its processes, nor on the epochs before.
 """
 import configparser
+import gc
 import gzip
 import multiprocessing
 import os
@@ -284,6 +285,7 @@ def decoded(path, train, valid, data_fingerprint, device, size, batch_pixels):
     key = path, train, valid, data_fingerprint, device, size
     if key not in _decoded:
         _decoded.clear()
+        gc.collect()  # A Learner that is gone holds its images in a circle of references.
         if device.type == 'cuda': torch.cuda.empty_cache()
         limit = device_bytes(device, batch_pixels) - 3 * len(valid) * size**2
         pixels = Pixels([path / f for f in train], device, limit=limit)

@@ -2,10 +2,10 @@
 
 No speed-up changes the function that is computed, and each can be switched off: `--fused 0`, `--channels-last 0`,
 `--keep-memory 0`, `--compile 0` and `--cuda-graphs 0` (the defaults), `--loader workers`. What each is worth on a CPU
-is measured in results/benchmarks. On a GPU the optimizer decides on the device whether float16 overflowed, and the
-smoothed loss stays there, so that the host may start the next step before a step has ended.
+is measured in results/benchmarks. On a GPU the fused adam decides on the device whether float16 overflowed, and the
+smoothed loss stays there: with `--loader device` and without mixup and `--log-to` the host may start the next step
+before a step has ended.
 """
-import contextlib
 import copy
 import ctypes
 import sys
@@ -137,15 +137,18 @@ class Compile(Callback):
 class Graphs(Callback):
     """Trains through CUDA graphs: the kernels of both passes are recorded once, and each step replays them.
 
-    A step starts a thousand kernels one by one; a replay starts all at once (measured: results/benchmarks). The network
-    computes the same function with the same kernels. It validates without graphs, since the last batch has a size of
-    its own. Raises UsageError where a module waits for the host in its pass, as it cannot be recorded.
+    A step starts a thousand kernels one by one; a replay starts all at once. The network computes the same function
+    with the same kernels: autocast is around the recorded forward pass alone, as in a plain step, since under it the
+    backward pass of a layer would round its float32 products to float16. It validates without graphs, since the last
+    batch has a size of its own. Raises UsageError where a module waits for the host in its pass, as it cannot be
+    recorded.
     """
     order = TrainEvalCallback.order + 1
     def __init__(self, size): self.size = size
 
     def before_fit(self):
         self.plain, self.graphed = self.model, copy.copy(self.model)  # The copy shares all modules but the outermost.
+        self.graphed.forward = self.under_autocast(self.graphed.forward)
         x = torch.zeros(self.dls.train.bs, 3, self.size, self.size, device=self.dls.device)
         x = x.contiguous(memory_format=torch.channels_last)
         before = {name: buffer.clone() for name, buffer in self.plain.named_buffers()}
@@ -153,20 +156,24 @@ class Graphs(Callback):
         self.graphed.training = True
         if x.is_cuda: torch._C._cuda_clearCublasWorkspaces()  # Else each recording adds its own, of 64 MiB, for good.
         try:
-            with self.autocast(): torch.cuda.make_graphed_callables(self.graphed, (x,))
+            torch.cuda.make_graphed_callables(self.graphed, (x,))
         except RuntimeError as e:
-            if lack_of_memory(e): raise
+            while e.__context__: e = e.__context__  # The end of a recording that failed raises, too.
+            if lack_of_memory(e): raise e from None
             why = ' '.join(str(e).split())[:200]
             what = f'--cuda-graphs: the network cannot be recorded ({why})'
             raise UsageError(f'{what}; train it with --cuda-graphs 0') from None
         with torch.no_grad():  # The rounds to warm up have moved the statistics of the norms.
             for name, buffer in self.plain.named_buffers(): buffer.copy_(before[name])
 
-    def autocast(self):
-        "Returns the autocast of the fit; it must not keep the weights it has cast, since a replay casts them again."
+    def under_autocast(self, forward):
+        "Returns `forward` under the autocast of the fit, which keeps no cast weights, since a replay casts them again."
         precision = getattr(self.learn, 'precision', None)
-        if precision is None: return contextlib.nullcontext()
-        return torch.autocast(self.dls.device.type, AMP_DTYPES[precision.amp_mode], cache_enabled=False)
+        if precision is None: return forward
+        device, dtype = self.dls.device.type, AMP_DTYPES[precision.amp_mode]
+        def cast(*args):
+            with torch.autocast(device, dtype, cache_enabled=False): return forward(*args)
+        return cast
 
     def before_batch(self):
         "Drops the gradients, which lie where the next replay writes: added up in place, they would count twice."

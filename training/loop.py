@@ -24,7 +24,8 @@ def add_flags(ap, leave_out=ARMS):
     add('--seed0', type=int, default=0, metavar='SEED', help='first seed (default 0)')
     add('--until', type=float, metavar='POINTS',
         help='go on until the 95%% interval of each difference has this half-width')
-    add('--dry-run', action='store_true', help="print the runs; don't train")
+    add('--dry-run', action='store_true',
+        help="print the runs; don't train (runs on other copies of the images count as recorded then)")
     add('--jobs', type=int, default=1, metavar='N',
         help='train N runs side by side, on a CPU with one thread each (default 1)')
     add('--ray', nargs='?', const='', metavar='ADDRESS',
@@ -33,7 +34,7 @@ def add_flags(ap, leave_out=ARMS):
     add('--gpus-per-run', type=float, metavar='N',
         help='with --ray: GPUs of a run, 0.25 say (default 1, without any 0)')
     add_run_flags(ap)
-    group = ap.add_argument_group('in place of what the experiment sets, in all arms')
+    group = ap.add_argument_group('in all arms, in place of what is set for them')
     add_config_flags(group, leave_out=leave_out, default=argparse.SUPPRESS)
 
 

@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+import torch._functorch.config as functorch
 
 from command import UsageError, lack_of_memory, say_once
 from experiments import resolve
@@ -137,6 +138,9 @@ def prepare_device(cfg, device):
     torch.backends.cudnn.benchmark = True
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False  # So --precision fp32 is float32.
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False  # layers.py says why.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    functorch.backward_pass_autocast = 'off'  # Compiled, too, only the forward pass is under autocast.
+    if device.type == 'cuda': torch.cuda.set_device(device)  # CUDA graphs are recorded on the current one.
     limit_threads()
     if cfg.compile: check_compiler(device.type)
 

@@ -52,9 +52,8 @@ class Measure(Callback):
         self.earlier = dict(seconds=0., peak_memory_mb=0.)  # of the parts before this one, where the run was continued
         self.started, self.branch = time.perf_counter(), Branch()
 
-    def before_fit(self):
-        self.started = time.perf_counter()
-        reset_peak_memory(self.dls.device)
+    def after_create(self): reset_peak_memory(self.dls.device)  # before CUDA graphs are recorded, which is the peak
+    def before_fit(self): self.started = time.perf_counter()
 
     def before_epoch(self):
         if self.diverged: raise CancelFitException  # in the validation of the epoch before

@@ -12,7 +12,7 @@ from fastai.losses import LabelSmoothingCrossEntropy
 
 from training.layer import ready
 from training.learner import decay_groups, get_opt_func, keep_memory
-from training.machine import autocast, wait_for
+from training.machine import autocast, prepare_device, wait_for
 from training.run import get_model
 
 PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}  # fastai's own layers
@@ -79,6 +79,7 @@ def measure_steps(arms, device, threads=None, rounds=None):
     threads  of a CPU, as many as a run has
     """
     rounds = rounds or (30 if device.type == 'cuda' else 15)
+    prepare_device(next(iter(arms.values())), device)
     with on_threads(threads if device.type == 'cpu' else None), torch.random.fork_rng(devices=[]):
         if device.type == 'cpu': keep_memory(bool(next(iter(arms.values())).keep_memory))
         steps = {arm: training_step(cfg, device) for arm, cfg in arms.items()}
