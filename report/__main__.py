@@ -13,7 +13,7 @@ import runlog
 from command import Parser, UsageError, exit_code, nearest, shown
 from experiments import EXPERIMENTS
 from report import figures, tables
-from report.compare import for_readers, gaps, on_own_images
+from report.compare import for_readers, gaps, has_runs, on_own_images
 from report.published import load_published, set_right, source_against_fork, source_against_fork_text
 
 MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of table -->'
@@ -41,7 +41,9 @@ def write(rows, runs, results, published):
     """
     results = Path(results)
     right = set_right()
-    _write_table(results, 'gaps', tables.frame(rows), tables.markdown(rows))
+    waiting = [row for row in rows if not has_runs(row) and row['planned']]
+    found = [tables.markdown([row for row in rows if has_runs(row)]), '## Without runs', tables.markdown(waiting)]
+    _write_table(results, 'gaps', tables.frame(rows), *found)
     _write_markdown(results, 'contrasts', tables.contrasts_markdown(rows))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
     _write_table(results, 'source_against_fork', source_against_fork(),
@@ -50,17 +52,28 @@ def write(rows, runs, results, published):
     for name, fig in drawn.items(): figures.save(fig, results / 'figures' / name)
 
 
-def _write_table(results, name, frame, markdown):
+HEADS = {
+    'gaps': '# Every comparison\n\nMeans are percent ± standard deviation (runs), changes are points [95 % interval]: '
+            '[how a verdict is reached](../README.md#how-a-verdict-is-reached).',
+    'contrasts': '# Is it attention?\n\n[What the layers of each contrast have](../README.md#is-it-attention).',
+    'set_right': '# What is wrong in the published record\n\nComputed from the published single runs: what is said, '
+                 'what is found, and what that shows ([more](../README.md#what-is-wrong-in-the-published-record)).',
+    'source_against_fork': "# The source's means beside the fork's runs\n\nWhether the recipe that is assumed can be "
+                           'the one that was used ([more](../README.md#what-is-wrong-in-the-published-record)).',
+}
+
+
+def _write_table(results, name, frame, *markdown):
     "Writes results/tables/<name>.csv and .md."
-    _write_markdown(results, name, markdown)
+    _write_markdown(results, name, *markdown)
     frame.to_csv(results / 'tables' / f'{name}.csv', index=False, float_format='%.6g', lineterminator='\n')
 
 
-def _write_markdown(results, name, markdown):
-    "Writes results/tables/<name>.md."
+def _write_markdown(results, name, *markdown):
+    "Writes results/tables/<name>.md: its head, then these parts."
     folder = results / 'tables'
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'{name}.md').write_text(markdown + '\n', encoding='utf-8')
+    (folder / f'{name}.md').write_text('\n\n'.join([HEADS[name], *markdown]) + '\n', encoding='utf-8')
 
 
 def parse(argv):

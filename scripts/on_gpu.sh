@@ -9,11 +9,12 @@
 # A step that fails is reported, and the next one follows; the exit code is 1 then.
 #
 # Beside each step stand the minutes that it should take on one NVIDIA H200 where nothing of it is recorded but by the
-# steps before. They are worked out from what was measured there with --cuda-graphs: an xresnet50 with simple attention
-# trains 7,500 images of 128 px a second, and a run of an xresnet18 at 64 px takes 6 seconds. An xresnet18 is taken to
-# train 10,000 images of 128 px a second, an image of 256 px to need as long as four of 128. At 64 px three runs side by
-# side took 7 seconds, so that JOBS=3 should need a third of the minutes there. At 128 px it saves less than a tenth: a
-# run of sagan that was alone for most of its time trained 6,500 images a second, each of three side by side 2,350.
+# steps before. They are worked out from what was measured there with --cuda-graphs. At 128 px a run of an xresnet50 with
+# sagan that was alone for most of its time trained 6,500 images a second, and each of three side by side 2,350, so that
+# JOBS=3 saves less than a tenth there; with simple three side by side trained 2,720, so that one alone is taken to
+# train 7,500. At 64 px a run of an xresnet18 takes 6 seconds, and three side by side took 7: JOBS=3 should need a third
+# of the minutes. An xresnet18 is taken to train 10,000 images of 128 px a second, and an image of 256 px to need as
+# long as four of 128.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-results}
