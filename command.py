@@ -73,9 +73,15 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if not unknown: return parsed
-        flag = unknown[0].partition('=')[0]
-        if flag in self.refused: raise UsageError(f'{flag}: {self.refused[flag]}')
-        raise UsageError(f'unknown argument {unknown[0]}{nearest(flag, self._option_string_actions)}; see --help')
+        raise self.unknown(unknown[0])
+
+    def unknown(self, word):
+        "Returns the UsageError of a word of the command line that means nothing here, with a hint at a flag like it."
+        flag = word.partition('=')[0]
+        if flag in self.refused: return UsageError(f'{flag}: {self.refused[flag]}')
+        flags = [name for name in self._option_string_actions if name not in ('-h', '--help')]
+        hint = nearest(flag, flags) if flag.startswith('-') else ''
+        return UsageError(f'unknown argument {word}{hint}; see --help')
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args

@@ -125,7 +125,7 @@ def root_of(attention, file):
 
 
 IMPORT = re.compile(rb'(?:^|[;:])[ \t]*(?:import[ \t]+([^\n;]+)|'
-                    rb'from[ \t]+([.\w]+)[ \t]+import[ \t]*(\([^)]*\)|(?:\\\n|[^\n;])+))', re.MULTILINE)
+                    rb'from[ \t]+([.\w]+)[ \t]+import[ \t]*(\([^)]{0,20000}\)|(?:\\\n|[^\n;])+))', re.MULTILINE)
 COMMENT, NAME = re.compile(r'#.*|\bas\s+\w+|\\\n'), re.compile(r'[\w.]+')
 
 

@@ -284,8 +284,7 @@ def _append(rows, results):
             elif _differ(row, there): clash.append(row['run_id'])
         if new: _write_rows(path, COLUMNS, old + new)
     if wrong and new:
-        print(f'{"; ".join(wrong)}: the row is in {path}; once that is mended, python runlog.py merge {shown(path)}',
-              file=sys.stderr)
+        print(f'{"; ".join(wrong)}: the row is in {path}; once that is mended, {merge_line(path)}', file=sys.stderr)
     return path, len(new), clash
 
 
@@ -385,19 +384,26 @@ def load(path=RESULTS / 'runs.csv'):
         values = df[name].fillna('')
         df[name] = (values if kind is str else pd.to_numeric(values)).astype(dtypes[kind])
     df['resumed'], df['sa_at'] = df.resumed.fillna(0), list(map(as_written_now, df.attention, df.sa_at))
-    say_what_waits(path, set(df.run_id))
+    say_what_waits(path, set(map(_key, rows)))
     if df.run_id.is_unique: return df
     return df.loc[sorted(df.groupby('run_id').resumed.idxmax())].reset_index(drop=True)
 
 
-def say_what_waits(path, run_ids):
-    "Says which files beside runs.csv have rows that it has not, written while it was damaged."
+def say_what_waits(path, known):
+    "Says which files beside runs.csv have rows that it has not (by `_key`), written while it was damaged."
     if not os.path.exists(path) or Path(path).name != 'runs.csv': return
     for other in sorted(Path(path).parent.glob('runs-*.csv')):
         try: rows = _read_rows(other) or []
         except (OSError, UsageError): continue
-        n = sum(row['run_id'] not in run_ids for row in rows)
-        if n: say_once(f'{n} rows of {other} are not in runs.csv: python runlog.py merge {shown(other)}', sys.stderr)
+        n = sum(_key(row) not in known for row in rows)
+        if n: say_once(f'{other}: has rows that runs.csv has not ({n}): {merge_line(other)}', sys.stderr)
+
+
+def merge_line(other):
+    "Returns the command that merges a runs file into the record of its folder."
+    results = Path(other).parent
+    where = '' if os.path.realpath(results) == os.path.realpath(RESULTS) else f' --results {shown(results)}'
+    return f'python runlog.py merge {shown(other)}{where}'
 
 
 def by_setting(runs, names=SETTINGS):

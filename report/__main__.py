@@ -23,7 +23,7 @@ def readme_table(runs, published):
     "Returns what README.md shows: every tested comparison that has all the runs wanted, but for those of digits."
     rows = for_readers(gaps(EXPERIMENTS, runs, published))
     rows = [row for row in rows if row['tested'] and row['experiment'] != 'digits']
-    return tables.brief_markdown([row for row in rows if row['verdict']['n_runs'] >= row['verdict']['n_wanted']])
+    return tables.brief_markdown([row for row in rows if row['verdict']['n_done'] >= row['verdict']['n_wanted']])
 
 
 def write_readme(table, file=runlog.RESULTS.parent / 'README.md'):
@@ -42,7 +42,8 @@ def write(rows, runs, results, published):
     results = Path(results)
     right = set_right()
     waiting = [row for row in rows if not has_runs(row) and row['planned']]
-    found = [tables.markdown([row for row in rows if has_runs(row)]), '## Without runs', tables.markdown(waiting)]
+    found = [tables.markdown([row for row in rows if has_runs(row)])]
+    if waiting: found += ['## Without runs of both arms', tables.markdown(waiting)]
     _write_table(results, 'gaps', tables.frame(rows), *found)
     _write_markdown(results, 'contrasts', tables.contrasts_markdown(rows))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))

@@ -158,10 +158,12 @@ def _own_name(settings):
 def ended_ok(runs, metric='last'):
     """Returns the runs that ended ok and have an accuracy, by seed: the first of each seed.
 
-    Several runs of one seed are no independent repetitions.
+    Several runs of one seed are no independent repetitions, and a seed whose first run diverged has none.
     """
-    ok = runs[(runs.status == 'ok') & runs[METRICS[metric]].notna()]
-    return ok.sort_values(['seed', 'run_id']).drop_duplicates('seed')
+    done = runs[runs.status.isin(runlog.DONE)].sort_values(['seed', 'run_id'])
+    diverged = done.drop_duplicates('seed').query('status == "diverged"').seed
+    ok = done[(done.status == 'ok') & done[METRICS[metric]].notna() & ~done.seed.isin(diverged)]
+    return ok.drop_duplicates('seed')
 
 
 def accuracies(runs, metric='last'):
@@ -275,13 +277,14 @@ def complete_seeds(exp, arms):
     """Returns {arm: the seeds that count} of the arms of `exp.complete`, from {arm: its runs} of one set.
 
     They are the seeds at which all of these arms that were to run are done. An arm of which no run is done yet is not
-    waited for. The planned seeds are counted from the first one that is done.
+    waited for. The planned seeds are counted from the first one that was begun.
     """
     done = {arm: set(arms[arm].seed[arms[arm].status.isin(runlog.DONE)]) for arm in exp.complete if arm in arms}
     done = {arm: seeds for arm, seeds in done.items() if seeds}
     every = set().union(*done.values())
+    first = min((of_arm.seed.min() for of_arm in arms.values() if len(of_arm)), default=0)
     def is_complete(seed):
-        planned = [seeds for arm, seeds in done.items() if seed - min(every) < exp.wanted(arm)] or done.values()
+        planned = [seeds for arm, seeds in done.items() if seed - first < exp.wanted(arm)] or done.values()
         return all(seed in seeds for seeds in planned)
     complete = set(filter(is_complete, every))
     return {arm: complete for arm in done}

@@ -189,7 +189,9 @@ def verdict_parts(row):
     if not claimed and not np.isnan(half_width): notes.append(f'± {100 * half_width:.1f} points')
     if is_unlike(row): notes.append(UNLIKE)
     if found['n_runs'] < found['n_wanted']: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
-    if found['n_done'] > found['n_wanted']: notes.append(f'{found["n_done"]} runs made, {found["n_wanted"]} wanted')
+    more = [f'{row[name]} {side["n_done"]}/{side["n_wanted"]}' for name, side in zip(SIDES, map(row['ours'].get, SIDES))
+            if side['n_done'] > side['n_wanted']]
+    if more: notes.append(f'runs {" ".join(more)}')
     diverged = sum(row['ours'][side]['diverged'] for side in SIDES)
     if diverged and not found['at_chance']: notes.append(f'{diverged} diverged, not counted')
     words = [[found['verdict'], f'({", ".join(notes)})'] if notes else [found['verdict']]]
@@ -378,7 +380,7 @@ def conclusion(rows):
     known = set(map(pair, with_runs))
     rows = with_runs + list({pair(row): row for row in rows if pair(row) not in known}.values())
     def is_published(row): return not np.isnan(row['published']['difference']['difference'])
-    def has_all_runs(row): return row['verdict']['n_runs'] >= row['verdict']['n_wanted']
+    def has_all_runs(row): return row['verdict']['n_done'] >= row['verdict']['n_wanted']
     lines = []
     for what, said in (('published differences', True), ('comparisons without a published number', False)):
         group = [row for row in rows if is_published(row) == said]

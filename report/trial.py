@@ -12,9 +12,11 @@ recorded        {arm: runs that were recorded before the plan was saved}
 changes         [dict(saved, arms, runs, until, recorded)]: how the plan was before it was changed, and when
 """
 import json
+from contextlib import contextmanager
 from pathlib import Path, PurePath
 
 import numpy as np
+from filelock import Timeout
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -42,13 +44,16 @@ def load(results, name):
 
 def save(plan, results):
     "Writes a plan."
-    with alone(results), runlog.replacing(path(results, plan['name'])) as f:
-        json.dump(plan, f, indent=1, ensure_ascii=False)
+    with runlog.replacing(path(results, plan['name'])) as f: json.dump(plan, f, indent=1, ensure_ascii=False)
 
 
+@contextmanager
 def alone(results):
-    "Returns a lock on the plans and pages of all trials: several loops may be at one."
-    return runlog.locked(Path(results) / '.trials.lock')
+    "Lets one process at a time make or change plans and pages in a results folder: several loops may be at a trial."
+    Path(results).mkdir(parents=True, exist_ok=True)
+    try:
+        with runlog.locked(Path(results) / '.trials.lock', timeout=600): yield
+    except Timeout as e: raise UsageError(f'{e.lock_file}: another process has held it for ten minutes') from None
 
 
 def experiment(plan):
@@ -253,9 +258,8 @@ def figure(plan, runs, results):
 def write(plan, runs, results):
     "Writes results/trials/<name>.md, .png and .svg; returns the page's path."
     file = path(results, plan['name']).with_suffix('.md')
-    with alone(results):
-        figures.save(figure(plan, runs, results), file.with_suffix(''))
-        with runlog.replacing(file) as f: f.write(page(plan, runs, results))
+    figures.save(figure(plan, runs, results), file.with_suffix(''))
+    with runlog.replacing(file) as f: f.write(page(plan, runs, results))
     return file
 
 

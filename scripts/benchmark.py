@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import runlog
 import train_imagenette
-from command import Parser, UsageError, exit_code
+from command import Parser, exit_code
 from experiments import Config, keys_of
 
 PROGRAM = 'benchmark.py'
@@ -45,7 +45,7 @@ def parse(argv):
     ap.add_argument('--gpu', type=int, help='CUDA device (default: the first, or the CPU)')
     ap.add_argument('--results', type=Path, default=runlog.RESULTS, help='results directory')
     args, flags = ap.parse_known_args(argv)
-    if flags and args.what != 'run': raise UsageError(f'unknown argument {flags[0]}')
+    if flags and args.what != 'run': raise ap.unknown(flags[0])
     if args.what == 'run':
         flags += ['--data', args.data] if args.data else []
         args.config = train_imagenette.parse(flags or SHORT_RUN)[0]

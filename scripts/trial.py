@@ -143,8 +143,9 @@ def put_on_trial(argv):
     if args.dry_run: return dry_run(args, runs, arms)
     runlog.check(args.results)
     stop_on_signals()
-    plan = the_plan(args, runs, arms, arm)
-    trial.save(plan, args.results)
+    with trial.alone(args.results):
+        plan = the_plan(args, runs, arms, arm)
+        trial.save(plan, args.results)
     print(f'{trial.plan_text(plan)}\n-> {trial.path(args.results, plan["name"])}', flush=True)
     runs.exp = exp = trial.experiment(plan)
     try:
@@ -152,7 +153,7 @@ def put_on_trial(argv):
         if plan['until']: runs.until(lambda _: trial.known(plan, runs.record()), plan['seed0'] + plan['runs'])
     finally:
         record = runs.record()
-        page = trial.write(plan, record, args.results)
+        with trial.alone(args.results): page = trial.write(plan, record, args.results)
         print(f'{trial.text(plan, record, args.results)}\n-> {page}', flush=True)
     if runs.failed: print(f'trial.py: {runs.failed} runs failed', file=sys.stderr)
     return int(runs.failed > 0)

@@ -66,7 +66,8 @@ def test_an_unknown_argument_has_a_hint_or_says_what_to_take():
     parser = command.Parser(refused={'--sa': 'take --attention'})
     parser.add_argument('--epochs')
     for argv, words in ((['--epcohs=3'], r'unknown argument --epcohs=3 \(did you mean --epochs\?\); see --help'),
-                        (['--sa=1'], '--sa: take --attention'), (['--xyz'], 'unknown argument --xyz; see --help')):
+                        (['--sa=1'], '--sa: take --attention'), (['--hep'], r'unknown argument --hep( \(did you mean --epochs\?\))?; see --help'),
+                        (['epochs'], 'unknown argument epochs; see --help')):
         with pytest.raises(UsageError, match=f'^{words}$'): parser.parse_args(argv)
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._inductor.config
 from conftest import config
+from torch._functorch import config as functorch_config
 
 import training.distributed
 import training.machine
@@ -96,6 +97,15 @@ def test_float32_is_float32_on_a_gpu_too():
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True  # the first is torch's default
     machine.prepare_device(Config(), CPU)
     assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+
+
+def test_a_device_is_prepared_for_what_is_recorded_and_compiled(monkeypatch):
+    "Only the forward pass is compiled under autocast, and CUDA graphs are recorded on the device of the run."
+    current = []
+    monkeypatch.setattr(torch.cuda, 'set_device', current.append)
+    with functorch_config.patch(backward_pass_autocast='same_as_forward'):
+        machine.prepare_device(Config(), torch.device('cuda', 1))
+        assert functorch_config.backward_pass_autocast == 'off' and current == [torch.device('cuda', 1)]
 
 
 def test_long_sums_of_float16_are_held_in_float32():

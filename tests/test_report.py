@@ -327,10 +327,10 @@ def test_a_difference_that_holm_does_not_allow_is_none():
     r, (alone, *_) = gap('woof-64-5-r18', *runs), compare.gaps({'woof-64-5-r18': one}, pd.concat(runs[:2]), PUBLISHED)
     for test in (r['difference'], alone['difference']):
         assert test['low'] > 0 and test['p'] == pytest.approx(2 * st.t.sf(2.5, 11))
-    words = "too few runs to say (not after Holm's correction, ± 0.7 points, 12 runs made, 10 wanted)"
+    words = "too few runs to say (not after Holm's correction, ± 0.7 points, runs none 12/10 simple 12/10)"
     assert tables.verdict(r) == words
     assert r['difference']['holm_p'] == pytest.approx(3 * r['difference']['p'])
-    assert tables.verdict(alone) == 'difference (± 0.7 points, 12 runs made, 10 wanted)'
+    assert tables.verdict(alone) == 'difference (± 0.7 points, runs none 12/10 simple 12/10)'
 
 
 def test_arms_with_some_seeds_in_common_are_compared_at_their_seeds():

@@ -54,10 +54,19 @@ def test_rows_that_wait_in_another_file_are_said_until_they_are_merged(tmp_path,
     runlog.append(row('b'), tmp_path)
     for _ in range(2): assert runlog.load(tmp_path / 'runs.csv').run_id.tolist() == ['b']
     err = capsys.readouterr().err
-    assert err.startswith(f'1 rows of {tmp_path / "runs-2.csv"} are not in runs.csv: ') and err.count('\n') == 1
-    runlog.merge(tmp_path / 'runs-2.csv', tmp_path)
+    said, _, line = err.partition(': python runlog.py ')
+    assert said == f'{tmp_path / "runs-2.csv"}: has rows that runs.csv has not (1)' and err.count('\n') == 1
+    assert not runlog.main(line.split())
     capsys.readouterr()
     assert len(runlog.load(tmp_path / 'runs.csv')) == 2 and not capsys.readouterr().err
+
+
+def test_a_later_end_of_a_run_that_waits_in_another_file_is_said(tmp_path, capsys):
+    for folder, end in ((tmp_path / 'else', dict(status='ok', resumed=1)), (tmp_path, dict(status='interrupted'))):
+        runlog.append(row('a', **end), folder)
+    shutil.copy(tmp_path / 'else' / 'runs.csv', tmp_path / 'runs-2.csv')
+    runlog.load(tmp_path / 'runs.csv')
+    assert 'has rows that runs.csv has not (1)' in capsys.readouterr().err
 
 
 def test_runs_of_a_config_have_all_its_settings(tmp_path):

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, REPO
+from fastai.callback.fp16 import AMPMode
 from fastai.callback.training import ShortEpochCallback
 from fastai.learner import AvgSmoothLoss
 from fastai.optimizer import OptimWrapper
@@ -24,7 +26,7 @@ import training.machine
 import training.run
 from command import UsageError
 from experiments import EXPERIMENTS, Config, fields, flag, keys_of, literal, resolve
-from layers import ATTENTION
+from layers import ATTENTION, SimpleSelfAttention
 from training.learner import Compile, Graphs, SmoothLoss, get_opt_func
 from training.others import notes_on_others
 from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
@@ -611,8 +613,27 @@ def test_what_fails_while_passes_are_recorded_is_the_reason_that_is_said(tree, m
     def fails(graphed, sample):
         try: raise RuntimeError('the first reason')
         finally: raise RuntimeError('operation failed due to a previous error during capture')
-    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', fails)
-    with pytest.raises(UsageError, match='the first reason'): learner(tree)[1].fit(1, cbs=Graphs(32))
+    def stops(graphed, sample):
+        try: raise KeyboardInterrupt
+        finally: raise RuntimeError('operation failed due to a previous error during capture')
+    def wraps(graphed, sample):
+        try: raise KeyError('conv1')
+        except KeyError: raise RuntimeError('not permitted')  # noqa: B904
+    for fault, error, words in ((fails, UsageError, 'the first reason'), (stops, KeyboardInterrupt, ''),
+                                (wraps, UsageError, 'not permitted')):
+        monkeypatch.setattr(torch.cuda, 'make_graphed_callables', fault)
+        with pytest.raises(error, match=words): learner(tree)[1].fit(1, cbs=Graphs(32))
+
+
+def test_the_peak_of_the_memory_is_measured_from_before_the_passes_are_recorded(tree, monkeypatch):
+    from training import measure
+    calls = []
+    monkeypatch.setattr(measure, 'reset_peak_memory', lambda device: calls.append('reset'))
+    monkeypatch.setattr(torch.cuda, 'make_graphed_callables', lambda *args: calls.append('record'))
+    cfg, dls, model = training.run.prepare(config('--data', tree, *TINY), torch.device('cpu'))
+    learn = training.run.get_learner(cfg, dls, model, [measure.Measure(lambda curve: None)])
+    learn.fit(1, cbs=Graphs(32))
+    assert calls == ['reset', 'record']
 
 
 def test_a_network_that_cannot_be_recorded_is_one_line(tree, monkeypatch):
@@ -642,14 +663,21 @@ def test_cuda_graphs_compute_what_plain_passes_do(precision, command, tmp_path):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
-@pytest.mark.parametrize('cbs', [[], [Graphs(32)]])
-def test_cuda_a_large_loss_scale_overflows_in_no_layer(cbs, tree):
-    cfg, learn = learner(tree, '--sa', '--precision', 'fp16', device='cuda:0')
-    for name, p in learn.model.named_parameters():
-        if name.endswith('gamma'): p.data.fill_(0.1)
-    learn.add_cbs(cbs)
-    with learn.no_bar(): learn.fit(2, cfg.lr)
-    assert learn.scaler.get_scale() == 2**16
+def test_cuda_a_large_loss_scale_overflows_in_no_recorded_layer():
+    device = torch.device('cuda', 0)
+    layer = SimpleSelfAttention(64)
+    layer.gamma.data.fill_(0.1)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 1), torch.nn.BatchNorm2d(64), layer).to(device)
+    graphs, plain = Graphs(32), copy.deepcopy(model)
+    graphs.learn = SimpleNamespace(model=model, precision=SimpleNamespace(amp_mode=AMPMode.FP16),
+                                   dls=SimpleNamespace(device=device, train=SimpleNamespace(bs=4)))
+    graphs.before_fit()
+    x = torch.randn(4, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
+    for network in (plain, graphs.graphed):
+        with torch.autocast('cuda', torch.float16, cache_enabled=False): y = network(x)
+        g = torch.ones_like(y) / y.numel()**0.5
+        y.backward(2**13 * g)
+        assert all(bool(p.grad.isfinite().all()) for p in network.parameters())
 
 
 def test_unknown_values_are_refused_by_config_itself():

@@ -106,7 +106,7 @@ def check(cfg, device):
 
     It is tried as it will run: with its precision, memory format and device, in training and in validation, on random
     numbers and on zeros, which it meets at the first step, as the weights of the batch norm before it start at 0.
-    Prints once if it is not the identity at the start.
+    Says if it is not the identity at the start, each change once.
     """
     if not layer_source.is_outside(cfg.attention): return
     change = tried(*conditions(cfg, device))

@@ -25,7 +25,7 @@ from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import SGD, Adam, Lamb, Lookahead, OptimWrapper, RAdam, RMSProp, ranger
 from fastai.torch_core import L, norm_bias_params, rank_distrib, set_seed
 
-from command import UsageError, lack_of_memory
+from command import UsageError, is_stop, lack_of_memory
 from training import distributed
 
 # --- optimizer and precision ---
@@ -158,9 +158,11 @@ class Graphs(Callback):
         try:
             torch.cuda.make_graphed_callables(self.graphed, (x,))
         except RuntimeError as e:
-            while e.__context__: e = e.__context__  # The end of a recording that failed raises, too.
-            if lack_of_memory(e): raise e from None
-            why = ' '.join(str(e).split())[:200]
+            before = e.__context__  # The end of a recording that failed raises too, and hides the reason.
+            if before and is_stop(before): raise before from None
+            reason = before if isinstance(before, RuntimeError) else e
+            if lack_of_memory(reason): raise reason from None
+            why = ' '.join(str(reason).split())[:200]
             what = f'--cuda-graphs: the network cannot be recorded ({why})'
             raise UsageError(f'{what}; train it with --cuda-graphs 0') from None
         with torch.no_grad():  # The rounds to warm up have moved the statistics of the norms.
