@@ -65,8 +65,10 @@ def test_a_mistake_is_printed_by_one_process_unless_each_has_its_own(rank, have_
 def test_an_unknown_argument_has_a_hint_or_says_what_to_take():
     parser = command.Parser(refused={'--sa': 'take --attention'})
     parser.add_argument('--epochs')
-    for argv, words in ((['--epcohs=3'], r'unknown argument --epcohs=3 \(did you mean --epochs\?\); see --help'),
-                        (['--sa=1'], '--sa: take --attention'), (['--hep'], r'unknown argument --hep( \(did you mean --epochs\?\))?; see --help'),
+    hint = r' \(did you mean --epochs\?\)'
+    for argv, words in ((['--epcohs=3'], f'unknown argument --epcohs=3{hint}; see --help'),
+                        (['--sa=1'], '--sa: take --attention'),
+                        (['--hep'], f'unknown argument --hep({hint})?; see --help'),
                         (['epochs'], 'unknown argument epochs; see --help')):
         with pytest.raises(UsageError, match=f'^{words}$'): parser.parse_args(argv)
 

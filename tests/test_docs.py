@@ -34,7 +34,7 @@ def test_links_lead_somewhere(name):
         assert not anchor or anchor in anchors(file.read_text(encoding='utf-8')), target
 
 
-@pytest.mark.parametrize('name', DOCUMENTS)
+@pytest.mark.parametrize('name', [name for name in DOCUMENTS if 'published' not in name])  # That one is a copy.
 def test_lines_of_prose_fit_120_columns(name):
     prose = re.sub(r'^```.*?^```', '', TEXTS[name], flags=re.MULTILINE | re.DOTALL)
     lines = [line for line in prose.splitlines() if not line.startswith(('|', '#', '    '))]
