@@ -291,7 +291,7 @@ def _kenward_roger(x, kernels, weights, contrast):
     variance = contrast @ phi @ contrast
     slopes = np.array([-contrast @ phi @ p[k] @ phi @ contrast for k in n_kernels])
     adjusted = variance + 2 * contrast @ phi @ surplus @ phi @ contrast
-    return max(adjusted, variance)**0.5, 2 * variance**2 / (slopes @ w @ slopes)
+    return adjusted**0.5, 2 * variance**2 / (slopes @ w @ slopes)
 
 
 def holm(ps, n=None):

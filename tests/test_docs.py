@@ -94,7 +94,7 @@ def test_the_commands_are_found():
 
 
 @pytest.mark.slow(3)
-def test_the_layer_goes_into_networks_of_others_as_is_said(monkeypatch):
+def test_the_layer_goes_into_networks_of_others_as_is_said():
     from fastai.vision.models.xresnet import xresnet50
     from torchvision.models import resnet50
 
@@ -107,9 +107,12 @@ def test_the_layer_goes_into_networks_of_others_as_is_said(monkeypatch):
         exec('\n'.join(code), dict(model=model, torch=torch, SimpleSelfAttention=SimpleSelfAttention))
         assert sum(isinstance(m, SimpleSelfAttention) for m in model.modules()) == 1
         assert torch.equal(model.eval()(x), before)
-    monkeypatch.setattr(torch.backends.cuda.matmul, 'allow_fp16_reduced_precision_reduction', True)
-    exec('\n'.join(lines[3:]), dict(torch=torch))
-    assert not torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction and len(lines) == 4
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_fp16_reduced_precision_reduction = matmul.allow_fp16_reduced_precision_reduction, True
+    try:
+        exec('\n'.join(lines[3:]), dict(torch=torch))
+        assert not matmul.allow_fp16_reduced_precision_reduction and len(lines) == 4
+    finally: matmul.allow_fp16_reduced_precision_reduction = before
 
 
 def test_the_readme_is_short(): assert len(TEXTS['README.md'].split()) <= 1200

@@ -372,9 +372,9 @@ def test_a_flat_folder_of_classes_is_split_by_valid_pct(tree, memory):
 
 
 def test_a_loop_tells_arms_apart_that_split_a_folder_in_two_ways(tree, memory):
-    loop = SimpleNamespace(device=torch.device('cpu'), digests={}, args=SimpleNamespace(dry_run=False))
+    loop = SimpleNamespace(device=torch.device('cpu'), fingerprints={}, args=SimpleNamespace(dry_run=False))
     parts = [Loop.settled(loop, config(tree / 'train', split='v2', valid_pct=part))[1] for part in (0.25, 0.5)]
-    assert [digest.rpartition('-')[2] for digest in parts] == ['0.25', '0.5']
+    assert [fingerprint.rpartition('-')[2] for fingerprint in parts] == ['0.25', '0.5']
 
 
 def test_a_folder_train_without_another_is_split_by_valid_pct(tree, memory):

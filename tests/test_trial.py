@@ -72,7 +72,7 @@ def test_a_trial_from_plan_to_page_and_on(call, file, tmp_path):
     assert '- **Gate** against none: ' in text and '- **Gate** against conv: ' in text and '(2)' in text
     assert '| conv | 4,097 | 262,144 | 12.0 | 1.20 [1.08, 1.32] | 3 |' in text
     assert '| Gate | 64 | 0 | 20.0 | 2.00 [1.80, 2.20] | 3 |' in text
-    assert 'Not part of the plan: `--equal-time` adds it. The arm with the fastest step is none.' in text
+    assert '## At equal run time' not in text
     assert all((tmp_path / 'results' / 'trials' / f'gate.{end}').stat().st_size > 1000 for end in ('png', 'svg', 'md'))
 
     before = page(tmp_path)
