@@ -17,6 +17,15 @@ from report.compare import for_readers, gaps, has_runs, on_own_images
 from report.published import load_published, set_right, source_against_fork, source_against_fork_text
 
 MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of table -->'
+HEADS = {  # of results/tables/<name>.md
+    'gaps': '# Every comparison\n\nMeans are percent ± standard deviation (runs), changes are points [95 % interval]: '
+            '[how a verdict is reached](../README.md#how-a-verdict-is-reached).',
+    'contrasts': '# Is it attention?\n\n[What the layers of each contrast have](../README.md#is-it-attention).',
+    'set_right': '# What is wrong in the published record\n\nComputed from the published single runs: what is said, '
+                 'what is found, and what that shows ([more](../README.md#what-is-wrong-in-the-published-record)).',
+    'source_against_fork': "# The source's means beside the fork's runs\n\nWhether the recipe that is assumed can be "
+                           'the one that was used ([more](../README.md#what-is-wrong-in-the-published-record)).',
+}
 
 
 def readme_table(runs, published):
@@ -51,17 +60,6 @@ def write(rows, runs, results, published):
                  tables.plain_markdown(source_against_fork_text()))
     drawn = figures.forests(rows) | figures.experiments(rows, runs, published, results)
     for name, fig in drawn.items(): figures.save(fig, results / 'figures' / name)
-
-
-HEADS = {
-    'gaps': '# Every comparison\n\nMeans are percent ± standard deviation (runs), changes are points [95 % interval]: '
-            '[how a verdict is reached](../README.md#how-a-verdict-is-reached).',
-    'contrasts': '# Is it attention?\n\n[What the layers of each contrast have](../README.md#is-it-attention).',
-    'set_right': '# What is wrong in the published record\n\nComputed from the published single runs: what is said, '
-                 'what is found, and what that shows ([more](../README.md#what-is-wrong-in-the-published-record)).',
-    'source_against_fork': "# The source's means beside the fork's runs\n\nWhether the recipe that is assumed can be "
-                           'the one that was used ([more](../README.md#what-is-wrong-in-the-published-record)).',
-}
 
 
 def _write_table(results, name, frame, *markdown):

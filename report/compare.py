@@ -160,10 +160,14 @@ def ended_ok(runs, metric='last'):
 
     Several runs of one seed are no independent repetitions, and a seed whose first run diverged has none.
     """
-    done = runs[runs.status.isin(runlog.DONE)].sort_values(['seed', 'run_id'])
-    diverged = done.drop_duplicates('seed').query('status == "diverged"').seed
-    ok = done[(done.status == 'ok') & done[METRICS[metric]].notna() & ~done.seed.isin(diverged)]
-    return ok.drop_duplicates('seed')
+    ok = runs[(runs.status == 'ok') & runs[METRICS[metric]].notna() & ~runs.seed.isin(diverged_seeds(runs))]
+    return ok.sort_values(['seed', 'run_id']).drop_duplicates('seed')
+
+
+def diverged_seeds(runs):
+    "Returns the seeds whose first run that is done diverged: a later one does not mend them."
+    done = runs[runs.status.isin(runlog.DONE)].sort_values(['seed', 'run_id']).drop_duplicates('seed')
+    return done.seed[done.status == 'diverged'].tolist()
 
 
 def accuracies(runs, metric='last'):
@@ -320,12 +324,10 @@ def _arm(runs, metric, n_wanted, complete=None):
     those that do.
     """
     columns = runs.seed, runs.run_id, runs[METRICS[metric]].astype(float), runs.way, runs.steps
-    ends = sorted(zip((Run(*values) for values in zip(*(column.tolist() for column in columns))), runs.status))
-    first = {}  # seed: the end of its first run that is done
-    for run, status in ends:
-        if status in runlog.DONE: first.setdefault(run.seed, status)
-    ok = [run for run, status in ends if status == first.get(run.seed) == 'ok' and not np.isnan(run.value)]
-    diverged = [seed for seed, status in first.items() if status == 'diverged']
+    every = [Run(*values) for values in zip(*(column.tolist() for column in columns))]
+    diverged = diverged_seeds(runs)
+    ok = sorted(run for run, status in zip(every, runs.status)
+                if status == 'ok' and run.seed not in diverged and not np.isnan(run.value))
     def counts_at(seed): return complete is None or seed in complete
     counted = [run for run in ok if counts_at(run.seed)]
     diverged_counted = [seed for seed in diverged if counts_at(seed)]

@@ -189,10 +189,10 @@ def verdict_parts(row):
     if not claimed and not np.isnan(half_width): notes.append(f'± {100 * half_width:.1f} points')
     if is_unlike(row): notes.append(UNLIKE)
     if found['n_runs'] < found['n_wanted']: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
-    more = [f'{row[name]} {side["n_done"]}/{side["n_wanted"]}' for name, side in zip(SIDES, map(row['ours'].get, SIDES))
-            if side['n_done'] > side['n_wanted']]
+    sides = [(row[side], row['ours'][side]) for side in SIDES]
+    more = [f'{name} {arm["n_done"]}/{arm["n_wanted"]}' for name, arm in sides if arm['n_done'] > arm['n_wanted']]
     if more: notes.append(f'runs {" ".join(more)}')
-    diverged = sum(row['ours'][side]['diverged'] for side in SIDES)
+    diverged = sum(arm['diverged'] for _, arm in sides)
     if diverged and not found['at_chance']: notes.append(f'{diverged} diverged, not counted')
     words = [[found['verdict'], f'({", ".join(notes)})'] if notes else [found['verdict']]]
     if found['at_chance']: words.append(['with the diverged runs at chance:', found['at_chance']])

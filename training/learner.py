@@ -158,9 +158,9 @@ class Graphs(Callback):
         try:
             torch.cuda.make_graphed_callables(self.graphed, (x,))
         except RuntimeError as e:
-            before = e.__context__  # The end of a recording that failed raises too, and hides the reason.
-            if before and is_stop(before): raise before from None
-            reason = before if isinstance(before, RuntimeError) else e
+            hidden = e.__context__  # The end of a recording that failed raises too, and hides the reason.
+            if hidden and is_stop(hidden): raise hidden from None
+            reason = hidden if isinstance(hidden, RuntimeError) else e
             if lack_of_memory(reason): raise reason from None
             why = ' '.join(str(reason).split())[:200]
             what = f'--cuda-graphs: the network cannot be recorded ({why})'
