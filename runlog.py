@@ -44,6 +44,9 @@ PROVENANCE = {
     'git_commit': str, 'git_dirty': int, 'data_fingerprint': str,
 }
 COLUMNS = {'run_id': str, 'status': str, 'started': str} | CONFIG | MEASURED | PROVENANCE
+FAULTS = {  # commit: what was wrong with CUDA graphs there (results/LOG.md); such runs are never pooled with others
+    'd50451d60e11e35fd60102cc644bba1e4144bcaf': 'old CUDA graphs',
+}
 CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds', 'branch_ratio')
 
 
@@ -413,10 +416,15 @@ def by_setting(runs, names=SETTINGS):
     return {key: runs.iloc[at] for key, at in groups.items()}
 
 
+def faults(runs):
+    "Returns for each run the fault in FAULTS that it has, '' where it has none."
+    return runs.git_commit.map(FAULTS).where(runs.cuda_graphs.eq(1).fillna(False)).fillna('')
+
+
 def of_config(runs, cfg):
-    "Returns the runs whose settings are those of a settled `cfg`."
+    "Returns the runs without a fault whose settings are those of a settled `cfg`."
     alike = runs[SETTINGS].eq(list(setting(cfg))).fillna(False).all(axis=1)  # A blank is no value.
-    return runs[alike]
+    return runs[alike & (faults(runs) == '')]
 
 
 def recorded(runs, cfg, data_fingerprint):

@@ -20,9 +20,9 @@ from report.published import published_mean, weakest_recipe
 
 NAN = float('nan')
 # of a set of runs: those that differ in one of these are not pooled
-SET_COLUMNS = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val']
+SET_COLUMNS = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val', 'fault']  # see runlog.faults
 RECIPE = [key for key in SETTINGS if key not in SET_COLUMNS]
-SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'sa_at', 'opt', 'lr', 'precision', 'n', 'mean',
+SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'sa_at', 'opt', 'lr', 'precision', 'fault', 'n', 'mean',
            'sd', 'low', 'high', 'mean_max', 'diverged', 'interrupted', 'failed', 'seconds']  # for readers
 STEPS = knobs(role='speed')  # how a step is computed
 WAY = [*STEPS, 'torch', 'device']  # how a run was made: what can move its accuracy without being a setting
@@ -47,7 +47,7 @@ def summarise(runs):
     interrupted; and the median seconds of a run.
     """
     rows, keys = [], [*SETTINGS, *(key for key in SET_COLUMNS if key not in SETTINGS)]
-    for key, group in runs.groupby(keys, sort=False, dropna=False):
+    for key, group in runs.assign(fault=runlog.faults(runs)).groupby(keys, sort=False, dropna=False):
         ok = ended_ok(group)
         best = stats.summary(ok.max_accuracy)
         ends = {status: (group.status == status).sum() for status in runlog.STATUSES[1:]}
@@ -58,9 +58,10 @@ def summarise(runs):
 
 def by_recipe(runs):
     "Returns {recipe: [(the SET_COLUMNS of one set (dict), its runs)]}."
-    numbered = runs.assign(set_number=runs.groupby(SET_COLUMNS, dropna=False).ngroup())
+    runs = runs.assign(fault=runlog.faults(runs))
+    runs = runs.assign(set_number=runs.groupby(SET_COLUMNS, dropna=False).ngroup())
     found = {}
-    for key, alike in runlog.by_setting(numbered, RECIPE).items():
+    for key, alike in runlog.by_setting(runs, RECIPE).items():
         of_sets = [alike.iloc[at] for at in alike.groupby('set_number').indices.values()]
         found[key] = [(of_set[SET_COLUMNS].iloc[0].to_dict(), of_set) for of_set in of_sets]
     return found
@@ -249,7 +250,7 @@ def _gaps_of(name, exp, runs, recipes, published, results):
 
 def _set_without_runs(exp, runs):
     "Returns the SET_COLUMNS, as far as they are planned, and {arm: no runs} of an Experiment."
-    columns = dict.fromkeys(SET_COLUMNS) | _planned_images(exp) | dict(planned=True, folder='')
+    columns = dict.fromkeys(SET_COLUMNS) | _planned_images(exp) | dict(fault='', planned=True, folder='')
     no_runs = {arm: runs[:0] for arm in exp.arms}
     return columns, no_runs
 
@@ -514,8 +515,8 @@ def known_to(points, pairs, runs, metric):
 
 
 def done(exp, runs, recipes=None):
-    "Returns {arm: seeds that need no repetition} of the latest set of an Experiment that is as planned."
-    planned = [arms for key, arms in sets(exp, runs, recipes=recipes) if key['planned']]
+    "Returns {arm: seeds that need no repetition} of the latest set of an Experiment that is as planned and faultless."
+    planned = [arms for key, arms in sets(exp, runs, recipes=recipes) if key['planned'] and not key['fault']]
     def n_done(of_arm): return of_arm.seed[of_arm.status.isin(runlog.DONE)].nunique()
     return {arm: n_done(planned[0][arm]) if planned else 0 for arm in exp.arms}
 

@@ -245,7 +245,8 @@ def _epochs_height(rows): return 0.25 + 1.5 * -(-len(rows) // PANELS)
 def _what(name, key):
     "Returns the title of a set of images."
     images = 'validation images' if pd.isna(key['n_val']) else f'{int(key["n_val"]):,} validation images'
-    return f'{name}: split {key["split"]}, {images}, {compare.archive(key["source"])}, {key["precision"]}'
+    words = [f'{name}: split {key["split"]}', images, compare.archive(key['source']), key['precision'], key['fault']]
+    return ', '.join(filter(None, words))
 
 
 def points(ax, exp, arms, published):

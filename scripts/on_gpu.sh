@@ -67,7 +67,6 @@ measure 1 cuda step
 measure 2 cuda run --woof --size 128 --sa --cuda-graphs
 
 record 6 woof-128-5 --arms none,simple,sagan
-record 4 woof-128-5 --arms none,simple --seed0 12 # with the gradients of CUDA graphs mended, see results/LOG.md
 record 14 attention
 record 2 woof-128-5 --arms none,simple --split v2 --runs 6
 record 4 woof-128-5 --arms none,simple,sagan --split v2

@@ -216,6 +216,19 @@ def test_sets_are_told_apart(column, value):
     assert tables.titles(rows[:1]) == ['woof-128-5'] and [r['ours']['arm']['n'] for r in rows] == [2, 2]
 
 
+def test_runs_with_a_known_fault_stand_apart_and_are_made_again():
+    (commit, fault), cfg = *runlog.FAULTS.items(), resolve(Config(dataset='imagewoof', precision='fp32'))
+    sound = [make_runs(arm, [0.6, 0.62, 0.63]).assign(git_commit=commit) for arm in ('none', 'simple')]
+    faulty = [runs[:2].assign(cuda_graphs=1) for runs in sound]
+    rows = gaps('woof-128-5', *faulty)
+    assert tables.titles(rows) == [f'woof-128-5, {fault}'] and rows[0]['ours']['arm']['n'] == 2
+    assert set(compare.done(EXPERIMENTS['woof-128-5'], pd.concat(faulty)).values()) == {0}
+    assert runlog.recorded(faulty[0], cfg, 'f').empty and len(runlog.recorded(sound[0], cfg, 'f')) == 1
+    both = gaps('woof-128-5', *sound, *faulty)
+    assert {title: row['ours']['arm']['n'] for title, row in zip(tables.titles(both), both)} == {
+        'woof-128-5': 3, f'woof-128-5, {fault}': 2}
+
+
 def test_without_runs_the_published_numbers_are_shown(published):
     rows = compare.gaps(EXPERIMENTS, runlog.load('/no/such/file'), published)
     assert {r['experiment'] for r in rows} == set(EXPERIMENTS) and {tables.verdict(r) for r in rows} == {'no runs'}
@@ -645,9 +658,9 @@ def test_the_headline_is_what_the_record_says(base, arm, said, rows_of_record):
     assert [row['images']['low'], row['images']['high']] == pytest.approx(ends[2:])
     if base == 'none' and arm == 'simple':
         text = ' '.join((REPO / 'README.md').read_text().split())
-        of_seeds, of_both = (f'from {low} to {high} for' for low, high in (found[:2], found[2:]))
-        assert (f'adds 3.3 points of accuracy to {100 * a.accuracy.mean():.1f} % after 5 epochs, with a 95 % interval '
-                f'{of_seeds} other seeds, and {of_both} other images too') in text
+        of_seeds, of_both = (f'{low} to {high} for' for low, high in (found[:2], found[2:]))
+        assert (f'adds 3.3 points of accuracy to {100 * a.accuracy.mean():.1f} % after 5 epochs (95 % interval: '
+                f'{of_seeds} other seeds, {of_both} other images too)') in text
     line = f'| {arm} − {base}, paired by seed | '
     page = (REPO / 'results' / 'README.md').read_text().partition(line)[2].splitlines()[0]
     assert page.endswith(f'| {100 * change.mean():+.2f} [{100 * low:.2f}, {100 * high:.2f}] |')

@@ -211,6 +211,13 @@ def test_the_committed_record_loads():
     for run_id in df.run_id[df.epochs_done > 0]: assert (runlog.RESULTS / 'curves' / f'{run_id}.csv').exists()
 
 
+def test_all_runs_whose_backward_pass_was_recorded_under_autocast_are_known_as_such():
+    runs = runlog.load()
+    recorded = runs[(runs.cuda_graphs == 1) & (runs.started < '2026-11-26T17:22')]  # when that was mended
+    assert len(recorded) >= 84 and set(runlog.faults(recorded)) == {'old CUDA graphs'}
+    assert set(runlog.faults(runs.drop(recorded.index))) == {''}
+
+
 def test_what_is_committed_names_no_folder_of_a_machine():
     "A row has the path of the user's images and layer: in a record that others get, it is one they can have."
     for file in (runlog.RESULTS / 'runs.csv', REPO / 'notebooks' / 'trial' / 'runs.csv'):
