@@ -416,6 +416,16 @@ def test_initialisers_that_look_for_a_weight_find_none_or_a_tensor(name):
     assert model(torch.randn(2, 3, 64, 64)).shape == (2, 3)
 
 
+@pytest.mark.parametrize('name', ATTENTION)
+def test_a_feature_extractor_takes_a_layer_as_a_whole(name):
+    from torchvision.models.feature_extraction import create_feature_extractor
+    layer = trained(name)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 16, 1), layer, torch.nn.ReLU()).eval()
+    features = create_feature_extractor(model, ['1'], tracer_kwargs=dict(leaf_modules=[type(layer)]))
+    x = torch.randn(2, 3, 4, 4)
+    assert torch.equal(features(x)['1'], model[:2](x))
+
+
 @pytest.mark.parametrize('version', ['2.3.1+cpu', '1.13.0'])
 def test_an_old_torch_is_named(version, monkeypatch):
     monkeypatch.setattr(torch, '__version__', version)
