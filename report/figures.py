@@ -117,8 +117,9 @@ def forest(rows):
 
 def _lines(rows):
     "Yields the lines of a forest, from above: (kind, words, row, whose); the claims with runs of ours come first."
-    claims, words = {}, {id(row): title for row, title in zip(rows, tables.titles(rows))}
     def is_ours(row): return not np.isnan(row['difference']['difference'])
+    named = [row if is_ours(row) else row | dict(fault='') for row in rows]  # A published number alone has none of ours.
+    claims, words = {}, {id(row): title for row, title in zip(rows, tables.titles(named))}
     for row in rows: claims.setdefault(_claim(row), []).append(row)
     for claim, group in sorted(claims.items(), key=lambda item: not any(map(is_ours, item[1]))):
         yield 'claim', claim, None, None

@@ -44,7 +44,7 @@ def _title(row, differing):
     if row['verdict']['verdict'] == NO_VERDICT or 'source' in differing: words.append(f'archive {row["source"]}')
     if 'precision' in differing and row['precision']: words.append(row['precision'])
     if 'data_fingerprint' in differing and row['data_fingerprint']: words.append(f'data {row["data_fingerprint"]}')
-    if row['fault'] and has_runs(row): words.append(row['fault'])
+    if row['fault']: words.append(row['fault'])
     if not is_whole(row['dataset'], row): words.append(f'{int(row["n_train"]):,} + {int(row["n_val"]):,} images')
     return ', '.join(words)
 
