@@ -13,7 +13,7 @@ import runlog
 from command import Parser, UsageError, exit_code, nearest, shown
 from experiments import EXPERIMENTS
 from report import figures, tables
-from report.compare import for_readers, gaps, has_runs, on_own_images
+from report.compare import for_readers, gaps, has_all_runs, has_runs, on_own_images, once, up_to_date
 from report.published import load_published, set_right, source_against_fork, source_against_fork_text
 
 MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of table -->'
@@ -30,9 +30,9 @@ HEADS = {  # of results/tables/<name>.md
 
 def readme_table(runs, published):
     "Returns what README.md shows: every tested comparison that has all the runs wanted, but for those of digits."
-    rows = for_readers(gaps(EXPERIMENTS, runs, published))
-    rows = [row for row in rows if row['tested'] and row['experiment'] != 'digits']
-    return tables.brief_markdown([row for row in rows if row['verdict']['n_done'] >= row['verdict']['n_wanted']])
+    rows = up_to_date(for_readers(gaps(EXPERIMENTS, runs, published)))
+    rows = [row for row in rows if row['tested'] and row['experiment'] != 'digits' and has_all_runs(row)]
+    return tables.brief_markdown(rows)
 
 
 def write_readme(table, file=runlog.RESULTS.parent / 'README.md'):
@@ -50,7 +50,7 @@ def write(rows, runs, results, published):
     """
     results = Path(results)
     right = set_right()
-    waiting = [row for row in rows if not has_runs(row) and row['planned']]
+    waiting = once([row for row in rows if not has_runs(row) and row['planned']])
     found = [tables.markdown([row for row in rows if has_runs(row)])]
     if waiting: found += ['## Without runs of both arms', tables.markdown(waiting)]
     _write_table(results, 'gaps', tables.frame(rows), *found)

@@ -1,8 +1,8 @@
 """Compares our runs with each other and with the published record: differences, intervals, verdicts.
 
 A published mean of last epochs stands beside ours of last epochs, one of best epochs beside ours of best epochs: the
-two are never mixed. Runs on other images, splits or archives, or of another precision, are a set of their own and are
-never pooled. How a verdict is reached: results/README.md.
+two are never mixed. Runs on other images, splits or archives, of another precision, or with a known fault are a set of
+their own and are never pooled. How a verdict is reached: results/README.md.
 """
 import sys
 from collections import Counter, namedtuple
@@ -19,11 +19,11 @@ from report import stats
 from report.published import published_mean, weakest_recipe
 
 NAN = float('nan')
-# of a set of runs: those that differ in one of these are not pooled
-SET_COLUMNS = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val', 'fault']  # see runlog.faults
+# of a set of runs: those that differ in one of these are not pooled; fault: runlog.faults
+SET_COLUMNS = ['split', 'source', 'precision', 'data_fingerprint', 'n_train', 'n_val', 'fault']
 RECIPE = [key for key in SETTINGS if key not in SET_COLUMNS]
-SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'sa_at', 'opt', 'lr', 'precision', 'fault', 'n', 'mean',
-           'sd', 'low', 'high', 'mean_max', 'diverged', 'interrupted', 'failed', 'seconds']  # for readers
+SUMMARY = ['dataset', 'split', 'size', 'epochs', 'arch', 'attention', 'sa_at', 'opt', 'lr', 'precision', 'fault', 'n',
+           'mean', 'sd', 'low', 'high', 'mean_max', 'diverged', 'interrupted', 'failed', 'seconds']  # for readers
 STEPS = knobs(role='speed')  # how a step is computed
 WAY = [*STEPS, 'torch', 'device']  # how a run was made: what can move its accuracy without being a setting
 LIKE_PAIRS = 5  # so many pairs of runs that were made alike decide the verdict where not all runs were
@@ -58,8 +58,8 @@ def summarise(runs):
 
 def by_recipe(runs):
     "Returns {recipe: [(the SET_COLUMNS of one set (dict), its runs)]}."
-    runs = runs.assign(fault=runlog.faults(runs))
-    runs = runs.assign(set_number=runs.groupby(SET_COLUMNS, dropna=False).ngroup())
+    runs = runs.assign(fault=runlog.faults(runs),
+                       set_number=lambda df: df.groupby(SET_COLUMNS, dropna=False).ngroup())
     found = {}
     for key, alike in runlog.by_setting(runs, RECIPE).items():
         of_sets = [alike.iloc[at] for at in alike.groupby('set_number').indices.values()]
@@ -73,7 +73,9 @@ def recipe(cfg):
 
 
 def sets(exp, runs, own=None, recipes=None):
-    """Returns [(the SET_COLUMNS of one set (dict), {arm: its runs})] of an Experiment, the latest first.
+    """Returns [(the SET_COLUMNS of one set (dict), {arm: its runs})] of an Experiment.
+
+    The planned ones come first, of these those without a fault, then the latest.
 
     `planned` in the dict says whether the split and the archive, which is whole, are those of `own`, the Experiment as
     EXPERIMENTS has it; `folder` is the name of the folder of images of the user's, else ''. Of an `exp` with another
@@ -97,7 +99,8 @@ def sets(exp, runs, own=None, recipes=None):
             arms[name] = of_set
     def age(of_set):
         columns, arms = of_set
-        return columns['planned'], max(of_arm.started.max() for of_arm in arms.values() if len(of_arm))
+        latest = max(of_arm.started.max() for of_arm in arms.values() if len(of_arm))
+        return columns['planned'], not columns['fault'], latest
     return sorted(found.values(), key=age, reverse=True)
 
 
@@ -309,7 +312,7 @@ def _apart(exp, found):
         if any(arms >= set(pair) for _, arms in done): continue
         keys = [next((key for key, arms in done if arm in arms), None) for arm in pair]
         if None in keys: continue
-        values = {name: [key[name] for key in keys] for name in SET_COLUMNS}
+        values = {name: [key[name] or 'none' for key in keys] for name in SET_COLUMNS}
         differ = [f'{name} {one} and {other}' for name, (one, other) in values.items() if one != other]
         reasons[pair] = ', '.join(differ)
     return reasons
@@ -539,6 +542,26 @@ def for_readers(rows):
     with_runs = [row for row in rows if has_runs(row)]
     begun = {(row['experiment'], set_key(row)) for row in with_runs if row['tested']}
     return [row for row in with_runs if (row['experiment'], set_key(row)) in begun]
+
+
+def up_to_date(rows):
+    "Returns the rows of `gaps` without those with a fault of which all runs have been made again without it."
+    def place(row): return _pair(row), *(str(row[name]) for name in SET_COLUMNS if name != 'fault')
+    again = {place(row) for row in rows if not row['fault'] and has_all_runs(row)}
+    return [row for row in rows if not row['fault'] or place(row) not in again]
+
+
+def once(rows):
+    "Returns the first of the rows of `gaps` of each experiment and pair of arms."
+    return list({_pair(row): row for row in reversed(rows)}.values())[::-1]
+
+
+def _pair(row): return row['experiment'], row['base'], row['arm']
+
+
+def has_all_runs(row):
+    "Returns whether both arms of a row of `gaps` have all the runs wanted."
+    return row['verdict']['n_done'] >= row['verdict']['n_wanted']
 
 
 def has_runs(row):

@@ -56,7 +56,7 @@ def forests(rows):
     ours = set(map(id, compare.for_readers(rows)))
     def is_drawn(row): return id(row) in ours or not np.isnan(row['published']['difference']['difference'])
     groups = dict(forest=[], learning_rates=[])
-    for row in rows:
+    for row in compare.up_to_date(rows):
         if row['experiment'] == 'digits' or not _is_known(row) or not is_drawn(row): continue
         groups['learning_rates' if _is_of_rates(row) else 'forest'].append(row)
     return {name: forest(group) for name, group in groups.items() if group}
@@ -118,8 +118,9 @@ def forest(rows):
 def _lines(rows):
     "Yields the lines of a forest, from above: (kind, words, row, whose); the claims with runs of ours come first."
     def is_ours(row): return not np.isnan(row['difference']['difference'])
-    named = [row if is_ours(row) else row | dict(fault='') for row in rows]  # A published number alone has none of ours.
-    claims, words = {}, {id(row): title for row, title in zip(rows, tables.titles(named))}
+    published_alone = [row | dict(fault='') for row in rows if not is_ours(row)]  # A fault is one of our runs.
+    rows = [*filter(is_ours, rows), *compare.once(published_alone)]
+    claims, words = {}, {id(row): title for row, title in zip(rows, tables.titles(rows))}
     for row in rows: claims.setdefault(_claim(row), []).append(row)
     for claim, group in sorted(claims.items(), key=lambda item: not any(map(is_ours, item[1]))):
         yield 'claim', claim, None, None
@@ -188,8 +189,8 @@ def _has_runs_of_both(row): return not np.isnan(row['difference']['difference'])
 def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes=None):
     """Returns a Figure of an experiment: of each set of images the runs, the differences, and these after each epoch.
 
-    Arms without runs are left out. The planned sets come first, and of these the one with most runs. Run times are not
-    drawn: the record does not say which runs shared their machine with others.
+    Arms without runs are left out. The planned sets come first, those without a fault before those with one, and large
+    before small. Run times are not drawn: the record does not say which runs shared their machine with others.
     """
     parts = []
     for key, arms in compare.sets(exp, runs, recipes=recipes):
@@ -198,7 +199,7 @@ def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes
         arms = {arm: found for arm, found in arms.items() if compare.accuracies(found, exp.metric)}
         if compare.for_readers(of_set): parts.append((key, arms, of_set))
     if not parts: raise UsageError(f'{name}: no runs of two arms to plot')
-    parts.sort(key=lambda part: (not part[0]['planned'], -sum(map(len, part[1].values()))))
+    parts.sort(key=lambda part: (not part[0]['planned'], part[0]['fault'], -sum(map(len, part[1].values()))))
     with rc_context(STYLE):
         heights = [_height(arms, of_set) for _, arms, of_set in parts]
         fig = Figure(figsize=(WIDTH, sum(heights)))

@@ -10,7 +10,19 @@ from rich.table import Table
 
 from experiments import EXPERIMENTS
 from report import stats
-from report.compare import APART, INCOMPLETE, NO_RUNS, NO_VERDICT, SET_COLUMNS, SIDES, has_runs, is_whole
+from report.compare import (
+    APART,
+    INCOMPLETE,
+    NO_RUNS,
+    NO_VERDICT,
+    SET_COLUMNS,
+    SIDES,
+    has_all_runs,
+    has_runs,
+    is_whole,
+    once,
+    up_to_date,
+)
 from report.published import load_published_runs, single_runs_sd
 
 HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
@@ -373,15 +385,12 @@ def conclusion(rows):
 
     The first is of the published differences, the second of what nothing is published about, the third of what is open.
     A verdict counts here once its comparison has all the runs wanted. A comparison counts once for each set of images
-    on which it has runs, and once where it has none.
+    on which it has runs, without a fault or with one, and once where it has none.
     """
-    rows = [row for row in rows if row['tested'] and row['experiment'] != 'digits']
+    rows = [row for row in up_to_date(rows) if row['tested'] and row['experiment'] != 'digits']
     with_runs = [row for row in rows if has_runs(row)]
-    def pair(row): return row['experiment'], row['base'], row['arm']
-    known = set(map(pair, with_runs))
-    rows = with_runs + list({pair(row): row for row in rows if pair(row) not in known}.values())
+    rows = with_runs + [row for row in once(with_runs + rows) if not has_runs(row)]
     def is_published(row): return not np.isnan(row['published']['difference']['difference'])
-    def has_all_runs(row): return row['verdict']['n_done'] >= row['verdict']['n_wanted']
     lines = []
     for what, said in (('published differences', True), ('comparisons without a published number', False)):
         group = [row for row in rows if is_published(row) == said]
@@ -424,7 +433,7 @@ def plan(rows):
     rows are those of the planned sets, or all where none is planned: with --split v2, say.
     """
     if not rows: return ONE_ARM
-    singles, rows = load_published_runs(), [row for row in rows if row['tested']]
+    singles, rows = load_published_runs(), [row for row in up_to_date(rows) if row['tested']]
     rows = [row for row in rows if row['planned']] or rows
     return '\n'.join(f'{title}  {arms(row)}: {_plan(row, singles)}' for row, title in zip(rows, titles(rows)))
 

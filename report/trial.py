@@ -93,9 +93,10 @@ def seeds(plan, runs):
 
 
 def runs_of(plan, runs):
-    "Returns the runs that count: of the plan's images, precision and seeds."
-    here = (runs.data_fingerprint == plan['data_fingerprint']) & (runs.precision == plan['precision'])
-    return runs[here & runs.seed.isin(seeds(plan, runs[here]))]
+    "Returns the runs that count: of the plan's images, precision and seeds, without a known fault."
+    runs = runs[(runs.data_fingerprint == plan['data_fingerprint']) & (runs.precision == plan['precision'])
+                & (runlog.faults(runs) == '')]
+    return runs[runs.seed.isin(seeds(plan, runs))]
 
 
 # --- in words ---

@@ -217,7 +217,7 @@ def test_sets_are_told_apart(column, value):
 
 
 def test_runs_with_a_known_fault_stand_apart_and_are_made_again():
-    (commit, fault), cfg = *runlog.FAULTS.items(), resolve(Config(dataset='imagewoof', precision='fp32'))
+    (commit, fault), cfg = next(iter(runlog.FAULTS.items())), resolve(Config(dataset='imagewoof', precision='fp32'))
     sound = [make_runs(arm, [0.6, 0.62, 0.63]).assign(git_commit=commit) for arm in ('none', 'simple')]
     faulty = [runs[:2].assign(cuda_graphs=1) for runs in sound]
     rows = gaps('woof-128-5', *faulty)
@@ -227,6 +227,21 @@ def test_runs_with_a_known_fault_stand_apart_and_are_made_again():
     both = gaps('woof-128-5', *sound, *faulty)
     assert {title: row['ours']['arm']['n'] for title, row in zip(tables.titles(both), both)} == {
         'woof-128-5': 3, f'woof-128-5, {fault}': 2}
+    alone = all_gaps('woof-128-5', faulty[0], sound[1])
+    words = [tables.verdict(row) for row in alone if (row['base'], row['arm']) == ('none', 'simple')]
+    assert words[0] == f'not comparable: fault {fault} and none'
+
+
+def test_runs_with_a_fault_count_until_all_are_made_again():
+    def arms(n): return [make_runs(arm, [0.6 + 0.001 * i for i in range(n)]) for arm in ('none', 'simple', 'sagan')]
+    faulty = [runs.assign(cuda_graphs=1, git_commit=next(iter(runlog.FAULTS))) for runs in arms(12)]
+    for n, sets in ((0, {'old CUDA graphs'}), (11, {'old CUDA graphs', ''}), (12, {''})):
+        every = all_gaps('woof-128-5', *faulty, *arms(n))
+        found = [row for row in compare.up_to_date(every) if compare.has_runs(row)]
+        assert {row['fault'] for row in found} == sets and len(found) == 3 * len(sets)
+        assert '3 have all their runs' in tables.conclusion(every)
+        words = [words for kind, words, *_ in figures._lines(found) if kind == 'title']
+        assert ['old CUDA graphs' in title for title in words] == [fault != '' for fault in sorted(sets)]
 
 
 def test_without_runs_the_published_numbers_are_shown(published):
@@ -373,7 +388,7 @@ def test_no_verdict_of_the_record_rests_on_an_unpaired_test_where_pairs_exist(ro
         cfg = resolve(EXPERIMENTS[r['experiment']].arms[arm])
         alike = [runs[key] == getattr(cfg, key)
                  for key in ('dataset', 'size', 'epochs', 'arch', 'attention', 'sa_at', 'lr', 'opt', 'mixup')]
-        alike += [runs[key] == r[key] for key in ('split', 'source', 'precision')]
+        alike += [runs[key] == r[key] for key in ('split', 'source', 'precision')] + [runlog.faults(runs) == r['fault']]
         return set(runs.seed[np.all(alike, 0)])
     rows = [r for r in rows_of_record if not np.isnan(r['difference']['p'])]
     assert len(rows) > 10
@@ -626,10 +641,16 @@ def test_tables_on_a_terminal_fit_100_columns(rows_of_record, indent):
         assert any(word in line for line in lines)
 
 
+HEADLINE_FAULT = 'old CUDA graphs'  # '' once the planned runs are made again
+
+
 def record_at_128px(attention):
-    "Returns the twelve rows of an arm of woof-128-5, and which images each run has right, (12, 500) of 0 and 1."
+    """Returns the twelve rows of an arm of woof-128-5, and which images each run has right, (12, 500) of 0 and 1.
+
+    They are of the set that README gives: that with the fault, until it is made again.
+    """
     runs = pd.read_csv(REPO / 'results' / 'runs.csv').query('size == 128 and split == "v1" and status == "ok"')
-    rows = runs[runs.attention == attention].sort_values('seed')
+    rows = runs[(runs.attention == attention) & (runlog.faults(runs) == HEADLINE_FAULT)].sort_values('seed')
     found = []
     for run_id in rows.run_id:
         with np.load(REPO / 'results' / 'predictions' / f'{run_id}.npz') as saved:
@@ -653,7 +674,8 @@ def test_the_headline_is_what_the_record_says(base, arm, said, rows_of_record):
     ends = [low, high, change.mean() - half, change.mean() + half]
     found = [f'{100 * end:.1f}' for end in ends]
     assert f'{100 * change.mean():+.2f} [{found[0]}, {found[1]}] [{found[2]}, {found[3]}]' == said
-    row = next(r for r in rows_of_record if r['experiment'] == 'woof-128-5' and (r['base'], r['arm']) == (base, arm))
+    row = next(r for r in rows_of_record if (r['experiment'], r['base'], r['arm'], r['fault'])
+               == ('woof-128-5', base, arm, HEADLINE_FAULT))
     assert [row['difference']['low'], row['difference']['high']] == pytest.approx(ends[:2])
     assert [row['images']['low'], row['images']['high']] == pytest.approx(ends[2:])
     if base == 'none' and arm == 'simple':

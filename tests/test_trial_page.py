@@ -43,6 +43,7 @@ def test_what_counts_are_the_planned_seeds_images_and_precision(tmp_path):
     assert sorted(trial.runs_of(plan, runs).seed.unique()) == [0, 1, 2, 3]
     assert len(trial.runs_of(plan | dict(data_fingerprint='other'), runs)) == 0
     assert len(trial.runs_of(plan | dict(precision='bf16'), runs)) == 0
+    assert len(trial.runs_of(plan, runs.assign(cuda_graphs=1, git_commit=next(iter(runlog.FAULTS))))) == 0
     until = plan | dict(until=0.5)
     so_far = runs[(runs.attention != 'simple') | (runs.seed < 5)]
     assert sorted(trial.runs_of(until, so_far).seed.unique()) == [0, 1, 2, 3, 4]
