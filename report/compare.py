@@ -97,11 +97,11 @@ def sets(exp, runs, own=None, recipes=None):
                 found[number] = columns, dict.fromkeys(exp.arms, runs[:0])
             _, arms = found[number]
             arms[name] = of_set
-    def age(of_set):
+    def rank(of_set):
         columns, arms = of_set
         latest = max(of_arm.started.max() for of_arm in arms.values() if len(of_arm))
         return columns['planned'], not columns['fault'], latest
-    return sorted(found.values(), key=age, reverse=True)
+    return sorted(found.values(), key=rank, reverse=True)
 
 
 def _folder(of_set):
