@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 import runlog
-from experiments import Config, resolve
+from experiments import EXPERIMENTS, Config, resolve
 
 
 def pytest_configure(config):
@@ -67,6 +67,25 @@ def script(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def unchanged(path):
+    "Returns whether a file, a path from the folder of the code, is as it was committed."
+    return subprocess.run(['git', 'diff', '--quiet', 'HEAD', '--', path], cwd=REPO).returncode == 0
+
+
+@pytest.fixture(scope='session')
+def published():
+    "Returns the published means."
+    from report.published import load_published
+    return load_published()
+
+
+@pytest.fixture(scope='session')
+def rows_of_record(published):
+    "Returns all comparisons of the record."
+    from report.compare import gaps
+    return gaps(EXPERIMENTS, runlog.load(), published)
 
 
 def rows(results):

@@ -6,9 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import REPO, script
+from conftest import REPO, script, unchanged
 from fastai.optimizer import OptimWrapper
-from test_report import unchanged
 
 from experiments import Config
 from layers import ATTENTION, multiply_adds

@@ -84,8 +84,8 @@ def test_reports_and_the_record_load_no_torch():
 
 
 def test_tests_of_reports_record_and_statistics_start_without_torch():
-    code = 'import sys, conftest, test_house, test_map_figures, test_published, test_report\n' \
-           'import test_runlog, test_stats, test_trial_page\n' \
+    code = 'import sys, conftest, test_compare, test_figures, test_house, test_map_figures\n' \
+           'import test_published, test_report, test_runlog, test_stats, test_tables, test_trial_page\n' \
            'assert not {"torch", "fastai"} & set(sys.modules)'
     path = os.pathsep.join([str(REPO), str(REPO / 'tests')])
     subprocess.run([sys.executable, '-c', code], env=os.environ | {'PYTHONPATH': path}, check=True)

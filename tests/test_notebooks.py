@@ -6,11 +6,10 @@ from types import ModuleType, SimpleNamespace
 
 import nbformat
 import pytest
-from conftest import REPO
+from conftest import REPO, unchanged
 from IPython.core.inputtransformer2 import TransformerManager
 from nbclient import NotebookClient
 from test_house import MODULES, reach, roots
-from test_report import unchanged
 
 import runlog
 from experiments import EXPERIMENTS
