@@ -114,6 +114,20 @@ def tree(tmp_path):
     return tmp_path / 'set'
 
 
+TINY = ('--split', 'v1', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--epochs', 1)
+
+
+def parsed(*argv):
+    "Returns the Config of the flags of the training command."
+    import train_imagenette
+    return train_imagenette.parse([str(a) for a in argv])[0]
+
+
+def record(tmp_path):
+    "Returns the record that `command` has made."
+    return runlog.load(tmp_path / 'results' / 'runs.csv')
+
+
 def config(tree, **kwargs):
     "Returns the resolved Config of a run on `tree`."
     return resolve(Config(**dict(dataset='custom', data=str(tree), size=32, bs=6, workers=0, split='v1') | kwargs))
