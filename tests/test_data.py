@@ -1,11 +1,13 @@
 import contextlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, config
+from conftest import CLASSES, REPO, config
 
 from command import UsageError
 from experiments import Config, resolve
@@ -97,6 +99,26 @@ def test_batches(tree, loader):
     pixels = torch.tensor(np.array(valid_image(read_image(tree / file), 32))).permute(2, 0, 1) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
     assert torch.allclose(x[0], (pixels - mean[:, None, None]) / std[:, None, None], atol=1e-6)
+
+
+@pytest.mark.slow(4)
+@pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
+def test_forked_loader_processes_hold_no_freed_memory_of_the_first_one(tree):
+    code = ('import psutil, torch\n'
+            'from experiments import Config, resolve\n'
+            'from training import data, host\n'
+            f'cfg = resolve(Config(dataset="custom", data={str(tree)!r}, size=32, bs=6, workers=1, loader="workers"))\n'
+            'dls = data.get_dls(cfg, torch.device("cpu"))\n'
+            'host.keep_memory()\n'
+            'for host.trim_memory in (lambda: None, host.trim_memory):\n'
+            '    [torch.ones(2**22) for _ in range(25)]\n'  # 400 MiB, freed at once
+            '    batches = iter(dls.valid)\n'
+            '    next(batches)\n'
+            '    print(psutil.Process().children()[0].memory_info().rss)\n'
+            '    del batches\n')
+    done = subprocess.run([sys.executable, '-c', code], cwd=REPO, capture_output=True, text=True)
+    kept, trimmed = map(int, done.stdout.splitlines()[-2:])
+    assert kept - trimmed > 300 * 2**20
 
 
 def test_an_epoch_holds_every_image_once_and_depends_on_seed_and_epoch(tree):

@@ -151,8 +151,8 @@ def test_memory_format_is_that_of_the_flag(tree):
 @pytest.mark.skipif(sys.platform != 'linux', reason='of glibc')
 def test_freed_memory_is_kept(tree):
     code = ('import resource, sys, torch\n'
-            'from training import learner\n'
-            'learner.keep_memory(sys.argv[1] == "1")\n'
+            'from training.host import keep_memory\n'
+            'keep_memory(sys.argv[1] == "1")\n'
             'def faults(): return resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n'
             'for _ in range(20): torch.ones(2**24)\n'  # 64 MiB, 16,384 pages
             'before = faults()\n'

@@ -35,7 +35,8 @@ from command import UsageError
 from experiments import Config
 from layers import ATTENTION, SelfAttention, SimpleSelfAttention, multiply_adds
 from training.data import ImageLoader
-from training.learner import get_learner, keep_memory
+from training.host import keep_memory
+from training.learner import get_learner
 from training.machine import autocast, settle
 from training.run import get_model, prepare
 from training.run import run as train

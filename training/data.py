@@ -239,6 +239,10 @@ class ImageLoader(DataLoader):
 
     def get_idxs(self): return list(self.dataset.order)
 
+    def before_iter(self):
+        super().before_iter()
+        if self.fake_l.num_workers: host.trim_memory()  # Else the forked processes held as much memory as this one.
+
     @property
     def n_workers(self): return self.pool.n if self.pool else self.fake_l.num_workers
 

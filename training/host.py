@@ -1,8 +1,9 @@
-"""Finds what this process may use of the computer: its cores and its memory, as systems and containers limit them.
+"""Finds what this process may use of the computer, as systems and containers limit it, and keeps or frees memory.
 
 A container sees all cores and all memory of the computer that it is on. What it has of them stands in the files of its
 control group, of version 2 or 1, and in those of the groups above it.
 """
+import ctypes
 import math
 import os
 import sys
@@ -77,6 +78,36 @@ def words(file, *beside):
         text = ' '.join(f.read_text(encoding='utf-8') for f in (file, *map(file.with_name, beside)))
         return [-1 if word == 'max' else int(word) for word in text.split()]
     except (OSError, ValueError): return None
+
+
+# --- freed memory ---
+
+def keep_memory(on=True):
+    """Lets glibc keep freed memory for as long as the process lives, or give it back; without glibc nothing happens.
+
+    By itself, glibc gives blocks above 32 MiB back to the system at once, and trims the rest. A training step takes
+    the same blocks each time, and so gets them page by page again.
+    """
+    mallopt = of_libc('mallopt')
+    if not mallopt: return
+    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # from malloc.h
+    mallopt(m_mmap_max, 0 if on else 65_536)
+    mallopt(m_trim_threshold, 2**31 - 1 if on else 2**26)
+    if not on: mallopt(m_mmap_threshold, 2**25)  # glibc's own, which adapts, arrives there with blocks of this size.
+
+
+def trim_memory():
+    """Gives all freed memory that glibc keeps back to the system.
+
+    A process that is forked without that holds a copy of it as soon as this one writes there again.
+    """
+    trim = of_libc('malloc_trim')
+    if trim: trim(0)
+
+
+def of_libc(name):
+    "Returns a function of Linux's C library; None elsewhere, or where that library has none of this name."
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == 'linux' else None
 
 
 # --- what this process has used ---

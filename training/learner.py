@@ -7,7 +7,6 @@ smoothed loss stays there: with `--loader device` and without mixup and `--log-t
 before a step has ended.
 """
 import copy
-import ctypes
 import sys
 from functools import partial
 
@@ -217,21 +216,6 @@ class EpochLearner(Learner):
         for epoch in range(self.first_epoch, self.n_epoch):
             self.epoch = epoch
             self._with_events(self._do_epoch, 'epoch', CancelEpochException)
-
-
-def keep_memory(on=True):
-    """Lets glibc keep freed memory for as long as the process lives, or give it back; without glibc nothing happens.
-
-    By itself, glibc gives blocks above 32 MiB back to the system at once, and trims the rest. A training step takes
-    the same blocks each time, and so gets them page by page again.
-    """
-    if sys.platform != 'linux': return
-    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
-    if not mallopt: return
-    m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # from malloc.h
-    mallopt(m_mmap_max, 0 if on else 65_536)
-    mallopt(m_trim_threshold, 2**31 - 1 if on else 2**26)
-    if not on: mallopt(m_mmap_threshold, 2**25)  # glibc's own, which adapts, arrives there with blocks of this size.
 
 
 def get_learner(cfg, dls, model, cbs=()):

@@ -24,8 +24,9 @@ from training import checkpoint, distributed, layer, trackers
 from training.arch import network
 from training.data import get_dls
 from training.files import find_images, labels_of
+from training.host import keep_memory
 from training.layer import n_parameters
-from training.learner import fit, get_learner, keep_memory
+from training.learner import fit, get_learner
 from training.machine import device_name, get_device, prepare_device, settle
 from training.measure import Heed, Measure
 

@@ -10,8 +10,9 @@ import torch
 from fastai import layers as fastai_layers
 from fastai.losses import LabelSmoothingCrossEntropy
 
+from training.host import keep_memory
 from training.layer import ready
-from training.learner import decay_groups, get_opt_func, keep_memory
+from training.learner import decay_groups, get_opt_func
 from training.machine import autocast, prepare_device, wait_for
 from training.run import get_model
 
