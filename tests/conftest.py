@@ -24,10 +24,13 @@ from experiments import EXPERIMENTS, Config, resolve
 
 
 def pytest_configure(config):
-    """Hides the GPUs unless tests that need one are asked for.
+    """Hides the GPUs unless tests that need one are asked for, and heeds the signals that `nohup` and `&` ignore.
 
-    They would change what the tests of several processes and of bits see.
+    GPUs would change what the tests of several processes and of bits see; the tests send these signals.
     """
+    for name, handler in (('SIGINT', signal.default_int_handler), ('SIGHUP', signal.SIG_DFL)):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP.
+        if number and signal.getsignal(number) == signal.SIG_IGN: signal.signal(number, handler)
     if 'cuda' not in config.option.keyword.replace('not cuda', ''): os.environ['CUDA_VISIBLE_DEVICES'] = ''
 
 
