@@ -44,10 +44,10 @@ PROVENANCE = {
     'git_commit': str, 'git_dirty': int, 'data_fingerprint': str,
 }
 COLUMNS = {'run_id': str, 'status': str, 'started': str} | CONFIG | MEASURED | PROVENANCE
+CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds', 'branch_ratio')
 FAULTS = {  # commit of runs in results/: what was wrong with CUDA graphs there; no comparison pools them with others
     'd50451d60e11e35fd60102cc644bba1e4144bcaf': 'old CUDA graphs',
 }
-CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds', 'branch_ratio')
 
 
 def new_run(results=RESULTS):
