@@ -25,6 +25,8 @@ STYLE = {'font.size': 8, 'axes.spines.top': False, 'axes.spines.right': False, '
 WIDTH = 7.2  # inches: the text width of a page
 LABELS = {'last': 'accuracy (%)', 'max': 'accuracy of the best epoch (%)'}
 ENDS = 'difference', 'low', 'high'
+WHOSE = 'ours', 'published'
+FEW = 3  # fewer runs have no bar: that of two would be 13 times as long as their distance, and hide all others
 CLEAR = dict(va='center', fontsize=7.5, path_effects=[withStroke(linewidth=2, foreground='white')])  # over other marks
 
 
@@ -36,12 +38,15 @@ def save(fig, path):
         fig.savefig(f'{path}.svg', metadata={'Date': None, 'Creator': None})
 
 
-def in_points(test): return [100 * test[key] for key in ENDS]
+def in_points(test, n=FEW):
+    "Returns a difference and the ends of its interval, which are nan of fewer than FEW runs: `n` of an arm."
+    d, low, high = (100 * test[key] for key in ENDS)
+    return (d, low, high) if n >= FEW else (d, np.nan, np.nan)
 
 
 # --- all differences ---
 
-WIDEST = 3  # points to each side of 0 that a forest shows, or more where ours is more; beyond are arrows
+WIDEST = 3  # points to each side of 0 that a forest shows; above 0 as many as the largest difference; beyond are arrows
 LINE = 0.168  # inches of a line of a forest
 AXIS = 2.3, 4.6  # inches from the left, where the axis of a forest begins and ends
 ASKS_AT, CHANGE_AT, RUNS_AT = 1.43, 4.75, 5.95  # inches from the left, where its columns of text begin
@@ -82,7 +87,8 @@ def forest(rows):
     if not rows: raise UsageError('no differences to plot')
     lines = list(_lines(rows))
     spacing = np.cumsum([0.6 if kind == 'claim' else 0 for kind, *_ in lines])  # a claim stands a little apart
-    limits = -WIDEST, max([WIDEST, *(np.ceil(100 * row['difference']['difference']) for row in rows)])
+    found = [100 * _test(row, whose)['difference'] for row in rows for whose in WHOSE]
+    limits = -WIDEST, max(WIDEST, np.ceil(np.nanmax(found)))
     with rc_context(STYLE):
         rows_height = LINE * (len(lines) + spacing[-1])
         height = rows_height + 0.75
@@ -105,13 +111,16 @@ def forest(rows):
                 write(CHANGE_AT, y, tables.change(test) + unknown, color=color)
                 star = ' *' if whose == 'published' and _is_assumed(row) else ''
                 write(RUNS_AT, y, f'{whose} ({tables.n_runs(row[whose])}){star}', color=color)
-        for x, head in ((AXIS[0], 'second arm minus first'), (CHANGE_AT, 'points [95 %]'), (RUNS_AT, 'whose (runs)')):
-            write(x, -0.4, head, color=GREY)
+        heads = {0.08: 'bold: a claim, or a question', AXIS[0]: 'second arm minus first', CHANGE_AT: 'points [95 %]',
+                 RUNS_AT: 'by whom (runs)'}
+        for x, head in heads.items(): write(x, -0.4, head, color=GREY)
         if any(map(_is_assumed, rows)): write(RUNS_AT, y + 1.2, '* assumed recipe', color=GREY)
         ax.set(xlim=limits, ylim=(len(lines) + spacing[-1] - 0.4, -0.6), yticks=[],
                xlabel='difference in accuracy (points)')
         for side in ('left', 'bottom'): ax.spines[side].set_visible(side == 'bottom')
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=10))
+        ax.grid(axis='x', color=PALE, lw=0.3, alpha=0.6)
+        ax.set_axisbelow(True)
         return fig
 
 
@@ -133,7 +142,7 @@ def _lines(rows):
             if title != before and not of_one_pair: yield 'title', f'{title}, {_images(row)}', None, None
             before = title
             label = f'{title}' if of_one_pair else _pair(row)
-            for whose in ('ours', 'published'):
+            for whose in WHOSE:
                 if np.isnan(_test(row, whose)['difference']): continue
                 yield 'row', label, row, whose
                 label = ''
@@ -264,7 +273,7 @@ def points(ax, exp, arms, published):
     said = {arm: published_mean(exp, arm, published) for arm in found}
     for x, (arm, of_arm) in enumerate(found.items()):
         s = stats.summary([100 * accuracy for accuracy in of_arm.values()])
-        ax.plot([x + 0.16] * 2, [s['low'], s['high']], color=OURS, lw=1.6)
+        if s['n'] >= FEW: ax.plot([x + 0.16] * 2, [s['low'], s['high']], color=OURS, lw=1.6)
         ax.plot(x + 0.16, s['mean'], 'o', color=OURS, ms=4.5, label='mean')
         ax.text(x + 0.25, s['mean'], f'{s["mean"]:.1f}', color=OURS, **CLEAR)
         if said[arm] is not None:
@@ -281,7 +290,7 @@ def differences(ax, rows):
     for x, row in enumerate(rows):
         values = np.array([100 * (arm.value - base.value) for base, arm in row['pairs']])
         ax.plot(x - 0.1 + 0.07 * (np.arange(len(values)) % 3 - 1), values, 'o', color=PALE, ms=3, mew=0, label='seed')
-        d, low, high = in_points(row['difference'])
+        d, low, high = in_points(row['difference'], min(row['ours'][side]['n'] for side in compare.SIDES))
         ax.plot([x + 0.14] * 2, [low, high], color=OURS, lw=1.6)
         ax.plot(x + 0.14, d, 'o', color=OURS, ms=4.5, label='mean')
         ax.text(x + 0.22, d, f'{d:+.1f}', color=OURS, **CLEAR)
@@ -294,7 +303,7 @@ def differences(ax, rows):
     is_published = [not np.isnan(row['published']['difference']['difference']) for row in rows]
     square = ' · square: published' if any(is_published) else ''
     is_mean = all(row['difference']['method'] == stats.PAIRED for row in rows)
-    estimate = 'mean' if is_mean else 'the difference that the verdict is of'
+    estimate = 'mean' if is_mean else 'estimate'
     ax.set_title(f'dot: a seed · disc: {estimate}, 95 % interval{square}', fontsize=7, loc='left', color=GREY)
 
 
@@ -302,9 +311,8 @@ def _arm_names(arms): return [f'{arm}\n{len(compare.ended_ok(found))} runs' for 
 
 
 def _pair_names(rows):
-    seeds = [f'{len(row["pairs"])} seeds' if row['tested'] else 'described' for row in rows]
-    return ['\n'.join([row['arm'], f'− {row["base"]}', words, *wrap(row['asks'], 10)])
-            for row, words in zip(rows, seeds)]
+    return ['\n'.join([row['arm'], f'− {row["base"]}', f'{len(row["pairs"])} seeds',
+                       *wrap(row['asks'] if row['tested'] else 'described', 10)]) for row in rows]
 
 
 def _longest(labels): return max((len(line) for label in labels for line in label.split('\n')), default=0)
@@ -356,7 +364,7 @@ def by_epoch(fig, top, rows, results):
 
 
 def epoch_differences(pairs, results):
-    """Returns difference, low and high after each epoch, in points, of pairs of Runs whose curves are at hand.
+    """Returns difference, low and high (see `in_points`) after each epoch, of pairs of Runs whose curves are at hand.
 
     Runs of different lengths are at different points of their schedules: of these there is nothing.
     """
@@ -364,8 +372,9 @@ def epoch_differences(pairs, results):
     curves = [pair for pair in curves if len(pair[0]) and pair[0].index.equals(pair[1].index)]
     if not curves: return pd.DataFrame()
     base, arm = (pd.concat([pair[side] for pair in curves], axis=1) for side in (0, 1))
-    tests = {epoch: stats.compare_paired(base.loc[epoch], arm.loc[epoch]) for epoch in base.index}
-    return 100 * pd.DataFrame(tests).T[list(ENDS)]
+    tests = {epoch: in_points(stats.compare_paired(base.loc[epoch], arm.loc[epoch]), len(curves))
+             for epoch in base.index}
+    return pd.DataFrame(tests, index=ENDS).T
 
 
 def _curve(run_id, results):

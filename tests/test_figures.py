@@ -22,21 +22,34 @@ def draw(name, runs, published, results):
     return figures.experiment(name, exp, rows, runs, published, results)
 
 
+def bars(ax):
+    "Returns the [low, high] of the intervals of ours."
+    drawn = [line.get_ydata() for line in ax.lines if line.get_color() == figures.OURS and line.get_label() != 'mean']
+    return [list(ends) for ends in drawn if not np.isnan(ends).any()]
+
+
 def test_a_figure_shows_every_run_the_means_and_the_paired_differences(published, tmp_path):
-    runs = pd.concat([make_runs('none', [0.60, 0.64, None]), make_runs('simple', [0.65, 0.66])])
-    runs = runs.assign(device=['a', 'b', 'a', 'a', 'b'])
+    runs = pd.concat([make_runs('none', [0.60, 0.64, 0.62, None]), make_runs('simple', [0.65, 0.66, 0.66])])
+    runs = runs.assign(device=['a', 'b', 'c', 'a', 'a', 'b', 'c'])
     points, differences = draw('woof-128-5', runs, published, tmp_path).axes
-    assert sorted(marks(points, 'seed')) == pytest.approx([60, 64, 65, 66])
-    assert marks(points, 'mean') == pytest.approx([62, 65.5])
+    assert sorted(marks(points, 'seed')) == pytest.approx([60, 62, 64, 65, 66, 66])
+    assert marks(points, 'mean') == pytest.approx([62, 197 / 3])
     assert marks(points, 'published') == pytest.approx([62.3] * 2 + [65.2] * 2)
-    assert [t.get_text() for t in points.get_xticklabels()] == ['none\n2 runs', 'simple\n2 runs']  # no empty column
-    assert sorted(marks(differences, 'seed')) == pytest.approx([2, 5])
-    assert marks(differences, 'mean') == pytest.approx([3.5])
+    assert [t.get_text() for t in points.get_xticklabels()] == ['none\n3 runs', 'simple\n3 runs']  # no empty column
+    assert sorted(marks(differences, 'seed')) == pytest.approx([2, 4, 5])
+    assert marks(differences, 'mean') == pytest.approx([11 / 3])
     assert marks(differences, 'published') == pytest.approx([2.9])
-    interval = st.ttest_rel([65, 66], [60, 64]).confidence_interval()
-    assert any(line.get_ydata() == pytest.approx(list(interval)) for line in differences.lines if
-               len(line.get_xdata()) == 2 and line.get_color() == figures.OURS)
+    interval = st.ttest_rel([65, 66, 66], [60, 64, 62]).confidence_interval()
+    assert bars(differences) == [pytest.approx(list(interval))] and len(bars(points)) == 2
     with pytest.raises(UsageError, match='no runs'): draw('woof-128-5', runs[:0], published, tmp_path)
+
+
+def test_two_runs_have_no_bar_that_would_hide_all_others(published, tmp_path):
+    runs = pd.concat([make_runs('none', [0.60, 0.64, 0.62]), make_runs('simple', [0.65, 0.66])])
+    for run_id in runs.run_id: runlog.write_curve(run_id, [dict(epoch=1, accuracy=0.1)], tmp_path)
+    points, differences, epochs = draw('woof-128-5', runs, published, tmp_path).axes
+    assert len(bars(points)) == 1 and not bars(differences)
+    assert list(epochs.lines[0].get_ydata()) == [0] and not epochs.collections[0].get_paths()
 
 
 def test_a_figure_shows_the_difference_after_each_epoch(published, tmp_path):
@@ -96,6 +109,8 @@ def test_the_forest_has_ours_beside_the_published_and_is_readable(published):
     assert not any('woof-256-400,' in text for text in texts)  # its baseline is of another script: no difference
     ax = drawn['forest'].axes[0]
     assert ax.get_xlim() == (-3, 9) and drawn['learning_rates'].axes[0].get_xlim() == (-3, 3)  # ours is always inside
+    published_alone = figures.forests(compare.gaps(EXPERIMENTS, runs[:0], published))['forest']
+    assert published_alone.axes[0].get_xlim() == (-3, 6)  # the largest is 5.7
     for fig in drawn.values(): assert_readable(fig, [*words(fig), fig.axes[0].xaxis.label])
 
 
