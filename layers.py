@@ -81,6 +81,7 @@ class _Layer(nn.Module):
         if x.dim() < 3 or x.shape[1] != self.n_channels:
             raise ValueError(f'{type(self).__name__}: expected (B, {self.n_channels}, H, W), got {tuple(x.shape)}')
         device, dtype = x.device.type, x.dtype
+        if x.is_meta: device = 'cpu'  # Meta tensors have shapes alone, and no autocast.
         if torch.is_autocast_enabled(device) and dtype != torch.float64: dtype = torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
             y = self.attend(x.flatten(2), dtype)  # (B, C, H, W) -> (B, C, N), N = H*W
@@ -322,7 +323,7 @@ class SimpleSelfAttention(_Attention):
         if self.ks == 1: return _Linear.call(z, w)
         return z, F.conv1d(z, w.to(z.dtype).unflatten(1, (z.shape[1], -1)), padding=self.ks // 2)
 
-    def extra_repr(self): return f'{self.n_channels}, ks={self.ks}, order={self.order!r}'
+    def extra_repr(self): return f'{self.n_channels}, ks={self.ks}, mean={self.mean}, order={self.order!r}'
 
 
 class _BlockedSoftmax(_Function):
@@ -406,7 +407,8 @@ class SelfAttention(_Attention):
     f and g (C -> C/8) and h (C -> C) are spectrally normalised 1x1 convolutions; no scaling of the scores.
     Through `scaled_dot_product_attention`: memory O(N) an image where a fused kernel exists, never N x N.
     Its kernels want one head size for f, g and h, at most 256: f and g are padded with zeros to that of h,
-    and h is split into heads that share f and g. In float32 on a CPU, where that padding costs more than the
+    and h is split into heads that share f and g; where C has no divisor from C/8 to 256, as above 2,048, there is one
+    head, which no fused kernel takes. In float32 on a CPU, where that padding costs more than the
     kernel saves at most shapes (measured: "sagan fused" in results/benchmarks), through `_BlockedSoftmax`.
     The fused kernels have no second derivatives and say so: run the layer under
     `torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)` where they are needed.
@@ -414,6 +416,8 @@ class SelfAttention(_Attention):
     def __init__(self, n_channels):
         super().__init__(n_channels)
         self.n_inner = max(1, n_channels // 8)
+        heads = (size for size in range(self.n_inner, 257) if n_channels % size == 0)
+        self.n_head = max(heads, default=n_channels)  # channels of a head of h
         self.query, self.key = SpectralWeight(self.n_inner, n_channels), SpectralWeight(self.n_inner, n_channels)
         self.value = SpectralWeight(n_channels, n_channels)
 
@@ -433,10 +437,8 @@ class SelfAttention(_Attention):
         return x.device.type == 'cpu' and full and not torch.compiler.is_compiling()
 
     def _fused(self, f, g, h):
-        n_heads = -(-self.n_channels // 256)
-        while self.n_channels % n_heads: n_heads += 1
-        h = h.unflatten(2, (n_heads, -1)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
-        f, g = (F.pad(t, (0, h.shape[3] - t.shape[2])).unsqueeze(1).expand_as(h) for t in (f, g))
+        h = h.unflatten(2, (-1, self.n_head)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
+        f, g = (F.pad(t, (0, self.n_head - self.n_inner)).unsqueeze(1).expand_as(h) for t in (f, g))
         attended = F.scaled_dot_product_attention(g, f, h, scale=1.)
         return attended.transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
 

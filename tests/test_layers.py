@@ -236,7 +236,8 @@ def test_a_weight_of_zeros_is_finite_and_normalised_again_once_it_is_not():
     assert torch.linalg.matrix_norm(norm(), 2).item() == pytest.approx(1, abs=0.05)
 
 
-@pytest.mark.parametrize('n_channels', [16, 6, 512])  # C/8 whole, C < 8, more than one head
+# C/8 whole; C < 8; more than one head; a head of 17 would not hold the 36 channels of f, nor one of 256 those 320 of f
+@pytest.mark.parametrize('n_channels', [16, 6, 512, 289, 2560])
 def test_sagan_is_the_explicit_softmax(n_channels, monkeypatch):
     layer = trained(SelfAttention, n_channels)
 
@@ -259,6 +260,14 @@ def test_sagan_keeps_no_matrix_of_positions():
     with torch.autograd.graph.saved_tensors_hooks(lambda t: sizes.append(t.numel()) or t, lambda t: t):
         trained('sagan', 32)(torch.randn(1, 32, 32, 32, requires_grad=True)).sum()
     assert 0 < max(sizes) < 1024 * 1024 / 4  # N * N = 1024^2
+
+
+@pytest.mark.parametrize('name', VARIANTS)
+def test_shapes_can_be_asked_for_without_memory(name):
+    with torch.device('meta'): layer, x = ATTENTION[name](16), torch.empty(2, 16, 4, 6, requires_grad=True)
+    y = layer(x)
+    assert y.is_meta and y.shape == x.shape
+    assert torch.autograd.grad(y.sum(), x)[0].shape == x.shape
 
 
 @pytest.mark.parametrize('name', VARIANTS)
