@@ -56,9 +56,6 @@ def nearest(name, names):
     return f' (did you mean {close[0]}?)' if close else ''
 
 
-PATHS = '--data', '--results', '--save', '--export', '--out'  # Empty, they would mean none, or the current folder.
-
-
 class Parser(argparse.ArgumentParser):
     """Parses a command line, with underscores in a flag as good as hyphens; raises UsageError on a mistake.
 
@@ -85,13 +82,19 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args
+        paths = self.paths()
         for before, arg in pairwise(['', *args]):
             if arg.startswith('--') and arg.endswith('=--'):  # Python 3.11 would take it for an empty list.
                 raise UsageError(f'{arg}: expected an argument')
-            if (before in PATHS and not arg) or (arg.endswith('=') and arg[:-1] in PATHS):
+            if (before in paths and not arg) or (arg.endswith('=') and arg[:-1] in paths):
                 what = arg or f'{before} ""'
                 raise UsageError(f'{what}: an empty value; is a variable of the shell not set?')
         return super().parse_known_args([self.hyphenated(arg) for arg in args], namespace)
+
+    def paths(self):
+        "Returns the flags of paths, which take no empty value: it would mean none, or the current folder."
+        return [flag for flag, action in self._option_string_actions.items()
+                if action.type is Path or action.dest == 'data']
 
     def hyphenated(self, arg):
         "Returns a word of the command line, with hyphens if that makes it a flag: --ann_start=0.7 is --ann-start=0.7."

@@ -280,10 +280,12 @@ def options_of(f, default=None):
     if choices and choices is not SWITCH: text += f' [{", ".join(map(str, choices))}]'
     if f.default != '' and default is None: text += f' (default {f.default})'
     metavar = 'TEXT' if f.type is str else f.type.__name__.upper()
-    if f.type is str and choices: metavar = 'NAME'
-    options = dict(type=f.type, default=f.default, metavar=metavar, help=text.replace('%', '%%'))
+    kind = f.type
+    if f.type is str and choices: metavar, kind = 'NAME', lambda text: _spelled(text, f.metadata)
+    options = dict(type=kind, default=f.default, metavar=metavar, help=text.replace('%', '%%'))
     if f.name in ('dataset', 'act'): options |= dict(default=None)  # It depends on --woof and --data, or on --arch.
-    if f.name == 'attention': options |= dict(nargs='?', const='simple', type=attention_name)
+    if f.name == 'attention':
+        options |= dict(nargs='?', const='simple', type=lambda text: _spelled(attention_name(text), f.metadata))
     if choices is SWITCH: options |= dict(nargs='?', const=1, metavar='0|1')
     return options if default is None else options | dict(default=default)
 
@@ -356,8 +358,7 @@ SETTINGS = knobs(role='result')  # runs that agree in these, on the same images,
 
 def setting(cfg, names=SETTINGS):
     "Returns the values of a resolved `cfg` that distinguish its setting from others."
-    values = asdict(cfg)
-    return tuple(values[name] for name in names)
+    return tuple(getattr(cfg, name) for name in names)
 
 
 @dataclass(frozen=True)
@@ -427,6 +428,11 @@ class Experiment:
         more = [pair for pair in pairs if pair not in self.pairs() + self.described()]
         kept = [pair for pair in self.pairs() if pair[::-1] not in more]
         return replace(self, contrasts={pair: self.asks(*pair) for pair in kept + more}) if more else self
+
+
+def variant(cfg):
+    "Returns the name of the attention of `cfg`, with its places where they are not the usual one: simple@1,2,3,4."
+    return cfg.attention if cfg.sa_at == Config.sa_at else f'{cfg.attention}@{cfg.sa_at}'
 
 
 def attentions(base, *names):

@@ -523,8 +523,8 @@ class CovarianceAttention(_Mixing):
 class LowRankAttention(_Attention):
     """y = x + gamma * (x x^T)(Wf^T Wg) x, Wf and Wg (C -> C/8): W against the product of a key and a query.
 
-    SAGAN's f = Wf x and g = Wg x without its softmax, and x as the value. Both are spectrally normalised 1x1
-    convolutions; their product has a norm of at most 1, W of `SimpleSelfAttention` has 1.
+    SAGAN's f = Wf x (here `key`) and g = Wg x (`query`) without its softmax, and x as the value. Both are spectrally
+    normalised 1x1 convolutions; their product has a norm of at most 1, W of `SimpleSelfAttention` has 1.
     C^2 / 4 + 1 parameters. Evaluated as (x f^T) g: C^2 N / 2 multiply-adds (for C a multiple of 8).
     """
     def __init__(self, n_channels):

@@ -19,6 +19,7 @@ import sys
 import time
 import warnings
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +27,7 @@ from pathlib import Path
 from filelock import FileLock, SoftFileLock
 
 from command import Parser, UsageError, exit_code, say_once, shown
-from experiments import SETTINGS, Config, as_written_now, fields, setting
+from experiments import SETTINGS, Config, as_written_now, setting
 
 RESULTS = Path(__file__).parent / 'results'
 STATUSES = ('ok', 'diverged', 'interrupted', 'failed')
@@ -45,9 +46,8 @@ PROVENANCE = {
 }
 COLUMNS = {'run_id': str, 'status': str, 'started': str} | CONFIG | MEASURED | PROVENANCE
 CURVE = ('epoch', 'train_loss', 'valid_loss', 'accuracy', 'top5_accuracy', 'seconds', 'branch_ratio')
-FAULTS = {  # commit of runs in results/: what was wrong with CUDA graphs there; no comparison pools them with others
-    'd50451d60e11e35fd60102cc644bba1e4144bcaf': 'old CUDA graphs',
-}
+# a fault of runs in results/, and the values of their columns: no comparison pools them with others
+FAULTS = [('gradient fault', dict(git_commit='d50451d60e11e35fd60102cc644bba1e4144bcaf', cuda_graphs=1))]
 
 
 def new_run(results=RESULTS):
@@ -418,7 +418,11 @@ def by_setting(runs, names=SETTINGS):
 
 def faults(runs):
     "Returns for each run the fault in FAULTS that it has, '' where it has none."
-    return runs.git_commit.map(FAULTS).where(runs.cuda_graphs.eq(1).fillna(False)).fillna('')
+    import pandas as pd
+    found = pd.Series('', runs.index)
+    for fault, columns in FAULTS:
+        found[runs[list(columns)].eq(list(columns.values())).fillna(False).all(axis=1)] = fault
+    return found
 
 
 def of_config(runs, cfg):

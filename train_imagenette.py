@@ -7,7 +7,7 @@
 import argparse
 import os
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from command import (
     stop_on_signals,
     weights_file,
 )
-from experiments import Config, add_config_flags, fields
+from experiments import Config, add_config_flags
 from layer_source import is_file, is_outside
 from training.files import find_images
 from training.others import IN_2019, REFUSED, notes_on_others
@@ -108,7 +108,7 @@ def config_of(args):
         raise UsageError(f'--woof{"" if args.woof else " 0"} and --dataset {args.dataset}: give one of them')
     if args.woof: config['dataset'] = 'imagewoof'
     elif not args.dataset: config['dataset'] = 'custom' if args.data and args.woof is None else 'imagenette'
-    with_mish = args.arch.startswith('mxresnet')  # of the replication of 2019
+    with_mish = args.arch.lower().startswith('mxresnet')  # of the replication of 2019
     if with_mish: config['arch'] = args.arch[1:]
     if args.act is None: config['act'] = 'mish' if with_mish else Config.act
     if args.fp16 is not None:

@@ -6,6 +6,7 @@ their own and are never pooled. How a verdict is reached: results/README.md.
 """
 import sys
 from collections import Counter, namedtuple
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path, PurePath
 
@@ -14,7 +15,7 @@ import pandas as pd
 
 import runlog
 from command import UsageError
-from experiments import EXPERIMENTS, N_IMAGES, SETTINGS, Config, Experiment, fields, knobs, resolve, setting
+from experiments import EXPERIMENTS, N_IMAGES, SETTINGS, Config, Experiment, knobs, resolve, setting, variant
 from report import stats
 from report.published import published_mean, weakest_recipe
 
@@ -53,7 +54,7 @@ def summarise(runs):
         ends = {status: (group.status == status).sum() for status in runlog.STATUSES[1:]}
         rows.append(dict(zip(keys, key)) | stats.summary(ok.accuracy) | dict(mean_max=best['mean'], sd_max=best['sd'])
                     | ends | dict(seconds=group.fit_seconds.median()))
-    return pd.DataFrame(rows, columns=None if rows else [*keys, *SUMMARY])
+    return pd.DataFrame(rows, columns=None if rows else list(dict.fromkeys([*keys, *SUMMARY])))
 
 
 def by_recipe(runs):
@@ -140,7 +141,7 @@ def on_own_images(runs):
             row = of_arm.iloc[0]
             try: cfg = Config(**{f.name: f.type(row[f.name]) for f in fields(Config)})
             except UsageError: continue  # a layer that is no more
-            name = cfg.attention + (f'@{cfg.sa_at}' if cfg.sa_at != Config.sa_at else '')
+            name = variant(cfg)
             if name in arms: name += f' {cfg.attention_source[:6]}'  # another version of the user's layer
             done = of_arm[of_arm.status.isin(runlog.DONE)]
             n_seeds = done.groupby('data_fingerprint').seed.nunique().max() if len(done) else 1
@@ -172,6 +173,12 @@ def diverged_seeds(runs):
     "Returns the seeds whose first run that is done diverged: a later one does not mend them."
     done = runs[runs.status.isin(runlog.DONE)].sort_values(['seed', 'run_id']).drop_duplicates('seed')
     return done.seed[done.status == 'diverged'].tolist()
+
+
+def other_ends(runs, metric='last'):
+    "Returns how many seeds diverged, and how many others have no run that ended ok."
+    ok, diverged = set(accuracies(runs, metric)), set(diverged_seeds(runs))
+    return dict(diverged=len(diverged), other=len(set(runs.seed) - ok - diverged))
 
 
 def accuracies(runs, metric='last'):
@@ -335,8 +342,7 @@ def _arm(runs, metric, n_wanted, complete=None):
     def counts_at(seed): return complete is None or seed in complete
     counted = [run for run in ok if counts_at(run.seed)]
     diverged_counted = [seed for seed in diverged if counts_at(seed)]
-    counts = dict(n_ok=len({run.seed for run in ok}), diverged=len(diverged),
-                  other=len(set(runs.seed) - {run.seed for run in ok} - set(diverged)), n_wanted=n_wanted,
+    counts = dict(n_ok=len({run.seed for run in ok}), **other_ends(runs, metric), n_wanted=n_wanted,
                   n_done=len({run.seed for run in counted}) + len(diverged_counted))
     chance = CHANCE.get(runs.dataset.iloc[0]) if len(runs) else None
     at_chance = {} if chance is None else dict.fromkeys(diverged_counted, chance)
@@ -495,15 +501,12 @@ def narrow_enough(pairs, points):
 
     It allows for looking after every turn. Arms that share enough seeds are compared at these.
     """
-    return all(_is_narrow(base, arm, points / 100) for base, arm in pairs)
-
-
-def _is_narrow(base, arm, half_width, n_min=10):
-    "Returns whether one difference is known to that half-width, a fraction; see `narrow_enough`."
-    shared = sorted(base.keys() & arm.keys())
-    paired = len(shared) >= n_min
-    values = [[arm[seed] for seed in (shared if paired else arm)] for arm in (base, arm)]
-    return bool(stats.fixed_width_done(*values, half_width, n_min, paired))
+    def is_narrow(base, arm):
+        shared = sorted(base.keys() & arm.keys())
+        paired = len(shared) >= stats.LEAST_RUNS
+        values = [[arm[seed] for seed in (shared if paired else arm)] for arm in (base, arm)]
+        return bool(stats.fixed_width_done(*values, points / 100, paired=paired))
+    return all(is_narrow(base, arm) for base, arm in pairs)
 
 
 def known_to(points, pairs, runs, metric):
@@ -512,7 +515,7 @@ def known_to(points, pairs, runs, metric):
     Raises UsageError where more runs cannot tell it, as those of each arm all end alike.
     """
     arms = {arm: accuracies(found, metric) for arm, found in runs.items()}
-    if all(len(arm) >= 10 and len(set(arm.values())) == 1 for arm in arms.values()):
+    if all(len(arm) >= stats.LEAST_RUNS and len(set(arm.values())) == 1 for arm in arms.values()):
         raise UsageError('--until: in each arm all runs end alike; stopped')
     return narrow_enough([(arms[base], arms[arm]) for base, arm in pairs], points)
 

@@ -109,12 +109,12 @@ def forest(rows):
                 _bar(ax, in_points(test), y, whose, limits)
                 unknown = '  no interval' if np.isnan(test['low']) else ''
                 write(CHANGE_AT, y, tables.change(test) + unknown, color=color)
-                star = ' *' if whose == 'published' and _is_assumed(row) else ''
+                star = ' *' if whose == 'published' and _is_by_assumed_recipe(row) else ''
                 write(RUNS_AT, y, f'{whose} ({tables.n_runs(row[whose])}){star}', color=color)
         heads = {0.08: 'bold: a claim, or a question', AXIS[0]: 'second arm minus first', CHANGE_AT: 'points [95 %]',
                  RUNS_AT: 'by whom (runs)'}
         for x, head in heads.items(): write(x, -0.4, head, color=GREY)
-        if any(map(_is_assumed, rows)): write(RUNS_AT, y + 1.2, '* assumed recipe', color=GREY)
+        if any(map(_is_by_assumed_recipe, rows)): write(RUNS_AT, y + 1.2, '* assumed recipe', color=GREY)
         ax.set(xlim=limits, ylim=(len(lines) + spacing[-1] - 0.4, -0.6), yticks=[],
                xlabel='difference in accuracy (points)')
         for side in ('left', 'bottom'): ax.spines[side].set_visible(side == 'bottom')
@@ -160,7 +160,7 @@ def _images(row):
     return f'split {row["split"]}, {words}' if row['planned'] else words
 
 
-def _is_assumed(row):
+def _is_by_assumed_recipe(row):
     "Returns whether a difference is published by a recipe that is assumed in part."
     return row['published']['recipe'] == 'assumed' and not np.isnan(row['published']['difference']['difference'])
 
@@ -213,7 +213,7 @@ def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes
         heights = [_height(arms, of_set) for _, arms, of_set in parts]
         fig = Figure(figsize=(WIDTH, sum(heights)))
         for top, (key, arms, of_set) in zip(np.cumsum([0, *heights]), parts):
-            y, assumed = 1 - (top + 0.17) / sum(heights), any(map(_is_assumed, of_set))
+            y, assumed = 1 - (top + 0.17) / sum(heights), any(map(_is_by_assumed_recipe, of_set))
             fig.text(0.08 / WIDTH, y, _what(name, key), fontsize=8.5, weight='bold')
             if assumed: fig.text(1 - RIGHT / WIDTH, y, 'published: assumed recipe', ha='right', color=GREY, size=7)
             first, second = (place(fig, left, top + below, *size) for left, below, *size in _two(arms, of_set))

@@ -15,30 +15,19 @@ from report.tables import markdown_table
 def load_cost(file=runlog.RESULTS / 'benchmarks' / 'cost.csv'):
     """Returns the table of `scripts/benchmark.py cost` with ms_image and mb_image, of one image.
 
-    Where a shape was skipped they are nan. A table from before the ratios to fastai's layers were measured in rounds
-    gets those of its medians, without quartiles.
+    Where a shape was skipped they are nan.
     """
     df = pd.read_csv(file).fillna({'order': ''})
-    df = df.assign(ms_image=df.ms / df.B, mb_image=df.peak_mb / df.B, name=(df.layer + ' ' + df.order).str.strip())
-    return df if 'faster' in df else df.assign(**_ratios_of_medians(df))
-
-
-def _ratios_of_medians(df):
-    "Returns the columns faster, faster_low, faster_high and memory from ms and peak_mb; nan where fastai has no layer."
-    key = ['layer', 'C', 'N']
-    theirs = df.assign(layer=df.layer.str.removeprefix('fastai '))[df.layer.str.startswith('fastai ')].set_index(key)
-    ms, mb = (theirs[column].reindex(pd.MultiIndex.from_frame(df[key])).to_numpy() for column in ('ms', 'peak_mb'))
-    return dict(faster=ms / df.ms, faster_low=np.nan, faster_high=np.nan, memory=df.peak_mb / mb)
+    return df.assign(ms_image=df.ms / df.B, mb_image=df.peak_mb / df.B, name=(df.layer + ' ' + df.order).str.strip())
 
 
 def ratios(cost):
     """Returns one row per layer that fastai has, and shape: its time and memory an image beside fastai's.
 
-    Each is in the order that it takes of itself, the one of the fewest multiply-adds. faster: fastai's time over ours
+    Each is in the order that it takes of itself. faster: fastai's time over ours
     in the same round, the median, with its quartiles faster_low and faster_high; memory: ours over fastai's.
     """
-    taken = cost[cost.faster.notna() & cost.get('auto', True)]
-    ours = taken.sort_values('multiply_adds', kind='stable').drop_duplicates(['layer', 'C', 'N'])
+    ours = cost[cost.faster.notna() & cost.auto]
     columns = ['layer', 'C', 'N', 'order', 'ms_image', 'faster', 'faster_low', 'faster_high', 'mb_image', 'memory']
     return ours.sort_values(['layer', 'C', 'N'], ascending=[False, True, True])[columns].reset_index(drop=True)
 
@@ -107,14 +96,14 @@ def _crossing(costs):
 def against_softmax(cost):
     """Returns one row per shape: simple attention against sagan.
 
-    Simple is in the order of the fewest multiply-adds, which 'auto' takes. Per image: ms and MiB of simple and of
+    Simple is in the order that it takes of itself. Per image: ms and MiB of simple and of
     sagan (softmax, no N x N matrix kept); faster: sagan's time over that of simple; faster_unfused: the same of
     fastai's sagan, which holds the N x N matrix; memory: MiB of simple over sagan's; fastest_order: the order of simple
     that took the least time.
     """
     key, simple = ['C', 'N'], cost[cost.layer == 'simple']
-    auto, fastest = (simple.sort_values(by, kind='stable').drop_duplicates(key).set_index(key)
-                     for by in ('multiply_adds', 'ms'))
+    auto = simple[simple.auto].set_index(key)
+    fastest = simple.sort_values('ms').drop_duplicates(key).set_index(key)
     sagan, unfused = (cost[cost.layer == name].set_index(key) for name in ('sagan', 'fastai sagan'))
     return pd.DataFrame(dict(order=auto.order, fastest_order=fastest.order,
                              simple_ms=auto.ms_image, sagan_ms=sagan.ms_image,

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 import runlog
-from experiments import Config, setting
+from experiments import Config, variant
 from report import stats
 
 FOLDER = runlog.RESULTS / 'published'
@@ -66,12 +66,6 @@ def weakest_recipe(*rows):
     "Returns the recipe, among those of published rows (or None), of which the least is known; '' without any."
     recipes = [row.recipe for row in rows if row is not None]
     return max(recipes, key=RECIPES.index, default='')
-
-
-def variant(cfg):
-    "Returns the name of the attention of `cfg`, with its places where they are not the usual one: simple@1,2,3,4."
-    attention, place = setting(cfg, ('attention', 'sa_at'))
-    return attention if place == Config.sa_at else f'{attention}@{place}'
 
 
 def single_runs_sd(cfg, runs):

@@ -220,6 +220,7 @@ def compare_paired(a, b):
     return row | _without_spread(row, 2**len(d)) if sd == 0 else row
 
 
+@lru_cache(maxsize=2)
 def _signs(n):
     "Returns (a matrix (patterns, n) of -1 and 1, whether it holds all patterns)."
     if 2**n > EXACT: return np.random.default_rng(SEED).integers(2, size=(_resamples(n), n)) * 2 - 1, False
@@ -363,7 +364,10 @@ def runs_needed(difference, sd, paired=False, power=0.8, alpha=ALPHA):
     return many
 
 
-def fixed_width_done(a, b, half_width, n_min=10, paired=False):
+LEAST_RUNS = 10  # of each arm, before runs may stop
+
+
+def fixed_width_done(a, b, half_width, n_min=LEAST_RUNS, paired=False):
     """Returns whether runs may stop, along the last axis, for many experiments at once.
 
     They may when both arms have n_min runs and sqrt(1 + 2/n) times the half-width of the interval is at most

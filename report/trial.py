@@ -184,8 +184,7 @@ def of_arms(plan, runs):
 
 def accuracy(runs):
     "Returns the mean of the runs of an arm and their spread, in words."
-    bad = dict(diverged=(runs.status == 'diverged').sum(), other=(~runs.status.isin(runlog.DONE)).sum())
-    return tables.percent(stats.summary(list(compare.accuracies(runs).values())) | bad)
+    return tables.percent(stats.summary(list(compare.accuracies(runs).values())) | compare.other_ends(runs))
 
 
 def known(plan, runs):

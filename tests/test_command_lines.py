@@ -6,13 +6,14 @@ exclamation mark, the start of the message, and the start of the note on what it
 import csv
 import re
 import shlex
+from dataclasses import fields
 
 import pytest
 from conftest import REPO
 
 import train_imagenette
 from command import UsageError
-from experiments import Config, fields, resolve
+from experiments import Config, resolve
 from training.others import notes_on_others
 
 with open(REPO / 'tests' / 'command_lines.csv', newline='', encoding='utf-8') as f: LINES = list(csv.DictReader(f))

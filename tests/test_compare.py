@@ -171,7 +171,8 @@ def test_sets_are_told_apart(column, value):
 
 
 def test_runs_with_a_known_fault_stand_apart_and_are_made_again():
-    (commit, fault), cfg = next(iter(runlog.FAULTS.items())), resolve(Config(dataset='imagewoof', precision='fp32'))
+    (fault, columns), cfg = runlog.FAULTS[0], resolve(Config(dataset='imagewoof', precision='fp32'))
+    commit = columns['git_commit']
     sound = [make_runs(arm, [0.6, 0.62, 0.63]).assign(git_commit=commit) for arm in ('none', 'simple')]
     faulty = [runs[:2].assign(cuda_graphs=1) for runs in sound]
     rows = gaps('woof-128-5', *faulty)
@@ -186,16 +187,23 @@ def test_runs_with_a_known_fault_stand_apart_and_are_made_again():
     assert words[0] == f'not comparable: fault {fault} and none'
 
 
+def test_a_fault_is_told_by_any_columns(monkeypatch):
+    runs = make_runs('none', [0.6, 0.62, 0.63]).assign(git_commit=['a', 'b', 'b'], torch=['2.14', '2.14', '2.15'])
+    monkeypatch.setattr(runlog, 'FAULTS', [('one', dict(git_commit='a')), ('two', dict(git_commit='b', torch='2.15'))])
+    assert runlog.faults(runs).tolist() == ['one', '', 'two'] and runlog.faults(runs[:0]).empty
+    assert runlog.faults(runs.assign(git_commit='')).tolist() == [''] * 3
+
+
 def test_runs_with_a_fault_count_until_all_are_made_again():
     def arms(n): return [make_runs(arm, [0.6 + 0.001 * i for i in range(n)]) for arm in ('none', 'simple', 'sagan')]
-    faulty = [runs.assign(cuda_graphs=1, git_commit=next(iter(runlog.FAULTS))) for runs in arms(12)]
-    for n, sets in ((0, {'old CUDA graphs'}), (11, {'old CUDA graphs', ''}), (12, {''})):
+    faulty = [runs.assign(**runlog.FAULTS[0][1]) for runs in arms(12)]
+    for n, sets in ((0, {'gradient fault'}), (11, {'gradient fault', ''}), (12, {''})):
         every = all_gaps('woof-128-5', *faulty, *arms(n))
         found = [row for row in compare.up_to_date(every) if compare.has_runs(row)]
         assert {row['fault'] for row in found} == sets and len(found) == 3 * len(sets)
         assert '3 have all their runs' in tables.conclusion(every)
         words = [words for kind, words, *_ in figures._lines(found) if kind == 'title']
-        assert ['old CUDA graphs' in title for title in words] == [fault != '' for fault in sorted(sets)]
+        assert ['gradient fault' in title for title in words] == [fault != '' for fault in sorted(sets)]
 
 
 def test_without_runs_the_published_numbers_are_shown(published):
@@ -581,3 +589,4 @@ def test_summary_is_that_of_numpy_and_counts_what_did_not_end_ok():
     again = make_runs('none', [0.9]).assign(run_id='z', fused=0)  # of one seed the first run counts
     assert compare.summarise(pd.concat([make_runs('none', values), again]))['mean'][0] == pytest.approx(np.mean(values))
     assert s['mean']['none'] == pytest.approx(np.mean(values)) and s.sd['none'] == pytest.approx(np.std(values, ddof=1))
+    assert compare.summarise(again[:0])[compare.SUMMARY].columns.tolist() == compare.SUMMARY

@@ -2,7 +2,7 @@
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from conftest import REPO, parsed
 
 import train_imagenette
 from command import UsageError
-from experiments import EXPERIMENTS, Config, fields, flag, keys_of, literal, resolve
+from experiments import EXPERIMENTS, Config, flag, keys_of, literal, resolve
 from layers import ATTENTION
 from training.others import notes_on_others
 from xresnet import ACTIVATIONS, ARCHS, POOLS, STEMS
@@ -50,7 +50,9 @@ def test_the_sources_own_command_line():
     ('--sa --sym 0', dict(attention='simple')), ('--alpha 0.9', dict(sqrmom=0.9)),
     ('--label_smoothing 0', dict(label_smoothing=0.)),
     ('--compile', dict(compile=1)), ('--compile 0 --fused 0', dict(fused=0)),
-    ('--loader device', dict(loader='device')),
+    ('--loader device', dict(loader='device')), ('--woof --dataset Imagewoof', dict(dataset='imagewoof')),
+    ('--sa Simple --sym', dict(attention='simple_sym')), ('--fp16 --precision FP16', dict(precision='fp16')),
+    ('--arch MXResNet50', dict(arch='xresnet50', act='mish')),
     ('--pct-noise 5', dict(pct_noise=5)), ('--pct_noise 5', dict(pct_noise=5)), ('--act_fn mish', dict(act='mish')),
     ('--sa --sa-at 1,2.0 --pool max --opt ranger --schedule flat_cos',
      dict(attention='simple', sa_at='1,2b0', pool='max', opt='ranger', schedule='flat_cos')),

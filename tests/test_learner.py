@@ -295,7 +295,7 @@ def test_cuda_a_large_loss_scale_overflows_in_no_recorded_layer():
                                    dls=SimpleNamespace(device=device, train=SimpleNamespace(bs=4)))
     graphs.before_fit()
     x = torch.randn(4, 3, 32, 32, device=device).contiguous(memory_format=torch.channels_last)
-    for network in (plain, graphs.graphed):
+    for network in (plain, graphs.fast):
         with torch.autocast('cuda', torch.float16, cache_enabled=False): y = network(x)
         g = torch.ones_like(y) / y.numel()**0.5
         y.backward(2**13 * g)

@@ -53,7 +53,7 @@ def test_the_record_at_64_px_shows_the_conservative_result_first():
     assert [round(test['difference'] * 100, 2) for test in found] == [1.19, 1.45, 1.34]
 
 
-HEADLINE_FAULT = 'old CUDA graphs'  # '' once the planned runs are made again
+HEADLINE_FAULT = 'gradient fault'  # '' once the planned runs are made again
 
 
 def record_at_128px(attention):

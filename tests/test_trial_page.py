@@ -2,6 +2,7 @@
 from dataclasses import asdict
 
 import numpy as np
+import pandas as pd
 import pytest
 
 import runlog
@@ -43,7 +44,7 @@ def test_what_counts_are_the_planned_seeds_images_and_precision(tmp_path):
     assert sorted(trial.runs_of(plan, runs).seed.unique()) == [0, 1, 2, 3]
     assert len(trial.runs_of(plan | dict(data_fingerprint='other'), runs)) == 0
     assert len(trial.runs_of(plan | dict(precision='bf16'), runs)) == 0
-    assert len(trial.runs_of(plan, runs.assign(cuda_graphs=1, git_commit=next(iter(runlog.FAULTS))))) == 0
+    assert len(trial.runs_of(plan, runs.assign(**runlog.FAULTS[0][1]))) == 0
     until = plan | dict(until=0.5)
     so_far = runs[(runs.attention != 'simple') | (runs.seed < 5)]
     assert sorted(trial.runs_of(until, so_far).seed.unique()) == [0, 1, 2, 3, 4]
@@ -54,6 +55,14 @@ def test_what_counts_are_the_planned_seeds_images_and_precision(tmp_path):
     assert text.startswith('**simple** against none: +') and 'P (Holm) ' in text
     assert 'difference' in text and text.endswith('points).')
     assert trial.accuracy(trial.of_arms(plan, runs)['none']).endswith('(4)')
+
+
+def test_a_seed_counts_once_however_often_its_run_was_begun(tmp_path):
+    runs = made_runs(made_plan(), tmp_path)
+    none = runs[runs.attention == 'none']
+    stopped = none[:1].assign(run_id='a', status='interrupted', accuracy=np.nan)
+    assert trial.accuracy(pd.concat([stopped, none])) == trial.accuracy(none)
+    assert trial.accuracy(pd.concat([stopped.assign(seed=9), none])).endswith('(4, 1 unfinished)')
 
 
 def test_a_plan_names_its_images():

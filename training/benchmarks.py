@@ -37,10 +37,10 @@ from layers import ATTENTION, SelfAttention, SimpleSelfAttention, multiply_adds
 from training.data import ImageLoader
 from training.host import keep_memory
 from training.learner import get_learner
-from training.machine import autocast, settle
+from training.machine import autocast, settle, wait_for
 from training.run import get_model, prepare
 from training.run import run as train
-from training.timing import PEERS, alternate, peak_mb, take_turns
+from training.timing import PEERS, peak_mb, take_turns
 
 LAYERS = [  # name, shape, shape of --quick
     ('simple', (16, 256, 32, 32), (4, 256, 32, 32)),
@@ -64,14 +64,14 @@ def matrix_rate(device):
     "Returns multiply-adds per second of a float32 matrix product (float16 on CUDA), the best of ten."
     n, dtype = (8192, torch.float16) if device.type == 'cuda' else (2048, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
-    return n**3 / min(alternate([lambda: a @ a], device, 1)[0] for _ in range(10))
+    return n**3 / take_turns([lambda: a @ a], device, 10).min()
 
 
 def copy_rate(device):
     "Returns the bytes per second read and written by a copy of 256 MiB, the best of ten."
     a = torch.zeros(2**26, device=device)
     b = torch.empty_like(a)
-    return 2 * a.nbytes / min(alternate([lambda: b.copy_(a)], device, 1)[0] for _ in range(10))
+    return 2 * a.nbytes / take_turns([lambda: b.copy_(a)], device, 10).min()
 
 
 class CountBytes(TorchDispatchMode):
@@ -88,16 +88,17 @@ class CountBytes(TorchDispatchMode):
 
 
 def floor(cfg, model, device):
-    """Returns (multiply-adds of a step of `model` on `device`, the seconds it takes at least).
+    """Returns (the seconds of the products of a step of `model` on `device`, the seconds that it takes at least).
 
-    At least: if the products run at `matrix_rate`, and every tensor that an operation reads or writes moves once at
-    `copy_rate`, one after the other.
+    The products run at `matrix_rate`. At least: if every tensor that an operation reads or writes moves once at
+    `copy_rate`, before or after them.
     """
     x = torch.randn(cfg.bs, 3, cfg.size, cfg.size, device=device).contiguous(memory_format=torch.channels_last)
-    cast = autocast(cfg.precision, device)
-    with FlopCounterMode(display=False) as flops, CountBytes() as moved, cast: model(x).sum().backward()
-    multiply_adds = flops.get_total_flops() / 2
-    return multiply_adds, multiply_adds / matrix_rate(device) + moved.bytes / copy_rate(device)
+    with FlopCounterMode(display=False) as flops, CountBytes() as moved:
+        with autocast(cfg.precision, device): y = model(x).sum()
+        y.backward()
+    products = flops.get_total_flops() / 2 / matrix_rate(device)
+    return products, products + moved.bytes / copy_rate(device)
 
 
 # --- the benchmarks: each gives the rows of its table ---
@@ -218,13 +219,13 @@ class Clock(Callback):
     """Ends the fit after `n` training steps, and keeps `seconds` of them.
 
     The first two steps of a fit are left out (the loader starts).
-    On a CPU `seconds` are those of each step; on CUDA their mean, so that no step waits for the one before.
+    On a CPU `seconds` are those of each step; on a GPU their mean, so that no step waits for the one before.
     """
     def __init__(self, n): self.n, self.seconds = n, []
 
     def after_step(self):
-        whole = self.dls.device.type == 'cuda'
-        if whole and self.iter in (1, self.n - 1): torch.cuda.synchronize(self.dls.device)
+        whole = self.dls.device.type != 'cpu'
+        if whole and self.iter in (1, self.n - 1): wait_for(self.dls.device)
         now = time.perf_counter()
         if self.iter >= 2 and not whole: self.seconds.append(now - self.last)
         if not whole or self.iter == 1: self.last = now
@@ -286,10 +287,10 @@ def step(args, device):
         cfg, dls, model = prepare(step_config(args, device, folder), device)
         learners = [plain_learner(cfg, device), get_learner(cfg, dls, model)]
         theirs, ours = np.median(clocked(learners, args, device, cfg.lr, keep=(False, True)), axis=1)
-        multiply_adds, floor_seconds = floor(cfg, model, device)
+        products, floor_seconds = floor(cfg, model, device)
         yield dict(model=cfg.model, size=cfg.size, bs=cfg.bs, precision=cfg.precision, loader=cfg.loader,
                    fastai_images_per_second=cfg.bs / theirs, ours_images_per_second=cfg.bs / ours, faster=theirs / ours,
-                   seconds=ours, floor_seconds=floor_seconds, matrix_share=multiply_adds / matrix_rate(device) / ours)
+                   seconds=ours, floor_seconds=floor_seconds, matrix_share=products / ours)
 
 
 class OneBatch(ImageLoader):
@@ -309,7 +310,7 @@ def loader(args, device):
             cfg, dls, model = prepare(replace(cfg, loader=kind), device)
             start, n = time.perf_counter(), 0
             for x, _ in dls.train: n += len(x)
-            if device.type == 'cuda': torch.cuda.synchronize(device)
+            wait_for(device)
             alone = n / (time.perf_counter() - start)
             learners = [get_learner(cfg, d, m) for d, m in ((dls, model), (get_one_batch(dls), copy.deepcopy(model)))]
             seconds = np.median(clocked(learners, args, device, cfg.lr), axis=1)

@@ -85,10 +85,11 @@ def _recall(file):
 
     It is {} if there is none, or it is damaged or of another version.
     """
+    if file is None: return {}
     try:
         kept = json.loads(file.read_text(encoding='utf-8'))
         return kept['images'] if kept['format'] == LIST_FORMAT else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError): return {}
+    except (OSError, ValueError, KeyError, TypeError): return {}
 
 
 def _remember(file, images):

@@ -8,7 +8,7 @@ import io
 import sys
 import zipfile
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 import runlog
 from command import Busy, UsageError, in_a_line, is_stop, lack_of_memory
-from experiments import Config, as_written_now, fields, knobs
+from experiments import Config, as_written_now, knobs
 from training import distributed
 
 FORMAT = 'checkpoint 1'

@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelStepException, TrainEvalCallback
-from fastai.callback.fp16 import AMPMode, MixedPrecision
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.schedule import valley  # noqa: F401  (importing it gives Learner its schedules)
@@ -26,6 +26,7 @@ from fastai.torch_core import L, norm_bias_params, rank_distrib, set_seed
 
 from command import UsageError, is_stop, lack_of_memory
 from training import distributed
+from training.machine import DTYPES
 
 # --- optimizer and precision ---
 
@@ -70,7 +71,7 @@ class Precision(MixedPrecision):
     "Trains in fastai's mixed precision, on any device; a fused optimizer skips a step that overflows by itself."
     def before_fit(self):
         "Does as fastai's, which knows CUDA alone."
-        device, dtype = self.dls.device.type, AMP_DTYPES[self.amp_mode]
+        device, dtype = self.dls.device.type, DTYPES[self.amp_mode.value]
         self.autocast, self.on, self.scales = torch.autocast(device, dtype), False, L()
         self.learn.scaler = torch.amp.GradScaler(device, enabled=dtype == torch.float16)
 
@@ -95,9 +96,6 @@ class Precision(MixedPrecision):
         raise CancelStepException
 
 
-AMP_DTYPES = {AMPMode.FP16: torch.float16, AMPMode.BF16: torch.bfloat16}
-
-
 # --- callbacks ---
 
 class Reseed(Callback):
@@ -112,50 +110,54 @@ class Reseed(Callback):
         set_seed(int(np.random.SeedSequence(entropy).generate_state(1)[0]))
 
 
-class Compile(Callback):
-    """Trains through torch.compile, with CUDA graphs on a GPU.
+class FastModel(Callback):
+    """Trains through `fast`, which before_fit makes of the model, and validates through the model itself, `plain`.
 
-    It validates without, since the last batch has a size of its own. A later model of the same kind in this process
-    finds what was compiled for the first.
+    The last batch of a validation has a size of its own.
     """
     order = TrainEvalCallback.order + 1
-    def before_fit(self):
-        self.plain = self.model
-        self.compiled = torch.compile(self.model, mode='reduce-overhead' if self.dls.device.type == 'cuda' else None)
-    def before_train(self): self.learn.model = self.compiled
+    def before_train(self): self.learn.model = self.fast
 
     def before_batch(self):
-        "Drops the gradients: fastai's optimizers zero them in place, in memory that a CUDA graph writes to."
+        "Drops the gradients, which lie where a CUDA graph writes: zeroed or added up in place, they would be wrong."
         if self.training:
             for p in self.plain.parameters(): p.grad = None
 
-    def before_validate(self): self.learn.model = self.plain
+    def after_train(self): self.learn.model = self.plain
     def after_fit(self): self.learn.model = self.plain
 
 
-class Graphs(Callback):
+class Compile(FastModel):
+    """Trains through torch.compile, with CUDA graphs on a GPU.
+
+    A later model of the same kind in this process finds what was compiled for the first.
+    """
+    def before_fit(self):
+        self.plain = self.model
+        self.fast = torch.compile(self.model, mode='reduce-overhead' if self.dls.device.type == 'cuda' else None)
+
+
+class Graphs(FastModel):
     """Trains through CUDA graphs: the kernels of both passes are recorded once, and each step replays them.
 
     A step starts a thousand kernels one by one; a replay starts all at once. The network computes the same function
     with the same kernels: autocast is around the recorded forward pass alone, as in a plain step, since under it the
-    backward pass of a layer would round its float32 products to float16. It validates without graphs, since the last
-    batch has a size of its own. Raises UsageError where a module waits for the host in its pass, as it cannot be
-    recorded.
+    backward pass of a layer would round its float32 products to float16. Raises UsageError where a module waits for
+    the host in its pass, as it cannot be recorded.
     """
-    order = TrainEvalCallback.order + 1
     def __init__(self, size): self.size = size
 
     def before_fit(self):
-        self.plain, self.graphed = self.model, copy.copy(self.model)  # The copy shares all modules but the outermost.
-        self.graphed.forward = self.under_autocast(self.graphed.forward)
+        self.plain, self.fast = self.model, copy.copy(self.model)  # The copy shares all modules but the outermost.
+        self.fast.forward = self.under_autocast(self.fast.forward)
         x = torch.zeros(self.dls.train.bs, 3, self.size, self.size, device=self.dls.device)
         x = x.contiguous(memory_format=torch.channels_last)
         before = {name: buffer.clone() for name, buffer in self.plain.named_buffers()}
         self.plain.train()
-        self.graphed.training = True
+        self.fast.training = True
         if x.is_cuda: torch._C._cuda_clearCublasWorkspaces()  # Else each recording adds its own, of 64 MiB, for good.
         try:
-            torch.cuda.make_graphed_callables(self.graphed, (x,))
+            torch.cuda.make_graphed_callables(self.fast, (x,))
         except RuntimeError as e:
             hidden = e.__context__  # The end of a recording that failed raises too, and hides the reason.
             if hidden and is_stop(hidden): raise hidden from None
@@ -171,19 +173,10 @@ class Graphs(Callback):
         "Returns `forward` under the autocast of the fit, which keeps no cast weights, since a replay casts them again."
         precision = getattr(self.learn, 'precision', None)
         if precision is None: return forward
-        device, dtype = self.dls.device.type, AMP_DTYPES[precision.amp_mode]
+        device, dtype = self.dls.device.type, DTYPES[precision.amp_mode.value]
         def cast(*args):
             with torch.autocast(device, dtype, cache_enabled=False): return forward(*args)
         return cast
-
-    def before_batch(self):
-        "Drops the gradients, which lie where the next replay writes: added up in place, they would count twice."
-        if self.training:
-            for p in self.plain.parameters(): p.grad = None
-
-    def before_train(self): self.learn.model = self.graphed
-    def after_train(self): self.learn.model = self.plain
-    def after_fit(self): self.learn.model = self.plain
 
 
 class SmoothLoss(AvgSmoothLoss):

@@ -3,11 +3,11 @@ import argparse
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import runlog
 from command import Busy, UsageError, add_run_flags, check_run_flags, is_stop, lack_of_memory
-from experiments import Config, add_config_flags, fields, planned_runs
+from experiments import Config, add_config_flags, planned_runs
 
 ARMS = 'attention', 'sa_at', 'seed'  # what tells the arms and the runs apart
 INSTEAD = {  # short forms of train_imagenette.py, and what to take here

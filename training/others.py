@@ -2,9 +2,10 @@
 
 They run here. What differs is said where one of them is given.
 """
+from dataclasses import fields
 from itertools import pairwise
 
-from experiments import Config, fields, flag
+from experiments import Config, flag
 
 IN_2019 = """Command lines of 2019 (--woof 1 --sa 1 --epoch 5 --sched_type flat_and_anneal) still run. What differs:
   - --lr and --bs are 3e-3 and 64 by default, as in the documented results; in that script they were 1e-3 and 256.

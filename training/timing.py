@@ -19,11 +19,6 @@ from training.run import get_model
 PEERS = {'simple': fastai_layers.SimpleSelfAttention, 'sagan': fastai_layers.SelfAttention}  # fastai's own layers
 
 
-def alternate(functions, device, rounds):
-    "Returns the median seconds of each function, called as `take_turns` does."
-    return [float(np.median(seconds)) for seconds in take_turns(functions, device, rounds)]
-
-
 def take_turns(functions, device, rounds):
     "Returns the seconds (functions, rounds) of the functions, called in turn `rounds` times after one call to warm up."
     seconds = [[] for _ in functions]

@@ -3,6 +3,7 @@ import collections
 import contextlib
 import io
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ import train_imagenette
 import training.machine
 import training.run
 from command import Parser
-from experiments import EXPERIMENTS, Config, fields
+from experiments import EXPERIMENTS, Config
 from report import __main__ as main
 from training import cluster, data
 
