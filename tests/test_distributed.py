@@ -165,6 +165,51 @@ def test_the_death_of_a_process_leaves_no_whole_row_and_a_checkpoint(rank, data,
     assert df.epochs_done[0] == 5, err
 
 
+SHORT = """
+import os, signal, sys, time
+from datetime import timedelta
+sys.path.insert(0, {repo!r})
+import train_imagenette
+import training.measure
+import training.run
+from training import distributed
+distributed.TIMEOUT = timedelta(seconds=4)
+rank, get_dls = os.environ['RANK'], training.run.get_dls
+def slowly(*args):
+    time.sleep(8)
+    return get_dls(*args)
+training.run.get_dls = slowly
+def stop(self):
+    if rank == '1' and self.epoch == {epoch}: os.kill(os.getpid(), signal.SIGSTOP)
+training.measure.Heed.before_batch = stop
+argv = sys.argv[1:] + (['--lr', '0.1'] if rank == '1' and {epoch} == 0 else [])
+sys.exit(train_imagenette.main(argv))
+"""
+
+
+def two_with_a_short_patience(spawn, tmp_path, data, epoch):
+    "Returns (the two processes, the results folder); the second stops for good in `epoch`, or has another --lr if 0."
+    script, results = tmp_path / 'short.py', tmp_path / 'results'
+    script.write_text(SHORT.format(repo=str(REPO), epoch=epoch))
+    return spawn_two(spawn, script, '--data', data, *TINY, '--epochs', '3', '--results', results), results
+
+
+def test_a_process_that_hangs_is_noticed_and_one_that_prepares_for_longer_is_waited_for(data, spawn, tmp_path):
+    (first, second), results = two_with_a_short_patience(spawn, tmp_path, data, epoch=1)
+    try: out, err = first.communicate(timeout=120)
+    finally: second.kill()
+    assert first.returncode == 1 and out.startswith('epoch 1 ') and 'epoch 2 ' not in out, err
+    assert record(results).status.tolist() == ['failed']
+
+
+def test_processes_that_train_something_else_say_so(data, spawn, tmp_path):
+    processes, results = two_with_a_short_patience(spawn, tmp_path, data, epoch=0)
+    said = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2], said
+    assert all('the processes differ in lr: 0.003 and 0.1' in err for err in said)
+    assert not (results / 'runs.csv').exists()
+
+
 @pytest.mark.parametrize('n, code', [(1, 0), (2, 1)])
 def test_accelerate_is_needed_by_several_processes_only(n, code, data, spawn, tmp_path):
     (tmp_path / 'accelerate.py').write_text('raise ImportError')

@@ -209,6 +209,9 @@ def peek(file):
 def _checked(file, read):
     "Returns what read() returns; raises UsageError unless that is the content of a checkpoint."
     try: state = read()
+    except FileNotFoundError:
+        hint = 'several machines that train one run need one results folder'
+        raise UsageError(f'{file}: is not there; {hint}') from None
     except Exception as e:  # A damaged file makes torch and pickle raise anything, also AssertionError.
         if lack_of_memory(e): raise  # It is not the file: a run that began anew would lose its epochs.
         why = str(e).splitlines()[0] if str(e) else type(e).__name__

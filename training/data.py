@@ -17,10 +17,11 @@ import tempfile
 import threading
 import zlib
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
+import fastdownload.core
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders
@@ -54,6 +55,7 @@ ARCHIVES = {  # (dataset, source): URL
     ('imagewoof', '320'): URLs.IMAGEWOOF_320,
     ('imagewoof', 'full'): URLs.IMAGEWOOF,
 }
+SILENCE = 60  # seconds: a server that sends nothing for so long ends a download
 COUNT_EVERY = 1  # second: how often the files are counted that an archive has given so far
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -73,7 +75,7 @@ def find_data(cfg):
     try:
         expected = sum(N_IMAGES[cfg.dataset, cfg.split])
         with filled(folder) as part:
-            with extracted_in(part.parent, expected):
+            with extracted_in(part.parent, expected), impatient():
                 untar_data(url, base=part.parent, archive=archive.parent, data=part.parent)
             n = len(scan(part)[0])
             if n != expected:  # at a damaged header tarfile ends in silence
@@ -127,6 +129,15 @@ def extracted_in(folder, n):
         tempfile.tempdir = before
         done.set()
         watcher.join()
+
+
+@contextmanager
+def impatient():
+    "Has fastdownload give a silent server up; by itself it waits for ever, and so does who waits for its lock."
+    before = fastdownload.core.download_url
+    fastdownload.core.download_url = partial(before, timeout=SILENCE)
+    try: yield
+    finally: fastdownload.core.download_url = before
 
 
 class ImageSet(NamedTuple):

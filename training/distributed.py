@@ -9,6 +9,7 @@ import os
 import time
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import cache
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,8 @@ from fastai.torch_core import find_bs, num_distrib, rank_distrib
 
 from command import UsageError
 
-TIMEOUT = timedelta(hours=6)  # The others wait so long while the first downloads and decodes: NCCL waits 10 minutes.
+TIMEOUT = timedelta(minutes=30)  # A process that waits so long for another ends: that one hangs, or its node is gone.
+PATIENCE = timedelta(hours=6)  # The others wait so long while the first downloads and decodes.
 
 
 def n_processes(): return max(1, num_distrib())
@@ -54,12 +56,33 @@ def local_device(n_gpus):
     return local if n_gpus else None
 
 
+@cache
+def patient():
+    "Returns all processes as a group that waits for PATIENCE."
+    return dist.new_group(backend='gloo', timeout=PATIENCE)
+
+
 @contextmanager
 def first_goes_first():
-    "Lets the first process do the block before the others, which find what it has downloaded."
-    if n_processes() > 1 and not is_rank_0(): dist.barrier()
+    """Lets the first process do the block before the others, which find what it has downloaded.
+
+    It ends when all have done the block, so that no step waits for one that is still decoding.
+    """
+    if n_processes() == 1: return (yield)
+    if not is_rank_0(): dist.barrier(patient())
     yield
-    if n_processes() > 1 and is_rank_0(): dist.barrier()
+    if is_rank_0(): dist.barrier(patient())
+    dist.barrier(patient())
+
+
+def check_alike(**found):
+    "Raises UsageError unless all processes have found the same: they may be on machines with images of their own."
+    if n_processes() == 1: return
+    parts = [None] * n_processes()
+    dist.all_gather_object(parts, found)
+    for name in found:
+        values = list(dict.fromkeys(str(part[name]) for part in parts))
+        if len(values) > 1: raise UsageError(f'the processes differ in {name}: {" and ".join(values[:2])}')
 
 
 def agreed(value):

@@ -45,6 +45,8 @@ def prepare(cfg, device):
     distributed.join(device)
     with distributed.first_goes_first(): dls = get_dls(cfg, device)
     cfg = replace(cfg, loader=dls.loader, workers=dls.workers)
+    images = f'{len(dls.train.dataset.labels)} and {len(dls.valid_files)}, data {dls.fingerprint}'
+    distributed.check_alike(images=images, **{name: getattr(cfg, name) for name in checkpoint.FOR_LIFE})
     set_seed(cfg.seed)
     return cfg, dls, get_model(cfg, len(dls.vocab))
 

@@ -150,7 +150,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         if how != 'no length': self.send_header('Content-Length', str(len(body)))
         self.end_headers()
-        self.wfile.write(body[:len(body) // 2] if how in ('breaks off', 'no length') else body)
+        self.wfile.write(body[:len(body) // 2] if how in ('breaks off', 'no length', 'falls silent') else body)
+        if how == 'falls silent': time.sleep(30)
 
     def log_message(self, *args): pass
 
@@ -191,9 +192,11 @@ def assert_the_same_command_works_now(fetch, archive, tmp_path):
 @pytest.mark.parametrize('how, words', [
     ('breaks off', 'the download broke off'), ('no length', 'Downloaded file is corrupt'),
     ('other content', 'Downloaded file is corrupt'), ('busy', 'HTTP Error 503: Slow Down'),
+    ('falls silent', 'timed out'),
 ])
-def test_a_download_that_goes_wrong_is_reported_and_never_used(how, words, fetch, archive, tmp_path):
+def test_a_download_that_goes_wrong_is_reported_and_never_used(how, words, fetch, archive, tmp_path, monkeypatch):
     archive.how = how
+    monkeypatch.setattr(data, 'SILENCE', 1)
     for asked in (1, 2):  # what the first one left does not pass for an archive
         code, _, err = fetch()
         assert code == 2 and err.startswith(f'train_imagenette.py: cannot get {archive.url} ('), err
