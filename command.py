@@ -32,7 +32,7 @@ class UsageError(Exception):
 
 
 class Busy(UsageError):
-    "Says that another process is already training the run, or has just finished it."
+    "Says that another process is already training the run, or has just finished it: the command may work later."
 
 
 class Stopped(KeyboardInterrupt):
@@ -125,10 +125,20 @@ def is_local_rank_0():
     return os.environ.get('LOCAL_RANK', '0') == '0'
 
 
+def say(line, file=None):
+    """Prints a line of a run, to stdout or `file`.
+
+    Where it cannot be written, as on a disk that is full, the run goes on; a reader that has gone ends it, as ever.
+    """
+    try: print(line, file=file, flush=True)
+    except BrokenPipeError: raise
+    except OSError: pass
+
+
 @cache
 def say_once(line, file=None):
     "Prints a line, to stdout or `file`, once in the life of the first process of a run on this machine."
-    if is_local_rank_0(): print(line, file=file, flush=True)
+    if is_local_rank_0(): say(line, file)
 
 
 # --- signals ---
@@ -194,6 +204,9 @@ def undisturbed():
 
 # --- exit codes ---
 
+LATER = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def in_a_line(e):
     "Returns what an exception says, in a line without colours."
     text = ' '.join(re.sub(r'\x1b\[[0-9;]*m', '', str(e)).split())
@@ -251,8 +264,9 @@ def printable():
 def exit_code(program, work):
     """Returns the exit code of work(), a whole command; puts back what it sets of signal handlers and of streams.
 
-    The code is 0 when all is done, 1 after a fault, and 2 after a mistake of the user. After a signal it is 130
-    (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP) or 138 (SIGUSR1), and after a closed pipe 141. A mistake, the death of a
+    The code is 0 when all is done, 1 after a fault, 2 after a mistake of the user, and 75 (EX_TEMPFAIL) where another
+    process is training the run. After a signal it is 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP) or 138 (SIGUSR1), and
+    after a closed pipe 141. A mistake, the death of a
     loader process and a lack of memory are printed in one line. Any other fault is raised with its traceback.
     """
     with printable(), restored():
@@ -260,7 +274,7 @@ def exit_code(program, work):
         except UsageError as e:
             who = '' if is_local_rank_0() else f'process {os.environ.get("RANK", "?")}: '
             if not who or UsageError.have_met: print(f'{program}: {who}{e}', file=sys.stderr)
-            return 2
+            return LATER if isinstance(e, Busy) else 2
         except BrokenPipeError:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there.
             return 128 + SIGPIPE

@@ -123,10 +123,10 @@ def take_lock(file, timeout):
         try: lock.acquire()
         except OSError as e:
             if e.errno not in NO_LOCKS: raise
-            lock = SoftFileLock(f'{file}.held', timeout=timeout)
-            lock.acquire()
             say_once(f'{Path(file).parent}: its file system has no locks; files *.held stand for them, '
                      'and after a kill -9 those that are left must be removed', sys.stderr)
+            lock = SoftFileLock(f'{file}.held', timeout=timeout)
+            lock.acquire()
     return lock
 
 

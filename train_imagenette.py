@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from command import (
+    Busy,
     Parser,
     UsageError,
     add_run_flags,
@@ -177,9 +178,13 @@ def train(cfg, args):
         lr, file = run.find_lr(cfg, args.results, device)
         return print(f'suggested learning rate {lr:.1e}, plot in {shown(file)}')
     stop_on_signals()
+    busy = []
     for i in range(args.runs):
-        run.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume, args.checkpoint_every,
-                log_to=args.log_to, export=args.export)
+        try:
+            run.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume,
+                    args.checkpoint_every, log_to=args.log_to, export=args.export)
+        except Busy as e: busy.append(e)
+    if busy: raise Busy('; '.join(map(str, busy)))
 
 
 def work(argv):

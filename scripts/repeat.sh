@@ -3,7 +3,8 @@
 # Several command lines, separated by --, take turns:
 #   scripts/repeat.sh N FLAGS... [-- FLAGS...]...
 #   scripts/repeat.sh 12 --woof --size 128 -- --woof --size 128 --sa
-# A run that fails does not stop the others; the script then ends with exit code 1.
+# A run that fails does not stop the others; the script then ends with exit code 1. Nor does one that another process
+# is training.
 # A mistake in the flags, Ctrl-C and the other signals that end a run end it at once.
 set -euo pipefail
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
@@ -33,7 +34,7 @@ for ((seed = 0; seed < n; seed++)); do
       code=0
       "$python" "$repo/train_imagenette.py" ${arm[@]+"${arm[@]}"} --seed "$seed" || code=$?
       case $code in
-        0) ;;
+        0 | 75) ;;
         2 | 129 | 130 | 138 | 143) exit "$code" ;;
         *) failed=$((failed + 1)) ;;
       esac

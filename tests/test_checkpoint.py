@@ -1,4 +1,5 @@
 """Runs that are stopped and continued: to the bit the run that was never stopped."""
+import contextlib
 import copy
 import os
 import shutil
@@ -14,7 +15,7 @@ import runlog
 import training.machine
 import training.measure
 import training.run
-from command import UsageError
+from command import Busy, UsageError
 from experiments import Config
 from training import checkpoint
 from training.learner import get_opt_func
@@ -211,7 +212,7 @@ def test_a_checkpoint_that_another_process_is_done_with_is_no_damage(tree, comma
     with monkeypatch.context() as m:
         m.setattr(checkpoint, 'lock', finished_before_the_lock)
         code, _, err = command(*argv, '--resume')
-    assert code == 2 and err.endswith('is gone, another process has just finished this run\n') and err.count('\n') == 1
+    assert code == 75 and err.endswith('is gone, another process has just finished this run\n') and err.count('\n') == 1
     assert not list(tmp_path.glob('results/checkpoints/*'))
     stopped(*argv, epoch=1)
     with monkeypatch.context() as m:
@@ -322,8 +323,18 @@ time.sleep(60)
     code, _, err = command(*argv, '--resume')
     other.kill()
     other.wait()
-    assert code == 2 and err.endswith(f'train_imagenette.py: {file}: another process is already training this run\n')
+    assert code == 75 and err.endswith(f'train_imagenette.py: {file}: another process is already training this run\n')
     assert command(*argv, '--resume')[0] == 0  # the lock went with its process
+
+
+def test_a_run_that_another_process_trains_does_not_keep_the_others_waiting(tree, command, tmp_path, monkeypatch):
+    def busy(cfg, *args):
+        if cfg.seed == 0: raise Busy('another process is already training this run')
+        return contextlib.nullcontext()
+    monkeypatch.setattr(checkpoint, 'claim', busy)
+    code, _, err = command('--data', tree, *TINY, '--epochs', 1, '--resume', '--runs', 2)
+    assert code == 75 and err.count('another process is already training this run') == err.count('\n') == 1
+    assert record(tmp_path / 'results').seed.tolist() == [1]
 
 
 def test_a_checkpoint_of_a_recorded_run_is_removed(tree, command, stopped, tmp_path):

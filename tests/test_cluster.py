@@ -159,6 +159,7 @@ def test_failures_mistakes_and_cancelled_runs_are_handed_over(task, tmp_path, mo
     out = fails(UsageError('no such image'))
     assert out.row['status'] == 'failed' and out.mistake == 'no such image' and not out.error
     assert fails(Busy('another process has it')).busy == 'another process has it'
+    with pytest.raises(SystemExit): fails(SystemExit(1))  # SIGTERM to a worker: Ray is to see that it ends
     monkeypatch.undo()
     before_fit = training.measure.Measure.before_fit
 

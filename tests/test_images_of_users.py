@@ -28,9 +28,9 @@ from PIL import Image
 
 import command as command_module
 import runlog
-from command import UsageError
+from command import Busy, UsageError
 from experiments import NETWORKS, Config, resolve
-from training import check, data, images
+from training import check, checkpoint, data, images
 from training.data import find_set, get_dls
 from training.files import find_images, fingerprint, is_hidden, labels_of, scan, split_files
 from training.images import Pixels, inspect, read_image, stack_valid_images, upright_size_of
@@ -663,6 +663,14 @@ def test_without_a_home_the_way_on_is_named(tmp_path, start, words, monkeypatch)
     except PermissionError: pytest.skip('another user cannot start this Python')
     assert out.returncode == 0 and f'{words}; name another folder by FASTAI_HOME' in out.stdout.decode(), out.stderr
     assert not out.stderr, out.stderr
+
+
+@pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_lock_that_a_dead_machine_has_left_is_named(tmp_path, monkeypatch, number):
+    def no_lock(*args): raise OSError(number, os.strerror(number))
+    monkeypatch.setattr(fcntl, 'flock', no_lock)
+    with runlog.locked(tmp_path / 'x.lock'), pytest.raises(Busy, match=r'; if none is, remove .*x\.lock\.held$'):
+        checkpoint.lock(tmp_path / 'x.pt', 0)
 
 
 @pytest.mark.parametrize('number', [errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS])

@@ -3,10 +3,13 @@ import os
 import re
 import signal
 import time
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import REPO, rows
 
+from experiments import Config
 from training import jobs
 
 pytestmark = pytest.mark.full_width
@@ -103,6 +106,32 @@ def test_a_process_that_dies_is_replaced(start, tmp_path):
     assert start('results', '--epochs', 5, '--jobs', 2).wait(600) == 0
     df = rows(tmp_path / 'results')
     assert len(df) == 4 and set(df.status) == {'ok'} and sorted(df.resumed) == [0, 0, 0, 1]
+
+
+FAULT = """
+from pathlib import Path
+import torch.nn as nn
+flag = Path({flag!r})
+broken = []
+class Layer(nn.Identity):
+    def __init__(self, n_channels): super().__init__()
+    def forward(self, x):
+        if not self.training or len(x) != 6: return x
+        if not flag.exists(): broken.append(flag.touch())
+        if broken: raise RuntimeError('an illegal memory access was encountered')
+        return x
+"""
+
+
+@pytest.mark.slow(20)
+def test_a_fault_that_stays_in_its_process_fails_one_run(tree, tmp_path):
+    (tmp_path / 'fault.py').write_text(FAULT.format(flag=str(tmp_path / 'flag')))
+    cfg = Config(dataset='custom', data=str(tree), size=32, bs=6, workers=0, arch='xresnet18', epochs=1,
+                 attention=f'{tmp_path / "fault.py"}:Layer')
+    todo = [('arm', replace(cfg, seed=seed)) for seed in range(3)]
+    found = list(jobs.Jobs(1, tmp_path / 'results', torch.device('cpu')).each(todo))
+    assert ['illegal memory access' in str(error) for _, _, error in found] == [True, False, False]
+    assert rows(tmp_path / 'results').status.tolist() == ['failed', 'ok', 'ok']
 
 
 @pytest.mark.slow(21)

@@ -152,15 +152,22 @@ def test_jobs_end_with_the_first_process_where_no_signal_wakes_a_thread(monkeypa
 
 # --- a cluster by SLURM ---
 
-@pytest.mark.slow(24)
-def test_a_job_of_slurm_ends_with_its_row_and_goes_on_when_it_is_requeued(tree, tmp_path):
+@pytest.mark.slow(50)
+@pytest.mark.parametrize('launcher, code', [('python', 138), ('torchrun', 1)])
+def test_a_job_of_slurm_ends_with_its_row_and_goes_on_when_it_is_requeued(launcher, code, tree, tmp_path):
     "The script of scripts/README.md, with a scontrol that writes down how it is called."
     text = (REPO / 'scripts' / 'README.md').read_text(encoding='utf-8')
     (script,) = [block.split('```')[0] for block in text.split('```bash\n') if block.startswith('#!/usr/bin/env bash')]
     line = next(line for line in script.splitlines() if line.startswith('python '))
     argv = ['--data', tree, '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--workers', 0, '--checkpoint-every', 1,
             '--epochs', 8, '--results', tmp_path / 'results', '--resume']
-    ours = f'{sys.executable} {REPO / "train_imagenette.py"} {" ".join(map(str, argv))} &'
+    if launcher == 'torchrun':
+        pytest.importorskip('accelerate')
+        (flags,) = (line.split()[1:] for line in text.splitlines() if '--signals-to-handle' in line)
+        flags[flags.index('4')] = '2'
+        launcher = f'-m torch.distributed.run --standalone {" ".join(flags)}'
+    else: launcher = ''
+    ours = f'{sys.executable} {launcher} {REPO / "train_imagenette.py"} {" ".join(map(str, argv))} &'
     (tmp_path / 'job.sh').write_text(script.replace(line, ours), encoding='utf-8')
     (tmp_path / 'scontrol').write_text(f'#!/bin/sh\necho "$@" >> {tmp_path / "requeued"}\n', encoding='utf-8')
     (tmp_path / 'scontrol').chmod(0o755)
@@ -171,7 +178,7 @@ def test_a_job_of_slurm_ends_with_its_row_and_goes_on_when_it_is_requeued(tree, 
         for said in job.stdout:
             if turn == 0 and said.startswith('epoch 3 '): job.send_signal(signal.SIGUSR1)
         codes.append(job.wait(100))
-    assert codes == [138, 0] and (tmp_path / 'requeued').read_text(encoding='utf-8') == 'requeue 17\n'
+    assert codes == [code, 0] and (tmp_path / 'requeued').read_text(encoding='utf-8') == 'requeue 17\n'
     with open(tmp_path / 'results' / 'runs.csv', newline='', encoding='utf-8') as f:
         interrupted, whole = csv.DictReader(f)
     assert (interrupted['status'], whole['status'], whole['resumed']) == ('interrupted', 'ok', '1')

@@ -18,7 +18,7 @@ from fastai.callback.progress import ProgressCallback
 from filelock import FileLock, Timeout
 
 import runlog
-from command import Busy, UsageError, in_a_line, is_stop, lack_of_memory
+from command import Busy, UsageError, in_a_line, is_stop, lack_of_memory, say
 from experiments import Config, as_written_now, knobs
 from training import distributed
 
@@ -55,7 +55,7 @@ class Checkpoint(Callback):
         self.held = found.held if found else None
         changed = differences(found.state, identity) if found else ''
         if changed and distributed.is_rank_0():
-            print(f'{file}: its epochs so far had {changed}; the row will have the new values', file=sys.stderr)
+            say(f'{file}: its epochs so far had {changed}; the row will have the new values', file=sys.stderr)
 
     def before_fit(self):
         if not self.state: return
@@ -97,7 +97,7 @@ class Checkpoint(Callback):
             with runlog.replacing(self.file, 'wb') as f: f.write(buffer.getbuffer())
         except Exception as e:  # What a layer's own state raises has no end.
             if is_stop(e) or isinstance(e, UsageError): raise
-            print(f'{self.file}: could not be written ({in_a_line(e)}); the run goes on', file=sys.stderr)
+            say(f'{self.file}: could not be written ({in_a_line(e)}); the run goes on', file=sys.stderr)
 
     def release(self):
         "Lets other processes have the run."
@@ -117,7 +117,9 @@ def lock(file, wait=10):
     """
     file.parent.mkdir(parents=True, exist_ok=True)
     try: held = runlog.take_lock(file.with_suffix('.lock'), wait)
-    except Timeout: raise Busy(f'{file}: another process is already training this run') from None
+    except Timeout as e:
+        hint = f'; if none is, remove {e.lock_file}' if e.lock_file.endswith('.held') else ''
+        raise Busy(f'{file}: another process is already training this run{hint}') from None
     return held
 
 
@@ -170,7 +172,7 @@ def find(cfg, data_fingerprint, runs, results, device='cpu'):
     for file in sorted((Path(results) / 'checkpoints').glob('*.pt')):
         try: state = peek(file)
         except UsageError as e:
-            if file.exists(): print(f'{e}; it is left alone', file=sys.stderr)  # else its run has just been finished
+            if file.exists(): say(f'{e}; it is left alone', file=sys.stderr)  # else its run has just been finished
             continue
         same_data = state['data_fingerprint'] == data_fingerprint
         old = BEFORE | state['config']
@@ -184,7 +186,7 @@ def find(cfg, data_fingerprint, runs, results, device='cpu'):
             unlock(file, held)
             if not file.exists():
                 raise Busy(f'{file}: is gone, another process has just finished this run') from None
-            print(f'{e}; it is left alone', file=sys.stderr)
+            say(f'{e}; it is left alone', file=sys.stderr)
         except BaseException:
             held.release()
             raise

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import layer_source
 import runlog
-from command import Busy, Stopped, UsageError, is_stop, lack_of_memory, restored, undisturbed
+from command import Busy, Stopped, UsageError, is_stop, lack_of_memory, restored, say, undisturbed
 
 TRIES = 4  # of a run whose workers die
-PATIENCE_SECONDS = 120  # After a signal, the runs under way have so long to hand over their rows.
+PATIENCE_SECONDS = 90  # After a signal the runs under way have so long to hand over their rows; SLURM gives us 120.
 
 
 @dataclass
@@ -103,9 +103,9 @@ class Cluster:
             ended, silent = self.ray.wait(refs, num_returns=len(refs), timeout=PATIENCE_SECONDS)
             for ref in ended:
                 try: self.receive(ref)
-                except UsageError as e: print(e, file=sys.stderr)
+                except UsageError as e: say(e, file=sys.stderr)
             if silent:
-                print(f'{len(silent)} runs did not end in {PATIENCE_SECONDS} s: they have no row', file=sys.stderr)
+                say(f'{len(silent)} runs did not end in {PATIENCE_SECONDS} s: they have no row', file=sys.stderr)
 
     def for_node(self, cfg):
         "Returns `cfg` for a node, with an absolute folder and as many loader processes as cores."
@@ -130,7 +130,7 @@ class Cluster:
         if out.row: keep(out.row | self.provenance, self.results)
         try: runlog.write_files(out.files, self.results)
         except OSError as e:
-            print(f'{out.row["run_id"]}: its curve or predictions could not be written ({e})', file=sys.stderr)
+            say(f'{out.row["run_id"]}: its curve or predictions could not be written ({e})', file=sys.stderr)
         if out.mistake: raise UsageError(out.mistake)
         return Busy(out.busy) if out.busy else out.error
 
@@ -172,6 +172,7 @@ def train_run(cfg, results, mark, checkpoint_every, layer_files=None, device=Non
             run(here, folder, device, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
         except Busy as e: out.busy = str(e)
         except UsageError as e: out.mistake = str(e)
+        except SystemExit: raise  # By SIGTERM, as its node ends: Ray tries the run again.
         except BaseException as e:
             if not is_stop(e): out.error = lack_of_memory(e) or repr(e)
     return out

@@ -11,14 +11,15 @@ import queue
 import signal
 import sys
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import wait
 
-from command import ENDING, Busy, UsageError, is_stop, lack_of_memory, stop_on_signals, undisturbed
+from command import ENDING, Busy, UsageError, is_stop, lack_of_memory, say, stop_on_signals, undisturbed
 from training.host import n_cores
 
-PATIENCE = 120  # seconds for the runs under way to write their rows at the end by a signal
+PATIENCE = 90  # seconds for the runs under way to write their rows at the end by a signal; SLURM gives us 120
 
 
 class Jobs:
@@ -39,7 +40,7 @@ class Jobs:
                 for worker in [worker for worker in busy if worker.answers in ready]:
                     arm, cfg = worker.task
                     error = worker.receive()
-                    if waiting and worker.died: workers.append(self.start(waiting.pop(), checkpoint_every))
+                    if waiting and worker.has_ended: workers.append(self.start(waiting.pop(), checkpoint_every))
                     elif waiting: worker.give(waiting.pop())
                     if isinstance(error, UsageError) and not isinstance(error, Busy): raise error
                     yield arm, cfg, error
@@ -62,10 +63,11 @@ class Jobs:
         "Ends the processes: at once those that are idle, the others when they have written their rows."
         with undisturbed():
             for worker in workers: worker.tasks.close()
-            for worker in workers: worker.process.join(PATIENCE)
+            end = time.monotonic() + PATIENCE
+            for worker in workers: worker.process.join(max(0, end - time.monotonic()))
             silent = [worker for worker in workers if worker.process.is_alive()]
             for worker in silent: worker.process.kill()
-            if silent: print(f'{len(silent)} runs did not end in {PATIENCE} s: they have no row', file=sys.stderr)
+            if silent: say(f'{len(silent)} runs did not end in {PATIENCE} s: they have no row', file=sys.stderr)
 
 
 class Worker:
@@ -77,7 +79,7 @@ class Worker:
         self.process.start()
         tasks.close()
         answers.close()
-        self.task, self.died = None, False
+        self.task, self.has_ended = None, False
 
     def give(self, task):
         self.task = task
@@ -87,9 +89,11 @@ class Worker:
     def receive(self):
         "Returns the error of the run that has ended, or None."
         self.task = None
-        try: return self.answers.recv()
+        try:
+            error, self.has_ended = self.answers.recv()
+            return error
         except EOFError:
-            self.died = True
+            self.has_ended = True
             self.process.join()
             return f'its process ended early (exit code {self.process.exitcode}; out of memory?)'
 
@@ -121,7 +125,11 @@ def signals_held():
 # --- in the process ---
 
 def train_tasks(tasks, answers, results, device, checkpoint_every):
-    "Trains the tasks as they come. When the other end of `tasks` is closed, the run under way ends as by Ctrl-C."
+    """Trains the tasks as they come. When the other end of `tasks` is closed, the run under way ends as by Ctrl-C.
+
+    Ends after a run that failed, as in a process with such a fault each later use of the GPU may fail. Answers with the
+    error of each run, and whether this process ends.
+    """
     if hasattr(os, 'setsid'): os.setsid()  # Ctrl-C in a terminal is for the first process alone
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `listen` needs it, also where it was ignored
     stop_on_signals()
@@ -135,13 +143,14 @@ def train_tasks(tasks, answers, results, device, checkpoint_every):
             if task is None: return
             arm, cfg = task
             with labelled(f'{arm} seed {cfg.seed}: '):
-                error = None
+                error, has_failed = None, False
                 try: run(cfg, results, device, resume=True, checkpoint_every=checkpoint_every)
                 except UsageError as e: error = e
                 except Exception as e:
                     if is_stop(e): raise
-                    error = lack_of_memory(e) or repr(e)
-            answers.send(error)
+                    error, has_failed = lack_of_memory(e) or repr(e), True
+            answers.send((error, has_failed))
+            if has_failed: return
     except BaseException as e:
         if not is_stop(e): raise
 

@@ -24,7 +24,7 @@ from fastai.metrics import accuracy, top_k_accuracy
 from fastai.optimizer import SGD, Adam, Lamb, Lookahead, OptimWrapper, RAdam, RMSProp, ranger
 from fastai.torch_core import L, norm_bias_params, rank_distrib, set_seed
 
-from command import UsageError, is_stop, lack_of_memory
+from command import UsageError, is_stop, lack_of_memory, say
 from training import distributed
 from training.machine import DTYPES
 
@@ -246,7 +246,7 @@ def print_epoch(learn, values):
     metrics = dict(zip(learn.recorder.metric_names, values))
     epoch, seconds = metrics.pop('epoch') + 1, metrics.pop('time')
     text = '  '.join(f'{name} {value:.4f}' for name, value in metrics.items())
-    print(f'epoch {epoch}  {text}  {seconds}', flush=True)
+    say(f'epoch {epoch}  {text}  {seconds}')
 
 
 def fit(learn, cfg):

@@ -6,7 +6,7 @@ import time
 from dataclasses import fields, replace
 
 import runlog
-from command import Busy, UsageError, add_run_flags, check_run_flags, is_stop, lack_of_memory
+from command import Busy, UsageError, add_run_flags, check_run_flags, is_stop, lack_of_memory, say
 from experiments import Config, add_config_flags, planned_runs
 
 ARMS = 'attention', 'sa_at', 'seed'  # what tells the arms and the runs apart
@@ -127,14 +127,14 @@ class Loop:
         for done, (arm, cfg, error) in enumerate(self.each(todo, self.args.checkpoint_every), 1):
             if isinstance(error, Busy):
                 skipped += 1
-                print(f'{error}: skipped', file=sys.stderr)
+                say(f'{error}: skipped', file=sys.stderr)
             elif error:
                 self.failed += 1
-                print(f'{self.program}: {arm} seed {cfg.seed} failed: {error}; going on', file=sys.stderr)
+                say(f'{self.program}: {arm} seed {cfg.seed} failed: {error}; going on', file=sys.stderr)
             bar = '#' * round(30 * done / len(todo))
             minutes = (time.perf_counter() - start) / done * (len(todo) - done) / 60
             left = f'  {minutes:.0f} min left' if done > skipped else ''  # Another process trains those skipped.
-            print(f'[{bar:30}] {done}/{len(todo)}  {arm} seed {cfg.seed}{left}', flush=True)
+            say(f'[{bar:30}] {done}/{len(todo)}  {arm} seed {cfg.seed}{left}')
         self.left += skipped
 
     def here(self, todo, checkpoint_every):
@@ -142,15 +142,17 @@ class Loop:
 
         The error is that of a run that failed or was not begun, else None. A mistake of the user ends the loop.
         """
+        from training.machine import check_device
         from training.run import run
         for arm, cfg in todo:
-            print(f'{arm} seed {cfg.seed}:', flush=True)
+            say(f'{arm} seed {cfg.seed}:')
             error = None
             try: run(cfg, self.args.results, self.device, resume=True, checkpoint_every=checkpoint_every)
             except Busy as e: error = e
             except Exception as e:
                 if isinstance(e, UsageError) or is_stop(e): raise
                 error = lack_of_memory(e) or repr(e)
+                check_device(self.device, error)
             yield arm, cfg, error
 
     def runs(self):

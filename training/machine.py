@@ -47,6 +47,14 @@ def get_device(gpu=None):
     return torch.device('cuda', gpu)
 
 
+def check_device(device, error):
+    "Raises UsageError where a run's `error` has left `device` useless for this process, as some faults of CUDA do."
+    try: torch.zeros(1, device=device).item()
+    except RuntimeError as e:
+        if lack_of_memory(e): return
+        raise UsageError(f'{error}; since then {device} fails ({brief(e)}): the same command goes on') from None
+
+
 def n_gpus():
     "Returns the number of CUDA devices; raises UsageError where the driver cannot serve those that torch counts."
     n = torch.cuda.device_count()

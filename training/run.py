@@ -18,7 +18,7 @@ from fastai.learner import AvgSmoothLoss
 from fastai.torch_core import set_seed
 
 import runlog
-from command import UsageError, in_a_line, is_stop, shown, undisturbed, weights_file
+from command import UsageError, in_a_line, is_stop, say, shown, undisturbed, weights_file
 from experiments import Config, knobs, model_name
 from training import checkpoint, distributed, layer, trackers
 from training.arch import network
@@ -77,7 +77,7 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
         if begun['status']:
             for what, file in (('--save', save), ('--export', export)):
                 if file and first:
-                    print(f'{what} {file}: not written, the model of a recorded run is not kept', file=sys.stderr)
+                    say(f'{what} {file}: not written, the model of a recorded run is not kept', file=sys.stderr)
             return begun
         row = begun | asdict(cfg) | runlog.provenance() | layer.cost(cfg, device) | dict(
             n_train=len(dls.train.dataset.labels), n_val=len(dls.valid_files), n_skipped=dls.skipped,
@@ -132,14 +132,14 @@ def look_up(cfg, dls, results):
     checkpoint.tidy(runs, results)
     done = runlog.recorded(runs, cfg, dls.fingerprint)
     if len(done):
-        print(f'{summary(done.iloc[0])}  (recorded already)', flush=True)
+        say(f'{summary(done.iloc[0])}  (recorded already)')
         return done.iloc[0].to_dict(), None
     found = checkpoint.find(cfg, dls.fingerprint, runs, results, dls.device)
     if not found:
-        print('there is no checkpoint of this run: it starts from the beginning', flush=True)
+        say('there is no checkpoint of this run: it starts from the beginning')
         return new_row(results), None
     run_id, state = found.state['run_id'], found.state
-    print(f'{run_id}: continues after epoch {state["epoch"]} of {cfg.epochs}', flush=True)
+    say(f'{run_id}: continues after epoch {state["epoch"]} of {cfg.epochs}')
     times = [*runs.resumed[runs.run_id == run_id], state.get('resumed', 0)]  # A part that was killed has left no row.
     return dict(run_id=run_id, started=state['started'], status='', resumed=1 + int(max(times))), found
 
@@ -183,11 +183,11 @@ def keep(row, results):
     file = checkpoint.path(results, row['run_id'])
     try:
         written_to = append(row, results)
-        print(f'{summary(row)}  -> {shown(written_to)}', flush=True)
+        say(f'{summary(row)}  -> {shown(written_to)}')
         if row['status'] in runlog.DONE: checkpoint.remove(file)
     finally:
         if file.exists():
-            print(f'the checkpoint is kept, and --resume continues from it ({shown(file)})', flush=True)
+            say(f'the checkpoint is kept, and --resume continues from it ({shown(file)})')
 
 
 def append(row, results):
@@ -200,13 +200,13 @@ def append(row, results):
 def write_curve(run_id, rows, results):
     "Writes the curve so far, or prints why it could not be written: the next epoch writes all of it again."
     try: runlog.write_curve(run_id, rows, results)
-    except OSError as e: print(f'{run_id}: its curve could not be written ({e}); the run goes on', file=sys.stderr)
+    except OSError as e: say(f'{run_id}: its curve could not be written ({e}); the run goes on', file=sys.stderr)
 
 
 def write_predictions(run_id, results, **arrays):
     "Writes the predictions of the last epoch, or prints why they could not be written: the row is worth more."
     try: runlog.write_predictions(run_id, results, **arrays)
-    except OSError as e: print(f'{run_id}: its predictions could not be written ({e})', file=sys.stderr)
+    except OSError as e: say(f'{run_id}: its predictions could not be written ({e})', file=sys.stderr)
 
 
 def write_model(file, cfg, vocab, model, run_id):
@@ -231,7 +231,7 @@ def at_best(what, file):
     "Prints why the block could not write `file`, if so, and goes on: the row is worth more."
     try: yield
     except Exception as e:  # What pickle and the exporters raise has no end.
-        print(f'{what} {file}: could not be written ({in_a_line(e)})', file=sys.stderr)
+        say(f'{what} {file}: could not be written ({in_a_line(e)})', file=sys.stderr)
 
 
 def try_export(file, cfg, vocab, model):
@@ -256,7 +256,7 @@ def safetensors_of(saved):
 def say_not_saved(what, file, status):
     "Says that a run that did not end ok leaves no model; a file of an earlier run could pass for it."
     older = '; the file there is of an earlier run' if Path(file).exists() else ''
-    print(f'{what} {file}: not written, as the run is {status}{older}', file=sys.stderr)
+    say(f'{what} {file}: not written, as the run is {status}{older}', file=sys.stderr)
 
 
 def summary(row):
@@ -284,7 +284,7 @@ def built(file, saved):
         if not there: raise
         raise UsageError(f'{file}: its layer was in {there}, put it there or in the working directory ({e})') from None
     has_changed = cfg.attention_source != saved['config'].get('attention_source', '')
-    if has_changed: print(f'{file}: the source of {cfg.attention} has changed since it was saved', file=sys.stderr)
+    if has_changed: say(f'{file}: the source of {cfg.attention} has changed since it was saved', file=sys.stderr)
     model = get_model(cfg, len(saved['vocab']))
     try: model.load_state_dict(saved['model'])
     except RuntimeError as e: raise UsageError(f'{file}: its weights do not fit {cfg.model} ({in_a_line(e)})') from None

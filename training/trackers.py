@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fastai.callback.progress import CSVLogger
 
-from command import UsageError, in_a_line
+from command import UsageError, in_a_line, say
 from training import distributed
 
 PROJECT = 'simple-self-attention'  # at W&B
@@ -43,7 +43,7 @@ class Dispensable:
 
     def leave(self, e):
         why = in_a_line(str(e).rsplit('\n\t')[-1])  # fastai puts its own words before
-        print(f'--log-to: {why}; the run goes on without it', file=sys.stderr)
+        say(f'--log-to: {why}; the run goes on without it', file=sys.stderr)
         self.run = False
 
 

@@ -108,6 +108,16 @@ def full_from(monkeypatch, fill, epoch, leave):
     monkeypatch.setattr(training.measure.Measure, 'before_train', and_fill)
 
 
+@pytest.mark.skipif(not os.path.exists('/dev/full'), reason='needs a file that is always full')
+@pytest.mark.slow(8)
+def test_a_disk_full_for_the_output_lets_the_run_go_on(tree, tmp_path):
+    argv = [sys.executable, REPO / 'train_imagenette.py', '--data', tree, *TINY, '--results', tmp_path / 'results']
+    with open('/dev/full', 'w') as full: subprocess.run(list(map(str, argv)), stdout=full, stderr=full, timeout=300)
+    df = runlog.load(tmp_path / 'results' / 'runs.csv')
+    assert df.status.tolist() == ['ok'] and df.epochs_done.tolist() == [2]
+    assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
+
+
 def test_a_disk_full_for_a_checkpoint_and_a_curve_lets_the_run_go_on(small_disk, tree, command, monkeypatch):
     results, fill = small_disk
     full_from(monkeypatch, fill, 0, 0)
