@@ -2,6 +2,8 @@
 import numpy as np
 from matplotlib.figure import Figure
 
+from report.figures import GREY, INK, OURS
+
 LETTERS = 'ABCDEFGH'  # of the positions
 MARKS, STYLES = 'os^Dv<>', ['-', '--', ':', '-.']  # of the curves: they differ without colour, too
 
@@ -60,11 +62,16 @@ def mark(ax, pixels, side, position, letter):
 
 
 def show_map(fig, ax, pixels, values, softmax):
-    "Draws values (H, W) over the grey image: red is positive and blue negative; of a softmax darker red is more."
+    """Draws values (H, W) over the image in pale grey: red is positive and blue negative.
+
+    Those of a softmax are drawn as multiples of their mean: red is above it and blue below.
+    """
     height, width = pixels.shape[:2]
-    ax.imshow(pixels.mean(2), cmap='gray', vmin=0, vmax=255)
-    most = np.abs(values).max() or 1.
-    drawn = ax.imshow(values, cmap='Reds' if softmax else 'RdBu_r', vmin=0 if softmax else -most, vmax=most, alpha=0.65,
+    ax.imshow(pixels.mean(2), cmap='gray', vmin=-600, vmax=255)
+    middle = 1 if softmax else 0
+    if softmax: values = values / values.mean()
+    most = np.abs(values - middle).max() or 1.
+    drawn = ax.imshow(values, cmap='RdBu_r', vmin=middle - most, vmax=middle + most, alpha=0.75,
                       extent=(-0.5, width - 0.5, height - 0.5, -0.5), interpolation='nearest')
     bar = fig.colorbar(drawn, ax=ax, shrink=0.7, pad=0.02)
     bar.ax.tick_params(labelsize=6)
@@ -77,7 +84,7 @@ def branch(curves):
     fig = Figure(figsize=(5, 3), layout='constrained')
     ax = fig.subplots()
     for x, (label, curve) in enumerate(curves.items()):
-        style = dict(marker=MARKS[x % 7], color=f'C{x}', ms=4)
+        style = dict(marker=MARKS[x % 7], color=(OURS, GREY, INK)[x % 3], ms=4)
         ax.plot(curve.epoch, 100 * curve.branch_ratio, STYLES[x % 4], label=label, **style)
     ax.set(xlabel='epoch', ylabel='what the layer adds, in % of its input', ylim=(0, None))
     ax.locator_params(axis='x', integer=True)

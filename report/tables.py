@@ -12,6 +12,7 @@ from experiments import EXPERIMENTS
 from report import stats
 from report.compare import (
     APART,
+    DESCRIBED,
     INCOMPLETE,
     NO_RUNS,
     NO_VERDICT,
@@ -27,7 +28,7 @@ from report.published import load_published_runs, single_runs_sd
 
 HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
         'P (Holm)', 'permutation P', 'verdict']
-ASKED = ['runs', 'what it asks', 'contrast', 'ours', 'change [95 %]', 'P (Holm)', 'verdict', 'plan']
+ASKED = ['runs', 'what it asks', 'contrast', 'ours', 'change [95 %]', 'P (Holm)', 'verdict', 'commit of the plan']
 BRIEF = ['experiment', 'arms', 'published', 'ours', 'change [95 %]', 'P (Holm)', 'verdict']
 ONE_ARM = 'one arm: nothing to compare it with'
 TERMINAL = 100  # characters in a line of a terminal
@@ -201,13 +202,15 @@ def verdict_parts(row):
     if is_assumed(row): notes.append('assumed recipe')
     if not claimed and not np.isnan(half_width): notes.append(f'± {100 * half_width:.1f} points')
     if is_unlike(row): notes.append(UNLIKE)
-    if found['n_runs'] < found['n_wanted']: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
+    is_whole = found['n_runs'] >= found['n_wanted']
+    if not is_whole: notes.append(f'{found["n_runs"]} of {found["n_wanted"]} runs')
     sides = [(row[side], row['ours'][side]) for side in SIDES]
-    more = [f'{name} {arm["n_done"]}/{arm["n_wanted"]}' for name, arm in sides if arm['n_done'] > arm['n_wanted']]
-    if more: notes.append(f'runs {" ".join(more)}')
+    more = [f'{name} {arm["n_done"]} for {arm["n_wanted"]}' for name, arm in sides if arm['n_done'] > arm['n_wanted']]
+    if more: notes.append(f'more runs than wanted: {", ".join(more)}')
     diverged = sum(arm['diverged'] for _, arm in sides)
     if diverged and not found['at_chance']: notes.append(f'{diverged} diverged, not counted')
-    words = [[found['verdict'], f'({", ".join(notes)})'] if notes else [found['verdict']]]
+    so_far = '' if is_whole or found['verdict'] in (stats.TOO_FEW, DESCRIBED) else 'so far:'
+    words = [list(filter(None, [so_far, found['verdict'], f'({", ".join(notes)})' if notes else '']))]
     if found['at_chance']: words.append(['with the diverged runs at chance:', found['at_chance']])
     return words
 

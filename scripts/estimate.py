@@ -125,6 +125,13 @@ def costs(results=runlog.RESULTS):
     return pd.DataFrame(table), pd.DataFrame(rows)
 
 
+HEAD = """\
+# What the runs cost
+
+Estimated, training and validation together; [how](../README.md#what-the-published-tables-cost)."""
+WHAT = "The hours of all runs behind the published means, at the rate of each machine that was measured:"
+
+
 def markdown(table, hours):
     "Returns both frames as Markdown. The hours of an experiment are those on the first device."
     device, rate = hours.measured[0].partition(',')[0], hours.multiply_adds_per_second[0]
@@ -135,15 +142,16 @@ def markdown(table, hours):
     all_hours = hours.hours_on_1[0]
     in_all = f'{all_hours * 3600 * rate / 1e15:,.0f}'
     lines.append(['every published mean, each run once', hours.runs[0], in_all, f'{all_hours:,.0f}'])
-    head = ['experiment', 'runs', '10^15 multiply-adds', f'hours on one {device}']
+    head = ['experiment', 'runs', '10^15 multiply-adds, all runs', f'hours on one {device}']
     experiments = markdown_table(head, lines, range(1, 4))
     lines = []
     for row in hours.itertuples():
-        on_each = [f'{getattr(row, f"hours_on_{n}"):,.0f} h' for n in DEVICES]
-        speed = f'{row.multiply_adds_per_second / 1e12:.3f}'
-        lines.append([row.measured, speed, f'{row.longest_run_hours:,.1f} h', *on_each])
-    head = ['what was measured', '10^12 multiply-adds a second', 'longest run', *DEVICES]
-    return f'{experiments}\n\n{markdown_table(head, lines, range(1, 6))}\n'
+        on_each = [f'{rounded(getattr(row, f"hours_on_{n}")):,} h' for n in DEVICES]
+        speed = f'{row.multiply_adds_per_second / 1e12:.2g}'
+        lines.append([row.measured, speed, f'{rounded(row.longest_run_hours):,} h', *on_each])
+    head = ['what was measured', '10^12 multiply-adds a second', 'longest run',
+            *(f'on {n} device{"s" * (n > 1)}' for n in DEVICES)]
+    return f'{HEAD}\n\n{experiments}\n\n{WHAT}\n\n{markdown_table(head, lines, range(1, 6))}\n'
 
 
 def rounded(hours):

@@ -94,7 +94,7 @@ def test_a_published_difference_whose_interval_holds_0_is_no_claim():
 def test_a_verdict_on_fewer_runs_than_wanted_says_so():
     runs = [make_runs('none', [0.6, 0.61] * 6), make_runs('simple', [0.65, 0.655] * 5 + [None])]
     words = tables.verdict(gap('woof-128-5', *runs))
-    assert words == ('larger than published (assumed recipe, 11 of 12 runs); '
+    assert words == ('so far: larger than published (assumed recipe, 11 of 12 runs); '
                      'with the diverged runs at chance: too few runs to say')
     assert tables.verdict(gap('woof-128-5', *runs, make_runs('simple', [0.65, 0.66], seed0=10))).startswith(
         'larger than published (assumed recipe)')
@@ -125,8 +125,8 @@ def test_last_and_best_epoch_are_never_mixed():
 
 
 @pytest.mark.parametrize('other, verdict', [
-    (dict(split='v2'), 'difference'), (dict(source='320'), 'no verdict: 320 px archive'),
-    (dict(n=(200, 200)), 'difference'),
+    (dict(split='v2'), 'so far: difference'), (dict(source='320'), 'no verdict: 320 px archive'),
+    (dict(n=(200, 200)), 'so far: difference'),
 ])
 def test_other_images_are_a_set_of_their_own(other, verdict):
     ours, others = [[make_runs('none', [0.6, 0.61], **s), make_runs('simple', [0.7, 0.712], **s)] for s in ({}, other)]
@@ -301,10 +301,11 @@ def test_a_difference_that_holm_does_not_allow_is_none():
     r, (alone, *_) = gap('woof-64-5-r18', *runs), compare.gaps({'woof-64-5-r18': one}, pd.concat(runs[:2]), PUBLISHED)
     for test in (r['difference'], alone['difference']):
         assert test['low'] > 0 and test['p'] == pytest.approx(2 * st.t.sf(2.5, 11))
-    words = "too few runs to say (not after Holm's correction, ± 0.7 points, runs none 12/10 simple 12/10)"
+    more = 'more runs than wanted: none 12 for 10, simple 12 for 10'
+    words = f"too few runs to say (not after Holm's correction, ± 0.7 points, {more})"
     assert tables.verdict(r) == words
     assert r['difference']['holm_p'] == pytest.approx(3 * r['difference']['p'])
-    assert tables.verdict(alone) == 'difference (± 0.7 points, runs none 12/10 simple 12/10)'
+    assert tables.verdict(alone) == f'difference (± 0.7 points, {more})'
 
 
 def test_arms_with_some_seeds_in_common_are_compared_at_their_seeds():

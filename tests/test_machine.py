@@ -73,14 +73,17 @@ def test_each_process_has_the_gpu_of_its_number(n, rank, device, gpus):
     assert machine.get_device() == torch.device(device)
 
 
-def test_processes_wait_for_hours_while_the_first_one_downloads(gpus, monkeypatch):
+def test_processes_wait_for_hours_while_the_first_one_downloads_and_else_for_minutes(gpus, monkeypatch):
     accelerate = pytest.importorskip('accelerate')
     asked = {}
     monkeypatch.setattr(accelerate, 'PartialState', lambda **kwargs: asked.update(kwargs))
     monkeypatch.setattr(training.distributed.atexit, 'register', lambda *args: None)
     gpus(2, processes=2)
     training.distributed.join(CUDA)
-    assert asked['timeout'].total_seconds() >= 3600 and not asked['cpu']
+    assert 600 <= asked['timeout'].total_seconds() <= 3600 and not asked['cpu']
+    monkeypatch.setattr(training.distributed.dist, 'new_group', lambda **kwargs: kwargs)
+    group = training.distributed.patient.__wrapped__()
+    assert group['timeout'].total_seconds() >= 2 * 3600 and group['backend'] == 'gloo'
 
 
 @pytest.mark.parametrize('capability, allowed', [((7, 5), False), ((8, 0), True), ((9, 0), True)])

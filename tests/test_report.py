@@ -13,7 +13,8 @@ import runlog
 from command import UsageError
 from experiments import EXPERIMENTS, resolve
 from report import __main__ as main
-from report import compare, stats
+from report import compare, stats, tables
+from report.published import published_mean
 
 
 def test_no_verdict_of_the_record_rests_on_an_unpaired_test_where_pairs_exist(rows_of_record):
@@ -98,6 +99,18 @@ def test_the_headline_is_what_the_record_says(base, arm, said, rows_of_record):
     line = f'| {arm} − {base}, paired by seed | '
     page = (REPO / 'results' / 'README.md').read_text().partition(line)[2].splitlines()[0]
     assert page.endswith(f'| {100 * change.mean():+.2f} [{100 * low:.2f}, {100 * high:.2f}] |')
+
+
+def test_the_readme_says_how_much_is_repeated_and_what_longer_training_leaves(rows_of_record, published):
+    text = ' '.join((REPO / 'README.md').read_text(encoding='utf-8').split())
+    repeated = tables.conclusion(rows_of_record).partition(' have all their')[0]  # Of 32 published differences, 3
+    assert f'{repeated} are repeated.' in text
+    changes = []
+    for name in ('woof-256-5', 'woof-256-20', 'woof-256-80'):
+        none, simple = (published_mean(EXPERIMENTS[name], arm, published)['mean'] for arm in ('none', 'simple'))
+        changes.append(100 * (simple - none))
+    said = 'at 256 px the source has {:.1f} points after 5 epochs, {:.1f} after 20 and {:.1f} after 80'
+    assert said.format(*changes) in text
 
 
 def test_the_changes_of_the_rule_are_counted():

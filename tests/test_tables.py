@@ -55,7 +55,7 @@ def test_each_contrast_stands_beside_what_it_asks():
     values = dict(none=[0.60, 0.62, 0.61], conv=[0.61, 0.62, 0.62], simple=[0.63, 0.64, 0.65], channel=[0.6, 0.6, 0.6])
     rows = all_gaps('attention', *(make_runs(arm, accuracies, **SMALL) for arm, accuracies in values.items()))
     head, _, *lines = tables.contrasts_markdown(rows).splitlines()
-    assert head.startswith('| runs | what it asks | contrast |') and head.endswith('| plan |')
+    assert head.startswith('| runs | what it asks | contrast |') and head.endswith('| commit of the plan |')
     test = tables.change(rows[1]['difference'])
     assert [line.split(' | ')[1:3] for line in lines] == [['parameters', 'none → conv'],
                                                           ['data dependence', 'conv → simple']]
