@@ -5,6 +5,7 @@
                                                                peak memory
     python scripts/benchmark.py step [--quick] [--data DIR]    a training step of xresnet50 + simple at 128 px,
                                                                loading included
+    python scripts/benchmark.py network [--quick]              a training step with each layer, over one without
     python scripts/benchmark.py loader [--quick] [--data DIR]  each loader: alone, in the step, and the step on one
                                                                batch over and over
     python scripts/benchmark.py switches [--quick]             a training step of xresnet18 + simple at 64 px with each

@@ -73,7 +73,7 @@ record 4 woof-128-5 --arms none,simple,sagan --split v2
 record 2 woof-128-5
 record 8 woof-64-5-r18-places
 record 4 woof-64-5-r18-stages
-for what in layer loader cost; do measure - cuda "$what"; done
+for what in network layer loader cost; do measure - cuda "$what"; done
 measure - cuda/compiled run --woof --size 128 --sa --compile
 
 echo '== 256 px from the 320 px archive: "no verdict", as the published rows come from the full one'

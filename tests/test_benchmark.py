@@ -181,6 +181,15 @@ def test_the_figures_of_cost_show_ratios_and_both_crossovers():
     assert list(order.lines[1].get_ydata()) == pytest.approx([600 / N for N in (64, 256, 1024, 4096)])
 
 
+@pytest.mark.slow(3)
+def test_a_step_with_a_layer_is_measured_beside_one_without(tmp_path, capsys):
+    assert not main(['network', '--quick', '--results', str(tmp_path)])
+    table = pd.read_csv(tmp_path / 'benchmarks' / 'network-quick.csv').set_index('layer')
+    assert table.index.tolist() == ['none', 'simple'] and table.ratio['none'] == 1 and table.peak_mb.min() > 1
+    assert table.parameters.tolist() == [0, 64 * 64 + 1] and table.multiply_adds.tolist() == [0, 64**3 + 2 * 64**3]
+    assert (table.ratio_low <= table.ratio).all() and (table.ratio <= table.ratio_high).all()
+
+
 @pytest.mark.slow(2)
 def test_step_compares_the_same_experiment(tree):
     cfg = Config(dataset='custom', data=str(tree), split='v2', attention='simple', bs=6, size=32, workers=0)

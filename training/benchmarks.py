@@ -36,11 +36,12 @@ from experiments import Config
 from layers import ATTENTION, SelfAttention, SimpleSelfAttention, multiply_adds
 from training.data import ImageLoader
 from training.host import keep_memory
+from training.layer import cost as layer_costs
 from training.learner import get_learner
 from training.machine import autocast, settle, wait_for
 from training.run import get_model, prepare
 from training.run import run as train
-from training.timing import PEERS, peak_mb, take_turns
+from training.timing import PEERS, measure_steps, peak_mb, take_turns
 
 LAYERS = [  # name, shape, shape of --quick
     ('simple', (16, 256, 32, 32), (4, 256, 32, 32)),
@@ -51,6 +52,8 @@ LAYERS = [  # name, shape, shape of --quick
 # (C, side), N = side^2
 COST = [(256, side) for side in (8, 12, 16, 24, 32, 48, 64)] + [(C, 32) for C in (64, 128, 512)]
 QUICK_COST = [(256, 8), (256, 16), (256, 32), (64, 32), (128, 32)]
+NETWORKS = [('xresnet18', 64, list(ATTENTION)), ('xresnet50', 128, ['none', 'simple', 'sagan'])]  # arch, size, layers
+NETWORKS_QUICK = [('xresnet18', 32, ['none', 'simple'])]
 # The option sym of fastai's layer does nothing.
 COUNTERPARTS = {'simple': 'fastai simple', 'simple_sym': 'fastai simple', 'sagan': 'fastai sagan',
                 'sagan fused': 'fastai sagan'}
@@ -346,6 +349,22 @@ def switches(args, device):
                        **spread('time', times / seconds[0]))
 
 
+def network(args, device):
+    """Measures a training step with each layer on one batch of random numbers, beside a step without, in turn.
+
+    ratio: its time over that of none in the same round, the median, with its quartiles ratio_low and ratio_high.
+    parameters and multiply_adds (an image, forward) are those of the layer.
+    """
+    for arch, size, names in NETWORKS_QUICK if args.quick else NETWORKS:
+        arms = {name: settle(Config(arch=arch, size=size, attention=name), device) for name in names}
+        costs = {name: layer_costs(cfg, device) for name, cfg in arms.items()}
+        for name, measured in measure_steps(arms, device, rounds=3 if args.quick else None).items():
+            cfg = arms[name]
+            yield dict(layer=name, arch=arch, size=size, bs=cfg.bs, precision=cfg.precision,
+                       parameters=costs[name]['attention_parameters'],
+                       multiply_adds=costs[name]['attention_multiply_adds'], **measured)
+
+
 def run(args, device):
     """Measures whole runs in this process, without and with attention in turn, after a run of one epoch to warm up.
 
@@ -369,4 +388,5 @@ def run(args, device):
             yield {k: row[k] for k in columns} | dict(seconds=seconds, floor_seconds=steps * step_seconds)
 
 
-BENCHMARKS = {'layer': layer, 'step': step, 'loader': loader, 'switches': switches, 'run': run, 'cost': cost}
+BENCHMARKS = {'layer': layer, 'step': step, 'network': network, 'loader': loader, 'switches': switches, 'run': run,
+              'cost': cost}
