@@ -235,9 +235,9 @@ def lack_of_memory(e):
     return ''
 
 
-def shown(path):
-    "Returns a path as it is shown, from the current folder on; Windows has none from one drive to another."
-    try: return os.path.relpath(path)
+def shown(path, folder=os.curdir):
+    "Returns a path as it is shown, from a folder on; Windows has none from one drive to another."
+    try: return os.path.relpath(path, folder)
     except ValueError: return str(path)
 
 

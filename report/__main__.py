@@ -51,8 +51,12 @@ def write(rows, runs, results, published):
     results = Path(results)
     right = set_right()
     waiting = once([row for row in rows if not has_runs(row) and row['planned']])
+    def is_published(row): return tables.both(row['published']) != ['–']
+    published_alone = list(filter(is_published, waiting))
+    others = dict.fromkeys(row['experiment'] for row in waiting if not is_published(row))
     found = [tables.markdown([row for row in rows if has_runs(row)])]
-    if waiting: found += ['## Without runs of both arms', tables.markdown(waiting)]
+    if published_alone: found += ['## Published, without runs of ours', tables.markdown(published_alone)]
+    if others: found += ['## Neither published nor run', f'Some or all comparisons of {", ".join(others)}.']
     _write_table(results, 'gaps', tables.frame(rows), *found)
     _write_markdown(results, 'contrasts', tables.contrasts_markdown(rows))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
@@ -72,7 +76,8 @@ def _write_markdown(results, name, *markdown):
     "Writes results/tables/<name>.md: its head, then these parts."
     folder = results / 'tables'
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f'{name}.md').write_text('\n\n'.join([HEADS[name], *markdown]) + '\n', encoding='utf-8')
+    head = HEADS[name].replace('../README.md', tables.explanation(folder))
+    (folder / f'{name}.md').write_text('\n\n'.join([head, *markdown]) + '\n', encoding='utf-8')
 
 
 def parse(argv):

@@ -1,6 +1,7 @@
 """Writes the comparisons as text: Markdown, tables for a terminal, a flat frame for a CSV, how many runs are needed."""
 from io import StringIO
 from itertools import chain
+from pathlib import Path
 from textwrap import wrap
 
 import numpy as np
@@ -8,6 +9,7 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
+from command import shown
 from experiments import EXPERIMENTS
 from report import stats
 from report.compare import (
@@ -25,6 +27,7 @@ from report.compare import (
     up_to_date,
 )
 from report.published import load_published_runs, single_runs_sd
+from runlog import RESULTS
 
 HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
         'P (Holm)', 'permutation P', 'verdict']
@@ -284,6 +287,11 @@ def contrasts_markdown(rows):
 def plain_markdown(frame):
     "Returns a frame of texts as a Markdown table."
     return markdown_table(frame.columns, frame.to_numpy())
+
+
+def explanation(folder):
+    "Returns the path from a folder, maybe one of other results, to results/README.md, which explains the tables."
+    return Path(shown(RESULTS / 'README.md', folder)).as_posix()
 
 
 def markdown_table(head, lines, numbers=()):

@@ -22,7 +22,7 @@ from command import Parser, exit_code
 from experiments import EXPERIMENTS, N_IMAGES, Config, planned_runs, resolve
 from layer_source import is_outside
 from report.published import load_published, published_mean
-from report.tables import markdown_table
+from report.tables import explanation, markdown_table
 
 DEVICES = 1, 8, 64
 COUNTS = N_IMAGES | {('digits', 'v2'): (1_437, 360)}
@@ -128,12 +128,12 @@ def costs(results=runlog.RESULTS):
 HEAD = """\
 # What the runs cost
 
-Estimated, training and validation together; [how](../README.md#what-the-published-tables-cost)."""
+Estimated, training and validation together; [how]({}#what-the-published-tables-cost)."""
 WHAT = "The hours of all runs behind the published means, at the rate of each machine that was measured:"
 
 
-def markdown(table, hours):
-    "Returns both frames as Markdown. The hours of an experiment are those on the first device."
+def markdown(table, hours, folder):
+    "Returns both frames as Markdown, for a `folder`. The hours of an experiment are those on the first device."
     device, rate = hours.measured[0].partition(',')[0], hours.multiply_adds_per_second[0]
     lines = []
     for row in table.itertuples():
@@ -151,7 +151,8 @@ def markdown(table, hours):
         lines.append([row.measured, speed, f'{rounded(row.longest_run_hours):,} h', *on_each])
     head = ['what was measured', '10^12 multiply-adds a second', 'longest run',
             *(f'on {n} device{"s" * (n > 1)}' for n in DEVICES)]
-    return f'{HEAD}\n\n{experiments}\n\n{WHAT}\n\n{markdown_table(head, lines, range(1, 6))}\n'
+    parts = HEAD.format(explanation(folder)), experiments, WHAT, markdown_table(head, lines, range(1, 6))
+    return '\n\n'.join(parts) + '\n'
 
 
 def rounded(hours):
@@ -169,8 +170,9 @@ def work(argv):
     tables = args.results / 'tables'
     tables.mkdir(parents=True, exist_ok=True)
     hours.to_csv(tables / 'cost.csv', index=False, float_format='%.6g', lineterminator='\n')
-    (tables / 'cost.md').write_text(markdown(table, hours), encoding='utf-8')
-    print(markdown(table, hours))
+    page = markdown(table, hours, tables)
+    (tables / 'cost.md').write_text(page, encoding='utf-8')
+    print(page)
 
 
 def main(argv=None): return exit_code('estimate.py', lambda: work(argv))

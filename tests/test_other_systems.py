@@ -122,7 +122,7 @@ def test_a_closed_pipe_has_its_code_also_without_a_signal_for_it(monkeypatch, ca
 
 
 def test_a_path_on_another_drive_is_shown_whole(monkeypatch):
-    def no_way(path): raise ValueError("path is on mount 'D:', start on mount 'C:'")
+    def no_way(path, start): raise ValueError("path is on mount 'D:', start on mount 'C:'")
     monkeypatch.setattr(os.path, 'relpath', no_way)
     assert shown('D:/results/runs.csv') == 'D:/results/runs.csv'
 

@@ -1,4 +1,5 @@
 "The report as a whole: its files and its speed, and what the documents say of the record."
+import re
 import shutil
 import time
 
@@ -131,6 +132,9 @@ def test_the_same_rows_give_the_same_bytes(tmp_path, published):
         files.append({f.relative_to(tmp_path): f.read_bytes()
                       for d in ('tables', 'figures') for f in sorted((tmp_path / d).iterdir())})
     assert files[0] == files[1]
+    for page in (tmp_path / 'tables').glob('*.md'):
+        links = re.findall(r'\]\(([^)#]+)#', page.read_text(encoding='utf-8'))
+        assert links and all((page.parent / link).resolve() == REPO / 'results' / 'README.md' for link in links)
     written = {f'{name}.{kind}' for name in ('gaps', 'set_right', 'source_against_fork') for kind in ('csv', 'md')}
     written.add('contrasts.md')
     drawn = {f'{name}.{kind}' for name in ('forest', 'learning_rates', 'woof-128-5') for kind in ('png', 'svg')}
