@@ -23,6 +23,7 @@ class UsageError(Exception):
     train, each on its share of the images.
     """
     have_met = False
+    is_known_to_all = False  # whether all processes raise this one, so that the first one's line is enough
 
     def __init__(self, message):
         message = message.rstrip().rsplit('UsageError: ')[-1]  # A loader process wraps the message in its traceback.
@@ -258,7 +259,14 @@ def printable():
     try: yield
     finally:
         for stream, errors in streams:
-            with suppress(OSError, ValueError): stream.reconfigure(errors=errors)  # its reader may be gone
+            try: stream.reconfigure(errors=errors)  # It writes what is left.
+            except ValueError: pass  # It is closed.
+            except OSError: leave(stream)
+
+
+def leave(stream):
+    "Has Python write the rest of a stream nowhere: at its end it would fail, as the disk is full or the reader gone."
+    with suppress(OSError): os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def exit_code(program, work):
@@ -266,22 +274,22 @@ def exit_code(program, work):
 
     The code is 0 when all is done, 1 after a fault, 2 after a mistake of the user, and 75 (EX_TEMPFAIL) where another
     process is training the run. After a signal it is 130 (Ctrl-C), 143 (SIGTERM), 129 (SIGHUP) or 138 (SIGUSR1), and
-    after a closed pipe 141. A mistake, the death of a
-    loader process and a lack of memory are printed in one line. Any other fault is raised with its traceback.
+    after a closed pipe 141. A mistake, the death of a loader process and a lack of memory are printed in one line. Any
+    other fault is raised with its traceback.
     """
     with printable(), restored():
         try: return work()
         except UsageError as e:
             who = '' if is_local_rank_0() else f'process {os.environ.get("RANK", "?")}: '
-            if not who or UsageError.have_met: print(f'{program}: {who}{e}', file=sys.stderr)
+            if not who or (UsageError.have_met and not e.is_known_to_all): say(f'{program}: {who}{e}', sys.stderr)
             return LATER if isinstance(e, Busy) else 2
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes the rest there.
+            leave(sys.stdout)
             return 128 + SIGPIPE
         except (KeyboardInterrupt, Exception) as e:
             if is_stop(e):
                 by_exception = signal.SIGINT if isinstance(e, KeyboardInterrupt) else signal.SIGTERM
                 return 128 + (Stopped.by or by_exception)
             if not (what := lack_of_memory(e)): raise
-            print(f'{program}: {what}', file=sys.stderr)
+            say(f'{program}: {what}', sys.stderr)
             return 1

@@ -416,8 +416,6 @@ class SelfAttention(_Attention):
     def __init__(self, n_channels):
         super().__init__(n_channels)
         self.n_inner = max(1, n_channels // 8)
-        heads = (size for size in range(self.n_inner, 257) if n_channels % size == 0)
-        self.n_head = max(heads, default=n_channels)  # channels of a head of h
         self.query, self.key = SpectralWeight(self.n_inner, n_channels), SpectralWeight(self.n_inner, n_channels)
         self.value = SpectralWeight(n_channels, n_channels)
 
@@ -437,10 +435,12 @@ class SelfAttention(_Attention):
         return x.device.type == 'cpu' and full and not torch.compiler.is_compiling()
 
     def _fused(self, f, g, h):
-        h = h.unflatten(2, (-1, self.n_head)).transpose(1, 2)  # (B, N, C) -> (B, heads, N, C/heads)
-        f, g = (F.pad(t, (0, self.n_head - self.n_inner)).unsqueeze(1).expand_as(h) for t in (f, g))
+        C = self.n_channels
+        size = max([size for size in range(self.n_inner, 257) if C % size == 0], default=C)  # channels of a head of h
+        h = h.unflatten(2, (-1, size)).transpose(1, 2)  # (B, N, C) -> (B, C/size, N, size)
+        f, g = (F.pad(t, (0, size - self.n_inner)).unsqueeze(1).expand_as(h) for t in (f, g))
         attended = F.scaled_dot_product_attention(g, f, h, scale=1.)
-        return attended.transpose(1, 2).flatten(2)  # (B, heads, N, C/heads) -> (B, N, C)
+        return attended.transpose(1, 2).flatten(2)  # (B, C/size, N, size) -> (B, N, C)
 
     def multiply_adds(self, n_positions):
         C, N = self.n_channels, n_positions

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from filelock import FileLock, SoftFileLock
 
-from command import Parser, UsageError, exit_code, say_once, shown
+from command import Parser, UsageError, exit_code, say, say_once, shown
 from experiments import SETTINGS, Config, as_written_now, setting
 
 RESULTS = Path(__file__).parent / 'results'
@@ -287,7 +287,7 @@ def _append(rows, results):
             elif _differ(row, there): clash.append(row['run_id'])
         if new: _write_rows(path, COLUMNS, old + new)
     if wrong and new:
-        print(f'{"; ".join(wrong)}: the row is in {path}; once that is mended, {merge_line(path)}', file=sys.stderr)
+        say(f'{"; ".join(wrong)}: the row is in {path}; once that is mended, {merge_line(path)}', sys.stderr)
     return path, len(new), clash
 
 

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from command import (
+    LATER,
     Busy,
     Parser,
     UsageError,
@@ -20,6 +21,7 @@ from command import (
     exit_code,
     is_local_rank_0,
     nearest,
+    say,
     shown,
     stop_on_signals,
     weights_file,
@@ -165,7 +167,7 @@ def probe(what, file):
 # --- what the command does ---
 
 def train(cfg, args):
-    "Trains as the command line asks, or shows the model, or looks for a learning rate."
+    "Trains as the command line asks, or shows the model, or looks for a learning rate; returns the exit code, or None."
     # torch and fastai take seconds to import: not before the command line is known to be good
     from training import distributed, run
     from training.machine import get_device
@@ -178,22 +180,27 @@ def train(cfg, args):
         lr, file = run.find_lr(cfg, args.results, device)
         return print(f'suggested learning rate {lr:.1e}, plot in {shown(file)}')
     stop_on_signals()
-    busy = []
+    code = 0
     for i in range(args.runs):
         try:
             run.run(replace(cfg, seed=cfg.seed + i), args.results, device, args.save, args.resume,
                     args.checkpoint_every, log_to=args.log_to, export=args.export)
-        except Busy as e: busy.append(e)
-    if busy: raise Busy('; '.join(map(str, busy)))
+        except Busy as e:
+            code = LATER
+            if is_local_rank_0(): say(f'{PROGRAM}: {e}', sys.stderr)
+    return code
 
 
 def work(argv):
-    "Does what the command line asks for, and says what in it differs from the script that it was written for."
+    """Does what the command line asks for; returns the exit code, or None.
+
+    Says what in the command line differs from the script that it was written for.
+    """
     cfg, args = parse(argv)
     if is_local_rank_0():
         for note in notes_on_others(sys.argv[1:] if argv is None else argv, args):
-            print(f'{PROGRAM}: {note}', file=sys.stderr)
-    train(cfg, args)
+            say(f'{PROGRAM}: {note}', sys.stderr)
+    return train(cfg, args)
 
 
 def main(argv=None): return exit_code(PROGRAM, lambda: work(argv))

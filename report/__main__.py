@@ -50,7 +50,7 @@ def write(rows, runs, results, published):
     """
     results = Path(results)
     right = set_right()
-    waiting = once([row for row in rows if not has_runs(row) and row['planned']])
+    waiting = [row for row in once(sorted(rows, key=has_runs, reverse=True)) if not has_runs(row) and row['planned']]
     def is_published(row): return tables.both(row['published']) != ['–']
     published_alone = list(filter(is_published, waiting))
     others = dict.fromkeys(row['experiment'] for row in waiting if not is_published(row))

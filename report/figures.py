@@ -106,7 +106,8 @@ def forest(rows):
                 if whose == 'ours' and row['asks']: write(ASKS_AT, y, row['asks'], color=GREY, fontsize=7)
                 test, color = _test(row, whose), INK if whose == 'ours' else GREY
                 ax.plot([0, 0], [y - 0.5, y + 0.5], color=INK, lw=0.6, zorder=0)
-                _bar(ax, in_points(test), y, whose, limits)
+                n = _n_runs(row) if whose == 'ours' else FEW
+                _bar(ax, in_points(test, n), y, whose, limits)
                 unknown = '  no interval' if np.isnan(test['low']) else ''
                 write(CHANGE_AT, y, tables.change(test) + unknown, color=color)
                 star = ' *' if whose == 'published' and _is_by_assumed_recipe(row) else ''
@@ -171,6 +172,11 @@ def _pair(row): return tables.arms(row) + ('' if row['tested'] else ' (described
 def _test(row, whose):
     "Returns difference, low and high of a row of compare.gaps, 'published' or 'ours'."
     return row['published']['difference'] if whose == 'published' else row['difference']
+
+
+def _n_runs(row):
+    "Returns the runs of the arm of a row that has fewer."
+    return min(row['ours'][side]['n'] for side in compare.SIDES)
 
 
 def _bar(ax, ends, y, whose, limits):
@@ -290,7 +296,7 @@ def differences(ax, rows):
     for x, row in enumerate(rows):
         values = np.array([100 * (arm.value - base.value) for base, arm in row['pairs']])
         ax.plot(x - 0.1 + 0.07 * (np.arange(len(values)) % 3 - 1), values, 'o', color=PALE, ms=3, mew=0, label='seed')
-        d, low, high = in_points(row['difference'], min(row['ours'][side]['n'] for side in compare.SIDES))
+        d, low, high = in_points(row['difference'], _n_runs(row))
         ax.plot([x + 0.14] * 2, [low, high], color=OURS, lw=1.6)
         ax.plot(x + 0.14, d, 'o', color=OURS, ms=4.5, label='mean')
         ax.text(x + 0.22, d, f'{d:+.1f}', color=OURS, **CLEAR)

@@ -25,7 +25,7 @@ from textwrap import wrap
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import runlog
-from command import Parser, UsageError, exit_code, nearest, stop_on_signals
+from command import Parser, UsageError, exit_code, nearest, say, stop_on_signals
 from experiments import EXPERIMENTS
 from report import compare, tables
 from report.published import load_published
@@ -135,8 +135,8 @@ def work(argv):
         runs.do(todo)
         if args.until:
             runs.until(lambda found: compare.known_to(args.until, exp.pairs(), found, exp.metric), args.seed0)
-    finally: print(tables.text(so_far(args, exp), details=True), flush=True)
-    if runs.failed: print(f'reproduce.py: {runs.failed} runs failed', file=sys.stderr)
+    finally: say(tables.text(so_far(args, exp), details=True))
+    if runs.failed: say(f'reproduce.py: {runs.failed} runs failed', sys.stderr)
     return int(runs.failed > 0)
 
 

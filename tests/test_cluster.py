@@ -184,15 +184,3 @@ def test_a_full_disk_for_the_files_of_a_run_loses_no_row(task, tmp_path, monkeyp
     assert driver.receive(out) is None and len(rows(tmp_path / 'driver')) == 1  # handed over twice, it is one row
     assert isinstance(driver.receive(cluster.Outcome(busy='another process has it')), Busy)
     assert {f'{f.parent.name}/{f.name}' for f in tmp_path.glob('driver/*/*')} == set(out.files)
-
-
-def test_a_mistake_of_one_node_of_several_is_a_run_that_failed():
-    driver = cluster.Cluster.__new__(cluster.Cluster)
-    nodes = [dict(Alive=True), dict(Alive=False)]
-    driver.ray = SimpleNamespace(get=lambda ref: ref, exceptions=ray.exceptions, nodes=lambda: nodes)
-    def receive(node): return driver.receive(cluster.Outcome(mistake='no space is left', node=node))
-    driver.results, driver.mistaken = None, set()
-    with pytest.raises(UsageError, match=r'^no space is left$'): receive('a')  # It is the only one.
-    nodes[1]['Alive'], driver.mistaken = True, set()
-    for _ in range(2): assert receive('a') == 'a: no space is left'
-    with pytest.raises(UsageError, match=r'^no space is left$'): receive('b')

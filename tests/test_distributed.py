@@ -37,7 +37,7 @@ def data(tree):
 def launch(spawn, tmp_path):
     """Runs command lines one after the other in one group of two processes: (exit code, stdout, stderr).
 
-    A command line may begin with STOP=epoch: Ctrl-C comes in that epoch, from 0.
+    A command line may begin with STOP=epoch: Ctrl-C comes in that epoch, from 0; or with BUSY: others train seed 0.
     """
     def run(*lines):
         script = tmp_path / 'lines.py'
@@ -46,9 +46,16 @@ import json, sys
 sys.path.insert(0, {str(REPO)!r})
 import train_imagenette
 import training.measure
+from command import Busy
+from training import checkpoint
 
-codes = []
+codes, claim = [], checkpoint.claim
 for argv in json.loads({json.dumps(json.dumps(lines))}):
+    busy = argv[0] == 'BUSY' and argv.pop(0)
+    def others_have_seed_0(cfg, *args):
+        if busy and cfg.seed == 0: raise Busy('another process is already training this run')
+        return claim(cfg, *args)
+    checkpoint.claim = others_have_seed_0
     stop = int(argv.pop(0)[5:]) if argv[0].startswith('STOP=') else -1
     def heed(self):
         if self.epoch == stop and self.iter == 1: raise KeyboardInterrupt
@@ -112,6 +119,15 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped_and_lr_is_scaled_on
     assert a[same].equals(b[same]) and not list((tmp_path / 'parts' / 'checkpoints').glob('*.pt'))
 
 
+def test_a_run_that_others_train_is_left_alone_by_all_processes(data, launch, tmp_path):
+    line = ['--data', str(data), *TINY, '--epochs', '1', '--runs', '2', '--resume']
+    line += ['--results', str(tmp_path / 'results')]
+    code, _, err = launch(['BUSY', *line])
+    said = [line for line in err.splitlines() if line.startswith('train_imagenette.py: ')]
+    assert code == 75 and said == ['train_imagenette.py: another process is already training this run'], err
+    assert record(tmp_path / 'results').seed.tolist() == [1]
+
+
 def test_a_loss_that_is_not_finite_ends_all_processes(data, launch, tmp_path):
     line = ['--data', str(data), *TINY, '--epochs', '3', '--opt', 'sgd', '--lr', '1e30']
     code, _, err = launch([*line, '--results', str(tmp_path / 'results')])
@@ -173,10 +189,10 @@ import train_imagenette
 import training.measure
 import training.run
 from training import distributed
-distributed.TIMEOUT = timedelta(seconds=4)
+distributed.TIMEOUT = timedelta(seconds=15)
 rank, get_dls = os.environ['RANK'], training.run.get_dls
 def slowly(*args):
-    time.sleep(8)
+    if {epoch}: time.sleep(17)  # The second waits for so long, and then the first.
     return get_dls(*args)
 training.run.get_dls = slowly
 def stop(self):
@@ -206,7 +222,7 @@ def test_processes_that_train_something_else_say_so(data, spawn, tmp_path):
     processes, results = two_with_a_short_patience(spawn, tmp_path, data, epoch=0)
     said = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2], said
-    assert all('the processes differ in lr: 0.003 and 0.1' in err for err in said)
+    assert ''.join(said).count('train_imagenette.py: the processes differ in lr: 0.003 and 0.1\n') == 1
     assert not (results / 'runs.csv').exists()
 
 

@@ -115,6 +115,13 @@ def test_the_layer_goes_into_networks_of_others_as_is_said():
     finally: matmul.allow_fp16_reduced_precision_reduction = before
 
 
+@pytest.mark.parametrize('name', DOCUMENTS)
+def test_the_rows_of_a_table_have_a_cell_for_each_column(name):
+    for table in re.findall(r'(?:^\|.*\n)+', TEXTS[name], re.MULTILINE):
+        lines = re.sub(r'`[^`]*`', '', table).splitlines()
+        assert len({line.count('|') for line in lines}) == 1, table
+
+
 def test_the_readme_is_short(): assert len(TEXTS['README.md'].split()) <= 1200
 
 

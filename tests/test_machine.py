@@ -86,6 +86,15 @@ def test_processes_wait_for_hours_while_the_first_one_downloads_and_else_for_min
     assert group['timeout'].total_seconds() >= 2 * 3600 and group['backend'] == 'gloo'
 
 
+@pytest.mark.parametrize('error, usable', [('an illegal memory access was encountered', False),
+                                           ('CUDA out of memory. Tried to allocate 2 MiB', True)])
+def test_a_device_is_asked_whether_it_still_works(error, usable, monkeypatch):
+    assert machine.is_usable(torch.device('cpu'))
+    def fails(*args, **kwargs): raise RuntimeError(error)
+    monkeypatch.setattr(torch, 'zeros', fails)
+    assert machine.is_usable(CUDA) == usable
+
+
 @pytest.mark.parametrize('capability, allowed', [((7, 5), False), ((8, 0), True), ((9, 0), True)])
 def test_bf16_is_for_gpus_that_have_it(capability, allowed, gpus):
     gpus(1, capability)
@@ -272,7 +281,8 @@ def test_a_run_of_a_loop_that_has_no_memory_says_what_to_do(tmp_path, monkeypatc
     monkeypatch.setattr(jobs, 'listen', lambda task, given: [given.put(each) for each in (task, None)])
     answers = []
     with restored(): jobs.train_tasks(('none', Config()), SimpleNamespace(send=answers.append), tmp_path, CPU, 0)
-    assert len(answers) == 1 and answers[0].startswith(words)
+    ((error, is_the_last),) = answers
+    assert error.startswith(words) and is_the_last
 
 
 # --- containers ---

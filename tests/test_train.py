@@ -206,6 +206,7 @@ def test_repeat_has_seeds_and_runs_of_its_own(flags, words):
 @pytest.mark.parametrize('python, codes, calls, code', [
     ('PYTHON', {}, 4, 0), ('.venv/bin/python', {}, 4, 0),
     ('PYTHON', {'--woof --seed 0': 1}, 4, 1), ('PYTHON', {'--woof --sa --seed 0': 137}, 4, 1),
+    ('PYTHON', {'--woof --seed 0': 75}, 4, 75), ('PYTHON', {'--woof --seed 0': 75, '--woof --seed 1': 1}, 4, 1),
     ('PYTHON', {'--woof --seed 0': 2}, 1, 2), ('PYTHON', {'--woof --sa --seed 0': 143}, 2, 143),
 ])
 def test_repeat_interleaves_the_arms_and_goes_on_after_a_run_that_fails(python, codes, calls, code, tmp_path):

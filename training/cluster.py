@@ -30,8 +30,7 @@ class Outcome:
     row: dict = None
     files: dict = field(default_factory=dict)  # {path in the results folder: bytes}, where the task cannot write there
     error: str = None    # says why the run failed
-    mistake: str = None  # says what the user did wrong, or what is wrong with the node
-    node: str = None     # that found the mistake
+    mistake: str = None  # says what the user did wrong: no other run would do better
     busy: str = None     # says that another process is training the run
 
 
@@ -50,7 +49,6 @@ class Cluster:
             import ray
         except ImportError: raise UsageError('--ray: needs ray: pip install -r requirements-cluster.txt') from None
         self.ray, self.results, self.cpus = ray, Path(results).resolve(), cpus
-        self.mistaken = set()  # nodes that have reported a mistake
         options = dict(runtime_env=environment(gpus), log_to_driver=True, logging_level='error')
         try:
             if address:
@@ -78,9 +76,8 @@ class Cluster:
     def each(self, todo, checkpoint_every=None):
         """Trains `todo`, [(arm, Config)], as many runs at once as there is room for.
 
-        As each run ends, yields (arm, cfg, error); the error is None, or why the run failed or was not begun. Raises
-        UsageError where two nodes report a mistake, or the only one. Where the caller leaves early, it stops the runs
-        under way and takes their rows.
+        As each run ends, yields (arm, cfg, error); the error is None, or why the run failed or was not begun. Where the
+        caller leaves early, it stops the runs under way and takes their rows.
         """
         task = self.ray.remote(num_cpus=self.cpus, num_gpus=self.gpus, max_retries=TRIES - 1, max_calls=1)(train_run)
         with self.mark() as mark:
@@ -124,7 +121,7 @@ class Cluster:
     def receive(self, ref):
         """Records what a task hands over, the row first; returns why the run failed or was not begun, or None.
 
-        Raises UsageError after a mistake that is not of one node alone.
+        Raises UsageError after a mistake of the user.
         """
         from training.run import keep  # It needs torch, which takes seconds.
         try: out = self.ray.get(ref)
@@ -134,14 +131,8 @@ class Cluster:
         try: runlog.write_files(out.files, self.results)
         except OSError as e:
             say(f'{out.row["run_id"]}: its curve or predictions could not be written ({e})', file=sys.stderr)
-        if out.mistake and self.is_of_all(out.node): raise UsageError(out.mistake)
-        if out.mistake: return f'{out.node}: {out.mistake}'
+        if out.mistake: raise UsageError(out.mistake)
         return Busy(out.busy) if out.busy else out.error
-
-    def is_of_all(self, node):
-        "Returns whether a mistake that this node reports is one of all: of two nodes, or of the only one."
-        self.mistaken.add(node)
-        return len(self.mistaken) >= min(2, sum(node['Alive'] for node in self.ray.nodes()))
 
 
 def environment(gpus):
@@ -180,7 +171,7 @@ def train_run(cfg, results, mark, checkpoint_every, layer_files=None, device=Non
             here = layer_source.unpacked(cfg, layer_files or {}, own)
             run(here, folder, device, resume=True, checkpoint_every=checkpoint_every, hand_over=hand_over)
         except Busy as e: out.busy = str(e)
-        except UsageError as e: out.mistake, out.node = str(e), socket.gethostname()
+        except UsageError as e: out.mistake = str(e)
         except SystemExit: raise  # By SIGTERM, as its node ends: Ray tries the run again.
         except BaseException as e:
             if not is_stop(e): out.error = lack_of_memory(e) or repr(e)

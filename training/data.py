@@ -31,7 +31,7 @@ from fastai.torch_core import TensorImage, rank_distrib
 from fastai.vision.augment import RandomErasing
 from PIL import Image
 
-from command import UsageError, say_once
+from command import UsageError, say, say_once
 from experiments import N_IMAGES
 from training import check, host, readers
 from training.files import (
@@ -411,7 +411,7 @@ def check_numbers(cfg, path, n_train, n_valid):
     "Raises UsageError unless these numbers of images fit `cfg`; prints that an archive is not the full one."
     expected = N_IMAGES.get((cfg.dataset, cfg.split)) if not cfg.data else None
     if expected and n_train + n_valid != sum(expected):
-        print(f'{path}: {n_train + n_valid:,} of {sum(expected):,} images, not the full archive')
+        say(f'{path}: {n_train + n_valid:,} of {sum(expected):,} images, not the full archive')
     elif expected and (n_train, n_valid) != expected:
         counts = f'{n_train:,} + {n_valid:,} images, expected {expected[0]:,} + {expected[1]:,}'
         raise UsageError(f'{path}: split {cfg.split} gives {counts}; extract the archive anew')

@@ -82,15 +82,27 @@ def check_alike(**found):
     dist.all_gather_object(parts, found)
     for name in found:
         values = list(dict.fromkeys(str(part[name]) for part in parts))
-        if len(values) > 1: raise UsageError(f'the processes differ in {name}: {" and ".join(values[:2])}')
+        if len(values) > 1:
+            raise known_to_all(UsageError(f'the processes differ in {name}: {" and ".join(values[:2])}'))
 
 
-def agreed(value):
-    "Returns the `value` of the first process, in all of them."
-    if n_processes() == 1: return value
-    box = [value if is_rank_0() else None]
+def agreed(make):
+    "Returns what make() returns in the first process, in all of them; a UsageError there is raised in all."
+    if n_processes() == 1: return make()
+    value, error = None, None
+    if is_rank_0():
+        try: value = make()
+        except UsageError as e: error = e
+    box = [value, error]
     dist.broadcast_object_list(box)
-    return box[0]
+    value, error = box
+    if error: raise known_to_all(error)
+    return value
+
+
+def known_to_all(error):
+    error.is_known_to_all = True
+    return error
 
 
 def interleaved(x):

@@ -177,8 +177,7 @@ class Labelled:
         return len(text)
 
     def close_line(self):
-        if self.line: self.write('\n')
-        self.stream.flush()
+        if self.line: say('', self)
 
 
 @contextmanager

@@ -140,9 +140,10 @@ class Loop:
     def here(self, todo, checkpoint_every):
         """Trains `todo` in this process, one after the other; yields (arm, cfg, error) as each ends.
 
-        The error is that of a run that failed or was not begun, else None. A mistake of the user ends the loop.
+        The error is that of a run that failed or was not begun, else None. A mistake of the user ends the loop. So does
+        a failure after which the device cannot be used.
         """
-        from training.machine import check_device
+        from training.machine import is_usable
         from training.run import run
         for arm, cfg in todo:
             say(f'{arm} seed {cfg.seed}:')
@@ -152,8 +153,9 @@ class Loop:
             except Exception as e:
                 if isinstance(e, UsageError) or is_stop(e): raise
                 error = lack_of_memory(e) or repr(e)
-                check_device(self.device, error)
             yield arm, cfg, error
+            if error and not isinstance(error, Busy) and not is_usable(self.device):
+                return say(f'{self.device} cannot be used any more; the same command goes on', sys.stderr)
 
     def runs(self):
         "Returns {arm: its runs in the record} on this machine's data and precision, whatever their end."

@@ -47,12 +47,11 @@ def get_device(gpu=None):
     return torch.device('cuda', gpu)
 
 
-def check_device(device, error):
-    "Raises UsageError where a run's `error` has left `device` useless for this process, as some faults of CUDA do."
+def is_usable(device):
+    "Returns whether this process can still compute on `device`: after some faults of CUDA no process can."
     try: torch.zeros(1, device=device).item()
-    except RuntimeError as e:
-        if lack_of_memory(e): return
-        raise UsageError(f'{error}; since then {device} fails ({brief(e)}): the same command goes on') from None
+    except RuntimeError as e: return bool(lack_of_memory(e))
+    return True
 
 
 def n_gpus():

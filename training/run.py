@@ -71,9 +71,8 @@ def run(cfg, results=runlog.RESULTS, device=None, save=None, resume=False, check
     if first: runlog.check(results)
     device = device or get_device()
     cfg, dls, model = prepare(cfg, device)
-    claimed = checkpoint.claim(cfg, dls.fingerprint, results) if resume and first else contextlib.nullcontext()
-    with claimed:
-        begun, found = begin(cfg, dls, results, resume)
+    with contextlib.ExitStack() as claims:
+        begun, found = begin(cfg, dls, results, resume, claims)
         if begun['status']:
             for what, file in (('--save', save), ('--export', export)):
                 if file and first:
@@ -105,14 +104,20 @@ def outlets(cfg, dls, model, row, results, log_to, export):
         raise
 
 
-def begin(cfg, dls, results, resume):
+def begin(cfg, dls, results, resume, claims):
     """Returns (the first columns of the run's row, its status still blank; the checkpoint it continues from, or None).
 
-    Where `resume` finds the run recorded, the columns are its whole row. Every process gets what the first one finds.
+    Where `resume` finds the run recorded, the columns are its whole row; `claims`, an ExitStack, keeps other processes
+    from the run. All processes that train it together get what the first one finds, or its UsageError.
     """
-    begun, found = None, None
-    if distributed.is_rank_0(): begun, found = look_up(cfg, dls, results) if resume else (new_row(results), None)
-    begun = distributed.agreed(begun)
+    found = None
+    def first_columns():
+        nonlocal found
+        if not resume: return new_row(results)
+        claims.enter_context(checkpoint.claim(cfg, dls.fingerprint, results))
+        begun, found = look_up(cfg, dls, results)
+        return begun
+    begun = distributed.agreed(first_columns)
     continues = not begun['status'] and begun['resumed'] > 0
     if continues and not found:
         file = checkpoint.path(results, begun['run_id'])

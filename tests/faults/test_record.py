@@ -112,7 +112,10 @@ def full_from(monkeypatch, fill, epoch, leave):
 @pytest.mark.slow(8)
 def test_a_disk_full_for_the_output_lets_the_run_go_on(tree, tmp_path):
     argv = [sys.executable, REPO / 'train_imagenette.py', '--data', tree, *TINY, '--results', tmp_path / 'results']
-    with open('/dev/full', 'w') as full: subprocess.run(list(map(str, argv)), stdout=full, stderr=full, timeout=300)
+    env = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(list(map(str, argv)), stdout=full, stderr=full, env=env, timeout=300)
+    assert done.returncode == 0
     df = runlog.load(tmp_path / 'results' / 'runs.csv')
     assert df.status.tolist() == ['ok'] and df.epochs_done.tolist() == [2]
     assert not list((tmp_path / 'results' / 'checkpoints').iterdir())
