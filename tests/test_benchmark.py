@@ -290,6 +290,16 @@ def test_the_speeds_in_the_readme_are_those_measured():
     for r in measured('switches').itertuples():
         assert (f'| `{r.switch}` | {r.images_per_second:.0f} | '
                 f'{r.time:.2f} [{r.time_low:.2f}, {r.time_high:.2f}] |') in text
+    network = measured('network').set_index(['arch', 'layer'])
+    for (arch, layer), r in network[network.index.isin([('xresnet50', 'none'), ('xresnet18', 'none')]) == 0].iterrows():
+        if layer not in ('simple', 'sagan'): continue
+        memory = r.peak_mb / network.peak_mb[arch, 'none']
+        assert (f'| {arch}, {r["size"]} px | {layer} | {r.parameters:,} | {r.multiply_adds:,} | '
+                f'{r.ratio:.2f} [{r.ratio_low:.2f}, {r.ratio_high:.2f}] | {memory:.2f} |') in text
+    others = network.loc['xresnet18'].drop('sagan')
+    assert others.ratio.max() <= 1.02 and (others.ratio_low <= 1.005).all()
+    more = network.ratio['xresnet50', 'simple'] - 1
+    assert f'{more:.0%} of time on a CPU'.replace('%', ' %') in (REPO / 'README.md').read_text()
     fused = measured('switches').set_index('switch').loc['--fused 0']
     assert f"fastai's own\nAdam took {fused.time - 1:.0%} longer".replace('%', ' %') in text
     r = measured('step').iloc[0]
