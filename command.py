@@ -146,6 +146,7 @@ def say_once(line, file=None):
 
 ENDING = [getattr(signal, name) for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1', 'SIGBREAK')
           if hasattr(signal, name)]  # Windows has the first two and the last, which comes when a console is closed.
+ROW_SECONDS = 90  # After a signal, runs in other processes have so long to end with their rows; SLURM gives 120.
 CHILD = getattr(signal, 'SIGCHLD', None)  # Windows has none
 SIGPIPE = 13  # its number where there is one
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import REPO, rows
 
+from command import ROW_SECONDS
 from experiments import Config
 from training import jobs
 
@@ -139,7 +140,7 @@ def test_the_processes_end_where_ctrl_c_is_ignored(spawn, tree, tmp_path):
     argv = [*TINY, '--data', tree, '--results', tmp_path / 'results', '--epochs', 1, '--runs', 1, '--jobs', 2]
     ignore = dict(preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))  # as a script's background job is
     process = spawn(REPO / 'scripts' / 'reproduce.py', *argv, **ignore)
-    out, err = process.communicate(timeout=jobs.PATIENCE)
+    out, err = process.communicate(timeout=ROW_SECONDS)
     assert process.returncode == 0 and '2/2 ' in out and 'did not end' not in err, err
 
 

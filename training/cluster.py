@@ -18,10 +18,9 @@ from pathlib import Path
 
 import layer_source
 import runlog
-from command import Busy, Stopped, UsageError, is_stop, lack_of_memory, restored, say, undisturbed
+from command import ROW_SECONDS, Busy, Stopped, UsageError, is_stop, lack_of_memory, restored, say, undisturbed
 
 TRIES = 4  # of a run whose workers die
-PATIENCE_SECONDS = 90  # After a signal the runs under way have so long to hand over their rows; SLURM gives us 120.
 
 
 @dataclass
@@ -100,12 +99,12 @@ class Cluster:
         if not refs: return
         with undisturbed():
             for ref in refs: self.ray.cancel(ref)
-            ended, silent = self.ray.wait(refs, num_returns=len(refs), timeout=PATIENCE_SECONDS)
+            ended, silent = self.ray.wait(refs, num_returns=len(refs), timeout=ROW_SECONDS)
             for ref in ended:
                 try: self.receive(ref)
                 except UsageError as e: say(e, file=sys.stderr)
             if silent:
-                say(f'{len(silent)} runs did not end in {PATIENCE_SECONDS} s: they have no row', file=sys.stderr)
+                say(f'{len(silent)} runs did not end in {ROW_SECONDS} s: they have no row', file=sys.stderr)
 
     def for_node(self, cfg):
         "Returns `cfg` for a node, with an absolute folder and as many loader processes as cores."

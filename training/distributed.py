@@ -101,6 +101,7 @@ def agreed(make):
 
 
 def known_to_all(error):
+    "Returns a UsageError that all processes raise: the first one prints it."
     error.is_known_to_all = True
     return error
 

@@ -16,10 +16,18 @@ from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import wait
 
-from command import ENDING, Busy, UsageError, is_stop, lack_of_memory, say, stop_on_signals, undisturbed
+from command import (
+    ENDING,
+    ROW_SECONDS,
+    Busy,
+    UsageError,
+    is_stop,
+    lack_of_memory,
+    say,
+    stop_on_signals,
+    undisturbed,
+)
 from training.host import n_cores
-
-PATIENCE = 90  # seconds for the runs under way to write their rows at the end by a signal; SLURM gives us 120
 
 
 class Jobs:
@@ -63,11 +71,11 @@ class Jobs:
         "Ends the processes: at once those that are idle, the others when they have written their rows."
         with undisturbed():
             for worker in workers: worker.tasks.close()
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + ROW_SECONDS
             for worker in workers: worker.process.join(max(0, end - time.monotonic()))
             silent = [worker for worker in workers if worker.process.is_alive()]
             for worker in silent: worker.process.kill()
-            if silent: say(f'{len(silent)} runs did not end in {PATIENCE} s: they have no row', file=sys.stderr)
+            if silent: say(f'{len(silent)} runs did not end in {ROW_SECONDS} s: they have no row', file=sys.stderr)
 
 
 class Worker:

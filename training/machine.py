@@ -48,7 +48,7 @@ def get_device(gpu=None):
 
 
 def is_usable(device):
-    "Returns whether this process can still compute on `device`: after some faults of CUDA no process can."
+    "Returns whether this process can still compute on `device`: after some faults of CUDA it cannot."
     try: torch.zeros(1, device=device).item()
     except RuntimeError as e: return bool(lack_of_memory(e))
     return True
