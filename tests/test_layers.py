@@ -34,11 +34,14 @@ def trained(name, n_channels=16, **kwargs):
 def error(a, b): return ((a.double() - b.double()).abs().max() / b.double().abs().max()).item()
 
 
-def grads(layer, x, forward=None):
-    "[output, gradient of the input, gradients of the parameters] of the mean square."
+def grads(layer, x, forward=None, scale=1):
+    """[output, gradient of the input, gradients of the parameters] of the mean square.
+
+    The loss is multiplied by `scale` for the backward pass, as training in float16 does.
+    """
     x = x.clone(memory_format=torch.preserve_format).requires_grad_()
     y = (forward or layer)(x)
-    return [y.detach(), *torch.autograd.grad(y.square().mean(), [x, *layer.parameters()])]
+    return [y.detach(), *(g / scale for g in torch.autograd.grad(scale * y.square().mean(), [x, *layer.parameters()]))]
 
 
 def formula(layer):
@@ -505,6 +508,11 @@ def test_what_passes_float16_saturates_and_the_rest_is_right(side, largest):
     assert (y - exact)[rest].abs().max() < 0.02 * 65_504
 
 
+def loss_of(y, name):
+    "A loss with small gradients; low_rank holds f divided by the root of C, so that root times as large a gradient."
+    return y.float().mean() / (1000 if name == 'low_rank' else 100)
+
+
 @pytest.mark.parametrize('name', VARIANTS)
 @pytest.mark.parametrize('gamma', [0., 0.1])
 @pytest.mark.parametrize('correlated', [False, True])
@@ -518,7 +526,7 @@ def test_finite_in_float16_up_to_a_root_mean_square_of_255(name, gamma, correlat
     x = x.half().requires_grad_()
     with torch.autocast('cpu', torch.float16): y = layer(x)
     assert y.isfinite().all() and (gamma or name in GATES or torch.equal(x, y))
-    (y.float().mean() / 100).backward()
+    loss_of(y, name).backward()
     assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())
 
 
@@ -712,7 +720,8 @@ def test_cuda_gradients_are_those_of_the_reference(name, n_channels, memory_form
     def forward(x):
         with torch.autocast('cuda', autocast or torch.float16, enabled=autocast is not None): return layer(x)
     bound = {None: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.2 if name == 'channel' else 0.1}[autocast]
-    assert max(map(error, grads(layer, x, forward), expected)) < bound
+    # The mean of up to 590,000 outputs has gradients that float16 holds to a few bits, unless the loss is scaled.
+    assert max(map(error, grads(layer, x, forward, scale=2**10), expected)) < bound
 
 
 @needs_cuda
@@ -726,5 +735,5 @@ def test_cuda_finite_in_float16_up_to_a_root_mean_square_of_255(name, correlated
     for dim in 5 * [(2, 3), 1]: x = 254 * x / x.square().mean(dim, keepdim=True).sqrt()
     x = x.half().requires_grad_()
     with torch.autocast('cuda', torch.float16): y = layer(x)
-    (y.float().mean() / 100).backward()
+    loss_of(y, name).backward()
     assert y.isfinite().all() and x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in layer.parameters())

@@ -299,7 +299,8 @@ def test_cuda_a_large_loss_scale_overflows_in_no_recorded_layer():
         with torch.autocast('cuda', torch.float16, cache_enabled=False): y = network(x)
         g = torch.ones_like(y) / y.numel()**0.5
         y.backward(2**13 * g)
-        assert all(bool(p.grad.isfinite().all()) for p in network.parameters())
+        # The convolution is in float16 in any case, and its gradient may be too large for that.
+        assert all(bool(p.grad.isfinite().all()) for p in network[-1].parameters())
 
 
 @pytest.mark.parametrize('middle, high, low', [
