@@ -20,18 +20,26 @@ MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of t
 HEADS = {  # of results/tables/<name>.md
     'gaps': '# Every comparison\n\nMeans are percent ± standard deviation (runs), changes are points [95 % interval]: '
             '[how a verdict is reached](../README.md#how-a-verdict-is-reached).',
-    'contrasts': '# Is it attention?\n\n[What the layers of each contrast have](../README.md#is-it-attention).',
+    'contrasts': '# Is it attention?\n\n[What the layers of each contrast have, and what it says'
+                 '](../README.md#is-it-attention).',
     'set_right': '# What is wrong in the published record\n\nComputed from the published single runs: what is said, '
                  'what is found, and what that shows ([more](../README.md#what-is-wrong-in-the-published-record)).',
     'source_against_fork': "# The source's means beside the fork's runs\n\nWhether the recipe that is assumed can be "
                            'the one that was used ([more](../README.md#what-is-wrong-in-the-published-record)).',
 }
 
+LAYERS = ('Each layer beside the first arm, the best first; described and not tested, as the plan names the contrasts '
+          'alone. `adds`: how many times its input a layer adds, by root mean square, after the last epoch.')
+
 
 def readme_table(runs, published):
-    "Returns what README.md shows: every tested comparison that has all the runs wanted, but for those of digits."
+    """Returns what README.md shows: every tested comparison that has all the runs wanted.
+
+    Left out are those of digits, and those that say what they ask, which have a table of their own.
+    """
     rows = up_to_date(for_readers(gaps(EXPERIMENTS, runs, published)))
     rows = [row for row in rows if row['tested'] and row['experiment'] != 'digits' and has_all_runs(row)]
+    rows = [row for row in rows if not row['asks']]
     return tables.brief_markdown(rows)
 
 
@@ -58,7 +66,8 @@ def write(rows, runs, results, published):
     if published_alone: found += ['## Published, without runs of ours', tables.markdown(published_alone)]
     if others: found += ['## Neither published nor run', f'Some or all comparisons of {", ".join(others)}.']
     _write_table(results, 'gaps', tables.frame(rows), *found)
-    _write_markdown(results, 'contrasts', tables.contrasts_markdown(rows))
+    contrasts, layers = tables.contrasts_markdown(rows), tables.layers_markdown(rows, runs, results)
+    _write_markdown(results, 'contrasts', contrasts, *(['## Each layer', LAYERS, layers] if layers else []))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
     _write_table(results, 'source_against_fork', source_against_fork(),
                  tables.plain_markdown(source_against_fork_text()))

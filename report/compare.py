@@ -187,6 +187,23 @@ def accuracies(runs, metric='last'):
     return dict(zip(ok.seed.tolist(), ok[METRICS[metric]].tolist()))
 
 
+def beside_first(arms, results):
+    """Returns a dict for each of `arms` {arm: its runs on one set}, the best first: what it does beside the first arm.
+
+    arm, stats.summary of its accuracies, change: stats.compare_by_seed with the first arm, and adds: the mean of
+    branch_ratio after the last epoch, nan where no curve has one.
+    """
+    found = []
+    for arm, runs in arms.items():
+        values = accuracies(runs)
+        if not found: first = values
+        curves = [runlog.read_curve(run_id, results) for run_id in ended_ok(runs).run_id]
+        adds = pd.Series([curve.branch_ratio.iloc[-1] for curve in curves if len(curve)], dtype=float).mean()
+        change = stats.compare_by_seed(first, values)
+        found.append(stats.summary(list(values.values())) | dict(arm=arm, change=change, adds=adds))
+    return sorted(found, key=lambda row: -row['mean'])
+
+
 def correct(run_ids, results):
     """Returns (runs, images) of 0 and 1 from the predictions of these runs, the images in the order of their names.
 
@@ -549,9 +566,18 @@ def for_readers(rows):
 
 def up_to_date(rows):
     "Returns the rows of `gaps` without those with a fault of which all runs have been made again without it."
-    def place(row): return _pair(row), *(str(row[name]) for name in SET_COLUMNS if name != 'fault')
-    again = {place(row) for row in rows if not row['fault'] and has_all_runs(row)}
-    return [row for row in rows if not row['fault'] or place(row) not in again]
+    again = {_but_for_the_fault(row) for row in rows if not row['fault'] and has_all_runs(row)}
+    return [row for row in rows if not row['fault'] or _but_for_the_fault(row) not in again]
+
+
+def once_a_set(rows):
+    "Returns of the rows of `gaps` that differ in a fault alone the one with all its runs, or else that without it."
+    best = sorted(rows, key=lambda row: (has_all_runs(row), not row['fault']))
+    chosen = {_but_for_the_fault(row): row for row in best}
+    return [row for row in rows if chosen[_but_for_the_fault(row)] is row]
+
+
+def _but_for_the_fault(row): return _pair(row), *(str(row[name]) for name in SET_COLUMNS if name != 'fault')
 
 
 def once(rows):

@@ -204,10 +204,11 @@ def _has_runs_of_both(row): return not np.isnan(row['difference']['difference'])
 def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes=None):
     """Returns a Figure of an experiment: of each set of images the runs, the differences, and these after each epoch.
 
-    Arms without runs are left out. The planned sets come first, those without a fault before those with one, and large
-    before small. Run times are not drawn: the record does not say which runs shared their machine with others.
+    Arms without runs are left out, and runs with a fault once all are made again. The planned sets come first, those
+    without a fault before those with one, and large before small. Run times are not drawn: the record does not say
+    which runs shared their machine with others.
     """
-    parts = []
+    rows, parts = compare.up_to_date(rows), []
     for key, arms in compare.sets(exp, runs, recipes=recipes):
         of_set = [row for row in rows if row['experiment'] == name and compare.set_key(row) == compare.set_key(key)]
         of_set = [row for row in of_set if _has_runs_of_both(row)]

@@ -20,10 +20,14 @@ from report.compare import (
     NO_VERDICT,
     SET_COLUMNS,
     SIDES,
+    beside_first,
     has_all_runs,
     has_runs,
     is_whole,
     once,
+    once_a_set,
+    set_key,
+    sets,
     up_to_date,
 )
 from report.published import load_published_runs, single_runs_sd
@@ -32,6 +36,7 @@ from runlog import RESULTS
 HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
         'P (Holm)', 'permutation P', 'verdict']
 ASKED = ['runs', 'what it asks', 'contrast', 'ours', 'change [95 %]', 'P (Holm)', 'verdict', 'commit of the plan']
+LAYERS = ['runs', 'layer', 'accuracy', 'change from the first arm [95 %]', 'adds']
 BRIEF = ['experiment', 'arms', 'published', 'ours', 'change [95 %]', 'P (Holm)', 'verdict']
 ONE_ARM = 'one arm: nothing to compare it with'
 TERMINAL = 100  # characters in a line of a terminal
@@ -278,10 +283,32 @@ def _brief_cells(row):
 
 
 def contrasts_markdown(rows):
-    "Returns those of `gaps` that have runs and say what they ask as a Markdown table, with the commit of their plan."
+    """Returns those of `gaps` that have runs and say what they ask as a Markdown table, with the commit of their plan.
+
+    Runs with a fault are left out once all are made again.
+    """
+    rows = up_to_date(rows)
     lines = [[title, row['asks'], arms(row), *_brief_cells(row), EXPERIMENTS[row['experiment']].plan]
              for row, title in zip(rows, titles(rows)) if row['asks'] and has_runs(row)]
     return markdown_table(ASKED, lines, numbers=range(3, 6))
+
+
+def layers_markdown(rows, runs, results=RESULTS):
+    """Returns what each arm does beside the first, as a Markdown table, for each experiment of those that say what
+    they ask: on each set of `gaps` on which all its contrasts have all their runs. '' where there is none.
+    """
+    lines = []
+    for name in dict.fromkeys(row['experiment'] for row in rows if row['asks']):
+        for key, arms in sets(EXPERIMENTS[name], runs):
+            of_set = [row for row in rows if row['experiment'] == name and set_key(row) == set_key(key)]
+            if key['fault'] or not all(map(has_all_runs, of_set)): continue
+            lines += [[f'{name}, {key["precision"]}', *_layer_cells(row)] for row in beside_first(arms, results)]
+    return markdown_table(LAYERS, lines, numbers=range(2, 5)) if lines else ''
+
+
+def _layer_cells(row):
+    adds = '' if np.isnan(row['adds']) else f'{row["adds"]:.1f}'
+    return [row['arm'], percent(row), change(row['change']) if row['change']['difference'] else '', adds]
 
 
 def plain_markdown(frame):
@@ -396,10 +423,10 @@ def conclusion(rows):
 
     The first is of the published differences, the second of what nothing is published about, the third of what is open.
     A verdict counts here once its comparison has all the runs wanted. A comparison counts once for each set of images
-    on which it has runs, without a fault or with one, and once where it has none.
+    and precision on which it has runs, and once where it has none; runs with a fault count until all are made again.
     """
-    rows = [row for row in up_to_date(rows) if row['tested'] and row['experiment'] != 'digits']
-    with_runs = [row for row in rows if has_runs(row)]
+    rows = [row for row in rows if row['tested'] and row['experiment'] != 'digits']
+    with_runs = once_a_set([row for row in rows if has_runs(row)])
     rows = with_runs + [row for row in once(with_runs + rows) if not has_runs(row)]
     def is_published(row): return not np.isnan(row['published']['difference']['difference'])
     lines = []

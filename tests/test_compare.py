@@ -201,7 +201,7 @@ def test_runs_with_a_fault_count_until_all_are_made_again():
         every = all_gaps('woof-128-5', *faulty, *arms(n))
         found = [row for row in compare.up_to_date(every) if compare.has_runs(row)]
         assert {row['fault'] for row in found} == sets and len(found) == 3 * len(sets)
-        assert '3 have all their runs' in tables.conclusion(every)
+        assert 'Of 3 published differences, 3 have all their runs' in tables.conclusion(every)
         words = [words for kind, words, *_ in figures._lines(found) if kind == 'title']
         assert ['gradient fault' in title for title in words] == [fault != '' for fault in sorted(sets)]
 

@@ -102,6 +102,43 @@ def test_the_headline_is_what_the_record_says(base, arm, said, rows_of_record):
     assert page.endswith(f'| {100 * change.mean():+.2f} [{100 * low:.2f}, {100 * high:.2f}] |')
 
 
+def test_the_answer_is_what_the_record_says(rows_of_record):
+    "Computed without the report, but for the contrast whose arms have unlike seeds: se → simple."
+    runs = pd.read_csv(REPO / 'results' / 'runs.csv').query('size == 64 and precision == "fp16" and status == "ok"')
+    runs = runs[runlog.faults(runs) == '']
+    by_seed = 100 * runs.pivot(index='seed', columns='attention', values='accuracy')
+    def change(base, arm, digits=1):
+        d = (by_seed[arm] - by_seed[base]).dropna()
+        low, high = st.t.interval(0.95, len(d) - 1, d.mean(), d.sem())
+        return f'{d.mean():+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
+    page = (REPO / 'results' / 'README.md').read_text().partition('## Is it attention?')[2].partition('\n## ')[0]
+    rows = [row for row in rows_of_record
+            if (row['experiment'], row['precision'], row['fault']) == ('attention', 'fp16', '') and row['asks']]
+    assert len(rows) == 8 and by_seed.notna().sum().drop(['se', 'low_rank', 'channel']).eq(14).all()
+    for row in rows:
+        line = page.partition(f'| {row["asks"]} | {row["base"]} → {row["arm"]} |')[2].splitlines()[0]
+        assert line.endswith(f'| {tables.change(row["difference"])} |')
+        if row['base'] != 'se': assert tables.change(row['difference']) == change(row['base'], row['arm'])
+        seen = row['verdict']['verdict'] == 'difference'
+        assert seen == (row['asks'] not in ('parameters', 'symmetric W'))
+        if seen: assert row['difference']['holm_p'] <= 0.00362
+    words = ' '.join(page.split())
+    gain = change('none', 'simple').removeprefix('+')
+    assert f'The layer adds {gain.replace(" [", " points [")} to {by_seed.none.mean():.1f} %' in words
+    assert (by_seed.simple > by_seed.none).all() and 'better at all 14 seeds' in words
+    for base, arm, digits, before in (('none', 'mean', 1, 'adds '), ('mean', 'simple', 2, 'simple − mean is '),
+                                      ('none', 'sagan', 2, 'at this size, '), ('none', 'simple_n', 1, 'and to ')):
+        said = change(base, arm, digits).removeprefix('+').replace(' [', ' points [')
+        assert before + said in words
+    adds = runs.assign(adds=[runlog.read_curve(run_id).branch_ratio.iloc[-1] for run_id in runs.run_id])
+    adds = adds.groupby('attention').adds.mean().drop('none')
+    helping = ['simple', 'simple_sym', 'mean', 'low_rank']
+    assert adds[helping].round().eq(6).all() and f'more than {adds.drop(helping).max():.1f} times' in words
+    assert f'it comes to {adds.simple_n:.1f} times' in words
+    first = ' '.join((REPO / 'README.md').read_text(encoding='utf-8').split())
+    assert f'the layer adds {gain.partition(" ")[0]} points, and as much with N m mᵀ' in first
+
+
 def test_the_readme_says_how_much_is_repeated_and_what_longer_training_leaves(rows_of_record, published):
     text = ' '.join((REPO / 'README.md').read_text(encoding='utf-8').split())
     repeated = tables.conclusion(rows_of_record).partition(' have all their')[0]  # Of 32 published differences, 3

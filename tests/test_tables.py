@@ -4,6 +4,8 @@ import pandas as pd
 import pytest
 from made_runs import SMALL, all_gaps, gap, gaps, make_runs
 
+import runlog
+from experiments import EXPERIMENTS
 from report import compare, figures, tables
 
 
@@ -62,6 +64,19 @@ def test_each_contrast_stands_beside_what_it_asks():
     assert test in lines[1] and tables.holm(rows[1]) in lines[1] and lines[1].endswith('| e16bc79 |')
     texts = [text.get_text() for ax in figures.forest(rows).axes for text in ax.texts]
     assert texts[texts.index('conv → simple'):][:3] == ['conv → simple', 'data dependence', test]
+
+
+def test_each_layer_stands_beside_the_first_arm_once_all_its_runs_are_done(tmp_path):
+    exp = EXPERIMENTS['attention']
+    def some(arm, n): return make_runs(arm, [0.5 + 0.001 * (seed + 7 * (arm == 'mean')) for seed in range(n)], **SMALL)
+    every = [some(arm, exp.wanted(arm)) for arm in exp.arms]
+    for run_id in every[-1].run_id: runlog.write_curve(run_id, [dict(epoch=1, branch_ratio=0.26)], tmp_path)
+    for frames, n in ((every, len(exp.arms)), ([*every[:-1], every[-1][1:]], 0)):
+        lines = tables.layers_markdown(all_gaps('attention', *frames), pd.concat(frames), tmp_path).splitlines()[2:]
+        cells = [line.strip('| ').split(' | ') for line in lines]
+        assert len(cells) == n
+        if n: assert cells[0][1:4] == ['mean', '51.35 ± 0.4 (14)', '+0.7 [0.7, 0.7]']
+        assert {cell[1]: cell[4] for cell in cells if len(cell) == 5 and cell[4]} == ({'se': '0.3'} if n else {})
 
 
 def test_the_conclusion_counts_the_verdicts_and_names_what_they_rest_on():
