@@ -721,6 +721,15 @@ EXPERIMENTS = {
         plan='e16bc79',
         complete=TAKEN_APART,
     ),
+    'attention-size': Experiment(
+        claim='Nothing is published: do the means help, or what is large?',
+        arms=attentions(AT_64_PX, 'none', 'mean', 'mean_small', 'cov', 'cov_large'),
+        runs=10,
+        contrasts={('mean_small', 'mean'): 'size of the means', ('cov', 'cov_large'): 'size of the rest',
+                   ('cov_large', 'mean'): 'means, both large', ('cov', 'mean_small'): 'means, both small'},
+        complete=('none', 'mean', 'mean_small', 'cov', 'cov_large'),
+        hours=0.17,
+    ),
     'woof-64-5-r18-places': Experiment(
         claim='Other positions have been tested with worse results',
         arms=attentions(AT_64_PX, 'none', 'simple', *OTHER_PLACES),

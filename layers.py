@@ -471,10 +471,23 @@ class ResidualConv(_WithConv):
 
 
 class _Mixing(_WithConv):
-    "y = x + M x, M (B, C, C) made of x and gamma W by `mix`; the multiply-adds here are of one that takes x x^T."
+    """y = x + M x, M (B, C, C) made of x and gamma W by `mix`; the multiply-adds here are of one that takes x x^T.
+
+    scale   gamma stands for scale * gamma: the same functions, but the gradient of gamma is multiplied by it.
+    """
+    def __init__(self, n_channels, scale=1):
+        super().__init__(n_channels)
+        self.scale = scale
+
+    def gamma_w(self, dtype):
+        w = super().gamma_w(dtype)
+        return w if self.scale == 1 else self.scale * w
+
     def attend(self, x, dtype):
         z, mix = self.mix(x.to(dtype), self.gamma_w(dtype))
         return _add_product(x, z, mix, z)
+
+    def extra_repr(self): return f'{self.n_channels}, scale={self.scale}'
 
     def mix(self, z, w):
         "Returns (z, M as `_wide`) for z (B, C, N); z comes back from `_Gram`."
@@ -588,7 +601,9 @@ ATTENTION = {
     'conv': ResidualConv,
     'swap': SwappedAttention,
     'mean': MeanAttention,
+    'mean_small': partial(MeanAttention, scale=1 / 16),
     'cov': CovarianceAttention,
+    'cov_large': partial(CovarianceAttention, scale=16),
     'low_rank': LowRankAttention,
     'channel': ChannelAttention,
     'se': SqueezeExcitation,

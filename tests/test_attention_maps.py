@@ -20,7 +20,7 @@ TINY = '--split', 'v2', '--size', 32, '--bs', 6, '--arch', 'xresnet18', '--worke
 VALUES = {  # name: the value at a position, for z (B, C, N)
     'simple': lambda m, z: z, 'simple_sym': lambda m, z: z, 'simple_n': lambda m, z: z, 'low_rank': lambda m, z: z,
     'simple_out': lambda m, z: m.out() @ z, 'sagan': lambda m, z: m.value() @ z,
-    'cov': lambda m, z: z - z.mean(2, keepdim=True),
+    'cov': lambda m, z: z - z.mean(2, keepdim=True), 'cov_large': lambda m, z: z - z.mean(2, keepdim=True),
 }
 
 

@@ -25,9 +25,9 @@ FORMATS = [torch.contiguous_format, torch.channels_last]
 
 
 def trained(name, n_channels=16, **kwargs):
-    "A layer in eval mode whose gamma is not 0."
+    "A layer in eval mode whose gamma, times its scale, is not 0."
     layer = (ATTENTION[name] if isinstance(name, str) else name)(n_channels, **kwargs).eval()
-    if hasattr(layer, 'gamma'): layer.gamma.data.fill_(0.3)
+    if hasattr(layer, 'gamma'): layer.gamma.data.fill_(0.3 / getattr(layer, 'scale', 1))
     return layer
 
 
@@ -98,7 +98,9 @@ REFERENCES = {  # what gamma multiplies, plainly, for z (B, C, N); of a gate the
     'conv': lambda m, z: m.conv() @ z,
     'swap': lambda m, z: torch.stack([z[i - 1] @ z[i - 1].mT @ (m.conv() @ z[i]) for i in range(len(z))]),
     'mean': lambda m, z: z.shape[2] * z.mean(2, True) @ (z.mean(2, True).mT @ (m.conv() @ z)),
+    'mean_small': lambda m, z: REFERENCES['mean'](m, z) / 16,
     'cov': lambda m, z: z.shape[2] * covariance(z) @ (m.conv() @ z),
+    'cov_large': lambda m, z: 16 * REFERENCES['cov'](m, z),
     'low_rank': lambda m, z: z @ z.mT @ (m.key().mT @ m.query() @ z),
     'channel': lambda m, z: F.softmax(-z @ z.mT, dim=2) @ z,
     'se': lambda m, z: z * m.gate(z.mean(2))[..., None],
@@ -161,7 +163,8 @@ def test_swap_takes_the_image_before_in_training_and_validation_alike():
 
 def test_parameters_of_the_controls():
     C = 64
-    square = dict.fromkeys(['simple', 'simple_sym', 'simple_n', 'conv', 'swap', 'mean', 'cov'], C**2 + 1)
+    square = dict.fromkeys(['simple', 'simple_sym', 'simple_n', 'conv', 'swap', 'mean', 'mean_small', 'cov',
+                            'cov_large'], C**2 + 1)
     expected = {'none': 0, 'channel': 1, 'low_rank': C**2 // 4 + 1, 'se': C**2 // 4 + 9 * C // 8,
                 'sagan': C**2 * 5 // 4 + 1, 'simple_out': 2 * C**2 + 1} | square
     assert {name: sum(p.numel() for p in make(C).parameters()) for name, make in ATTENTION.items()} == expected

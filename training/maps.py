@@ -67,7 +67,8 @@ def influence(module, z):
         scores = z.mT @ module._conv(z, module.conv())[1]
         return scores / z.shape[2] if module.mean else scores
     if isinstance(module, LowRankAttention): return times(module.key, z).mT @ times(module.query, z)
-    if isinstance(module, CovarianceAttention): return (z - z.mean(2, keepdim=True)).mT @ times(module.conv, z)
+    if isinstance(module, CovarianceAttention):
+        return module.scale * (z - z.mean(2, keepdim=True)).mT @ times(module.conv, z)
     if isinstance(module, SelfAttention): return torch.softmax(times(module.query, z).mT @ times(module.key, z), 1)
     return None
 
