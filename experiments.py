@@ -727,6 +727,7 @@ EXPERIMENTS = {
         runs=10,
         contrasts={('mean_small', 'mean'): 'size of the means', ('cov', 'cov_large'): 'size of the rest',
                    ('cov_large', 'mean'): 'means, both large', ('cov', 'mean_small'): 'means, both small'},
+        plan='04fe2e9',
         complete=('none', 'mean', 'mean_small', 'cov', 'cov_large'),
         hours=0.17,
     ),
