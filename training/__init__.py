@@ -51,3 +51,6 @@ def go_without_home():
 
 go_without_home()
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')  # of fastai's own torch.jit.script
+# Of the first backward pass of a process on a GPU, and of the first recorded one: torch does what is needed by itself.
+warnings.filterwarnings('ignore', message='Attempting to run cuBLAS, but there was no current CUDA context')
+warnings.filterwarnings('ignore', message="The AccumulateGrad node's stream does not match")
