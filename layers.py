@@ -279,7 +279,7 @@ class SimpleSelfAttention(_Attention):
     `W` is a spectrally normalised convolution of width `ks` (odd) over the flattened positions, as in the source.
     sym       W is made symmetric before it is normalised (the source's option of that name has no effect).
     out_conv  y = x + gamma * U (x x^T)(W x): SAGAN's last 1x1 convolution, which the source left out.
-    mean      y = x + gamma * (x x^T / N)(W x): the same functions, but gamma's gradient is divided by N.
+    mean      y = x + gamma * (x x^T / N)(W x): the same functions, but a step of gamma changes the layer 1/N as much.
     order     how the product is evaluated, see `multiply_adds`; 'auto': the cheapest for the input at hand.
 
     In float16 the large products are float16 and the small matrices between them float32; y and the factor of x
@@ -473,7 +473,8 @@ class ResidualConv(_WithConv):
 class _Mixing(_WithConv):
     """y = x + M x, M (B, C, C) made of x and gamma W by `mix`; the multiply-adds here are of one that takes x x^T.
 
-    scale   gamma stands for scale * gamma: the same functions, but the gradient of gamma is multiplied by it.
+    scale   scale * gamma in place of gamma: the same functions, but a step of gamma changes the layer that many times
+            as much.
     """
     def __init__(self, n_channels, scale=1):
         super().__init__(n_channels)

@@ -13,7 +13,7 @@ import runlog
 from command import Parser, UsageError, exit_code, nearest, shown
 from experiments import EXPERIMENTS
 from report import figures, tables
-from report.compare import for_readers, gaps, has_all_runs, has_runs, on_own_images, once, up_to_date
+from report.compare import beside_first, for_readers, gaps, has_all_runs, has_runs, on_own_images, once, up_to_date
 from report.published import load_published, set_right, source_against_fork, source_against_fork_text
 
 MARKERS = '<!-- table: written by python -m report --readme -->', '<!-- end of table -->'
@@ -28,8 +28,9 @@ HEADS = {  # of results/tables/<name>.md
                            'the one that was used ([more](../README.md#what-is-wrong-in-the-published-record)).',
 }
 
-LAYERS = ('Each layer beside the first arm, the best first; described and not tested, as the plan names the contrasts '
-          'alone. `adds`: how many times its input a layer adds, by root mean square, after the last epoch.')
+ABOUT_LAYERS = ('Each layer beside the first arm, the largest change first. What is no contrast of the plan is '
+                'described, not tested. `adds`: how many times its input a layer adds after the last epoch, by root '
+                'mean square over eight validation images.')
 
 
 def readme_table(runs, published):
@@ -62,12 +63,13 @@ def write(rows, runs, results, published):
     def is_published(row): return tables.both(row['published']) != ['–']
     published_alone = list(filter(is_published, waiting))
     others = dict.fromkeys(row['experiment'] for row in waiting if not is_published(row))
-    found = [tables.markdown([row for row in rows if has_runs(row)])]
+    found = [tables.markdown(for_readers(rows))]
     if published_alone: found += ['## Published, without runs of ours', tables.markdown(published_alone)]
     if others: found += ['## Neither published nor run', f'Some or all comparisons of {", ".join(others)}.']
     _write_table(results, 'gaps', tables.frame(rows), *found)
-    contrasts, layers = tables.contrasts_markdown(rows), tables.layers_markdown(rows, runs, results)
-    _write_markdown(results, 'contrasts', contrasts, *(['## Each layer', LAYERS, layers] if layers else []))
+    layers = tables.layers_markdown(rows, beside_first(rows, runs, published, results))
+    _write_markdown(results, 'contrasts', tables.contrasts_markdown(rows),
+                    *(['## Each layer', ABOUT_LAYERS, layers] if layers else []))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
     _write_table(results, 'source_against_fork', source_against_fork(),
                  tables.plain_markdown(source_against_fork_text()))

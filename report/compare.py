@@ -6,7 +6,7 @@ their own and are never pooled. How a verdict is reached: results/README.md.
 """
 import sys
 from collections import Counter, namedtuple
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import lru_cache
 from pathlib import Path, PurePath
 
@@ -185,23 +185,6 @@ def accuracies(runs, metric='last'):
     "Returns {seed: accuracy} of the runs that `ended_ok`."
     ok = ended_ok(runs, metric)
     return dict(zip(ok.seed.tolist(), ok[METRICS[metric]].tolist()))
-
-
-def beside_first(arms, results):
-    """Returns a dict for each of `arms` {arm: its runs on one set}, the best first: what it does beside the first arm.
-
-    arm, stats.summary of its accuracies, change: stats.compare_by_seed with the first arm, and adds: the mean of
-    branch_ratio after the last epoch, nan where no curve has one.
-    """
-    found = []
-    for arm, runs in arms.items():
-        values = accuracies(runs)
-        if not found: first = values
-        curves = [runlog.read_curve(run_id, results) for run_id in ended_ok(runs).run_id]
-        adds = pd.Series([curve.branch_ratio.iloc[-1] for curve in curves if len(curve)], dtype=float).mean()
-        change = stats.compare_by_seed(first, values)
-        found.append(stats.summary(list(values.values())) | dict(arm=arm, change=change, adds=adds))
-    return sorted(found, key=lambda row: -row['mean'])
 
 
 def correct(run_ids, results):
@@ -562,6 +545,32 @@ def for_readers(rows):
     with_runs = [row for row in rows if has_runs(row)]
     begun = {(row['experiment'], set_key(row)) for row in with_runs if row['tested']}
     return [row for row in with_runs if (row['experiment'], set_key(row)) in begun]
+
+
+def beside_first(rows, runs, published, results=runlog.RESULTS):
+    """Returns what each arm does beside the first, as rows of `gaps`, the best first.
+
+    They are of the experiments that say what their contrasts ask, on each set without a fault on which all of these
+    have all their runs. `rows` are `gaps` of the record. adds: how many times its input a layer adds, the mean of
+    branch_ratio after the last epoch over the runs in `pairs`; nan where no curve has it.
+    """
+    whole = {}  # (experiment, set): whether all contrasts have all their runs
+    for row in rows:
+        if row['asks'] and row['tested'] and not row['fault']:
+            place = row['experiment'], set_key(row)
+            whole[place] = whole.get(place, True) and has_all_runs(row)
+    found = []
+    for name in dict.fromkeys(name for (name, _), is_whole_set in whole.items() if is_whole_set):
+        first, *others = EXPERIMENTS[name].arms
+        exp = replace(EXPERIMENTS[name], contrasts=tuple((first, arm) for arm in others))
+        beside = [row for row in gaps({name: exp}, runs, published, results) if whole.get((name, set_key(row)))]
+        found += sorted(beside, key=lambda row: -row['difference']['difference'])
+    return [row | dict(adds=_added(row, results)) for row in found]
+
+
+def _added(row, results):
+    curves = [runlog.read_curve(run.run_id, results) for _, run in row['pairs']]
+    return pd.Series([curve.branch_ratio.iloc[-1] for curve in curves if len(curve)], dtype=float).mean()
 
 
 def up_to_date(rows):

@@ -204,9 +204,9 @@ def _has_runs_of_both(row): return not np.isnan(row['difference']['difference'])
 def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes=None):
     """Returns a Figure of an experiment: of each set of images the runs, the differences, and these after each epoch.
 
-    Arms without runs are left out, and runs with a fault once all are made again. The planned sets come first, those
-    without a fault before those with one, and large before small. Run times are not drawn: the record does not say
-    which runs shared their machine with others.
+    Arms without runs are left out, and runs with a fault once all are made again. The planned sets come first, of these
+    those that have all their runs, those without a fault before those with one, and large before small. Run times are
+    not drawn: the record does not say which runs shared their machine with others.
     """
     rows, parts = compare.up_to_date(rows), []
     for key, arms in compare.sets(exp, runs, recipes=recipes):
@@ -215,7 +215,10 @@ def experiment(name, exp, rows, runs, published, results=runlog.RESULTS, recipes
         arms = {arm: found for arm, found in arms.items() if compare.accuracies(found, exp.metric)}
         if compare.for_readers(of_set): parts.append((key, arms, of_set))
     if not parts: raise UsageError(f'{name}: no runs of two arms to plot')
-    parts.sort(key=lambda part: (not part[0]['planned'], part[0]['fault'], -sum(map(len, part[1].values()))))
+    def rank(key, arms, of_set):
+        is_whole = all(compare.has_all_runs(row) for row in of_set)
+        return not key['planned'], not is_whole, key['fault'], -sum(map(len, arms.values()))
+    parts.sort(key=lambda part: rank(*part))
     with rc_context(STYLE):
         heights = [_height(arms, of_set) for _, arms, of_set in parts]
         fig = Figure(figsize=(WIDTH, sum(heights)))

@@ -20,14 +20,11 @@ from report.compare import (
     NO_VERDICT,
     SET_COLUMNS,
     SIDES,
-    beside_first,
     has_all_runs,
     has_runs,
     is_whole,
     once,
     once_a_set,
-    set_key,
-    sets,
     up_to_date,
 )
 from report.published import load_published_runs, single_runs_sd
@@ -36,7 +33,7 @@ from runlog import RESULTS
 HEAD = ['experiment', 'arms', 'published: first', 'second', 'change', 'ours: first', 'second', 'change [95 %]', 'test',
         'P (Holm)', 'permutation P', 'verdict']
 ASKED = ['runs', 'what it asks', 'contrast', 'ours', 'change [95 %]', 'P (Holm)', 'verdict', 'commit of the plan']
-LAYERS = ['runs', 'layer', 'accuracy', 'change from the first arm [95 %]', 'adds']
+LAYERS = ['runs', 'layer', 'the first arm → it', 'change [95 %]', 'adds']
 BRIEF = ['experiment', 'arms', 'published', 'ours', 'change [95 %]', 'P (Holm)', 'verdict']
 ONE_ARM = 'one arm: nothing to compare it with'
 TERMINAL = 100  # characters in a line of a terminal
@@ -293,22 +290,13 @@ def contrasts_markdown(rows):
     return markdown_table(ASKED, lines, numbers=range(3, 6))
 
 
-def layers_markdown(rows, runs, results=RESULTS):
-    """Returns what each arm does beside the first, as a Markdown table, for each experiment of those that say what
-    they ask: on each set of `gaps` on which all its contrasts have all their runs. '' where there is none.
-    """
+def layers_markdown(rows, beside):
+    """Returns `beside`, compare.beside_first of the `rows` of `gaps`, as a Markdown table; '' where it is empty."""
     lines = []
-    for name in dict.fromkeys(row['experiment'] for row in rows if row['asks']):
-        for key, arms in sets(EXPERIMENTS[name], runs):
-            of_set = [row for row in rows if row['experiment'] == name and set_key(row) == set_key(key)]
-            if key['fault'] or not all(map(has_all_runs, of_set)): continue
-            lines += [[f'{name}, {key["precision"]}', *_layer_cells(row)] for row in beside_first(arms, results)]
+    for row, title in zip(beside, titles([*rows, *beside])[len(rows):]):
+        ours, changes, *_ = _brief_cells(row)
+        lines.append([title, row['arm'], ours, changes, '' if np.isnan(row['adds']) else f'{row["adds"]:.1f}'])
     return markdown_table(LAYERS, lines, numbers=range(2, 5)) if lines else ''
-
-
-def _layer_cells(row):
-    adds = '' if np.isnan(row['adds']) else f'{row["adds"]:.1f}'
-    return [row['arm'], percent(row), change(row['change']) if row['change']['difference'] else '', adds]
 
 
 def plain_markdown(frame):

@@ -2,8 +2,8 @@
 # Tests, measures and records on a CUDA GPU whatever still waits for one, in the order of its worth.
 #   scripts/on_gpu.sh [RESULTS [MINUTES]]
 #   RESULTS: a results directory (default: results). MINUTES: stop after so many, and end with exit code 124.
-#   JOBS=4 in the environment trains four runs side by side (reproduce.py --jobs), which a large GPU has room for, best
-#   under NVIDIA's Multi-Process Service, where there is one: `nvidia-cuda-mps-control -d` starts it.
+#   JOBS=3 in the environment trains three runs side by side (reproduce.py --jobs), which a large GPU has room for; more
+#   of them under NVIDIA's Multi-Process Service, where there is one: `nvidia-cuda-mps-control -d` starts it.
 # Each row is recorded as its run ends. What has its row or its file is not done again, so call it again to go on.
 # The first ten minutes hold the CUDA tests, a first look at the accuracy, and the time of a training step.
 # No step needs a network where fastai's untar_data finds Imagewoof: the archives of 160 and 320 px.
@@ -15,8 +15,8 @@
 # JOBS=3 saves less than a tenth there; with simple three side by side trained 2,720, so that one alone is taken to
 # train 7,500. At 64 px a run of an xresnet18 takes 6 seconds, and three side by side took 7: JOBS=3 should need a third
 # of the minutes. An xresnet18 is taken to train 10,000 images of 128 px a second, and an image of 256 px to need as
-# long as four of 128. On one NVIDIA H100 eight side by side, under the service, took 1.3 seconds for each run of 64 px,
-# and four 8 seconds for each of 128 px; the first runs began 40 seconds after their command.
+# long as four of 128. On one NVIDIA H100 under this service, eight side by side made a run of 64 px every 1.3 seconds,
+# and four one of 128 px every 8; the first runs began 40 seconds after their command.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-results}

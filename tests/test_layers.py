@@ -512,7 +512,7 @@ def test_what_passes_float16_saturates_and_the_rest_is_right(side, largest):
 
 
 def loss_of(y, name):
-    "A loss with small gradients; low_rank holds f divided by the root of C, so that root times as large a gradient."
+    "A loss with small gradients. low_rank divides f by the root of C, so f has gradients that many times as large."
     return y.float().mean() / (1000 if name == 'low_rank' else 100)
 
 

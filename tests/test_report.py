@@ -103,40 +103,58 @@ def test_the_headline_is_what_the_record_says(base, arm, said, rows_of_record):
 
 
 def test_the_answer_is_what_the_record_says(rows_of_record):
-    "Computed without the report, but for the contrast whose arms have unlike seeds: se → simple."
-    runs = pd.read_csv(REPO / 'results' / 'runs.csv').query('size == 64 and precision == "fp16" and status == "ok"')
-    runs = runs[runlog.faults(runs) == '']
+    "Computed without the report, but for the contrasts and changes whose arms have unlike seeds."
+    runs = runlog.load().query(
+        'size == 64 and precision == "fp16" and split == "v2" and status == "ok" and sa_at == "1" and opt == "adam"')
+    runs = runs[(runlog.faults(runs) == '') & runs.attention.isin(EXPERIMENTS['attention'].arms)]
     by_seed = 100 * runs.pivot(index='seed', columns='attention', values='accuracy')
     def change(base, arm, digits=1):
         d = (by_seed[arm] - by_seed[base]).dropna()
         low, high = st.t.interval(0.95, len(d) - 1, d.mean(), d.sem())
         return f'{d.mean():+.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]'
     page = (REPO / 'results' / 'README.md').read_text().partition('## Is it attention?')[2].partition('\n## ')[0]
+    words = ' '.join(page.split())
     rows = [row for row in rows_of_record
-            if (row['experiment'], row['precision'], row['fault']) == ('attention', 'fp16', '') and row['asks']]
-    assert len(rows) == 8 and by_seed.notna().sum().drop(['se', 'low_rank', 'channel']).eq(14).all()
-    for row in rows:
+            if (row['experiment'], row['precision'], row['fault']) == ('attention', 'fp16', '')]
+    asked = [row for row in rows if row['asks']]
+    assert len(asked) == 8 and by_seed.notna().sum().drop(['se', 'low_rank', 'channel']).eq(14).all()
+    for row in asked:
         line = page.partition(f'| {row["asks"]} | {row["base"]} → {row["arm"]} |')[2].splitlines()[0]
         assert line.endswith(f'| {tables.change(row["difference"])} |')
-        if row['base'] != 'se': assert tables.change(row['difference']) == change(row['base'], row['arm'])
+        if row['base'] == 'se': assert f'shared seeds it is {change("se", "simple")}' in words
+        else: assert tables.change(row['difference']) == change(row['base'], row['arm'])
         seen = row['verdict']['verdict'] == 'difference'
         assert seen == (row['asks'] not in ('parameters', 'symmetric W'))
-        if seen: assert row['difference']['holm_p'] <= 0.00362
-    words = ' '.join(page.split())
-    gain = change('none', 'simple').removeprefix('+')
-    assert f'The layer adds {gain.replace(" [", " points [")} to {by_seed.none.mean():.1f} %' in words
+        if seen: assert row['difference']['holm_p'] <= 0.00362 and row['images']['low'] * row['images']['high'] > 0
+    gain = said(change('none', 'simple'))
+    assert f'The layer adds {gain} to {by_seed.none.mean():.1f} %' in words
     assert (by_seed.simple > by_seed.none).all() and 'better at all 14 seeds' in words
     for base, arm, digits, before in (('none', 'mean', 1, 'adds '), ('mean', 'simple', 2, 'simple − mean is '),
-                                      ('none', 'sagan', 2, 'at this size, '), ('none', 'simple_n', 1, 'and to ')):
-        said = change(base, arm, digits).removeprefix('+').replace(' [', ' points [')
-        assert before + said in words
+                                      ('none', 'sagan', 2, "SAGAN's layer ("), ('none', 'simple_n', 1, 'and to ')):
+        assert before + said(change(base, arm, digits)) in words
+    for arm, before in (('low_rank', 'no softmax, adds '), ('channel', 'channel adds ')):
+        row = next(row for row in rows if (row['base'], row['arm']) == ('none', arm))
+        assert before + said(tables.change(row['difference'])) in words
     adds = runs.assign(adds=[runlog.read_curve(run_id).branch_ratio.iloc[-1] for run_id in runs.run_id])
     adds = adds.groupby('attention').adds.mean().drop('none')
     helping = ['simple', 'simple_sym', 'mean', 'low_rank']
-    assert adds[helping].round().eq(6).all() and f'more than {adds.drop(helping).max():.1f} times' in words
+    assert adds[helping].round().eq(6).all() and f'add {adds.drop(helping).max():.1f} times or less' in words
     assert f'it comes to {adds.simple_n:.1f} times' in words
     first = ' '.join((REPO / 'README.md').read_text(encoding='utf-8').split())
-    assert f'the layer adds {gain.partition(" ")[0]} points, and as much with N m mᵀ' in first
+    assert f'the layer adds {gain.partition(" [")[0]}, and as much with N m mᵀ' in first
+
+
+def said(change): return change.removeprefix('+').replace(' [', ' points [')
+
+
+def test_the_runs_made_again_are_what_the_record_says(rows_of_record):
+    pages = [' '.join((REPO / name).read_text(encoding='utf-8').split()) for name in ('README.md', 'results/README.md')]
+    for base, arm in (('none', 'simple'), ('none', 'sagan'), ('sagan', 'simple')):
+        row = next(row for row in rows_of_record if (row['experiment'], row['precision'], row['fault'], row['split'])
+                   == ('woof-128-5', 'fp16', '', 'v1') and (row['base'], row['arm']) == (base, arm))
+        n, test = row['verdict']['n_runs'], tables.change(row['difference'])
+        assert f'{arm} − {base} {"is " * (arm == "simple" and base == "none")}{test}' in pages[1] and n == 8
+        if (base, arm) == ('none', 'simple'): assert f'{n} of 12 seeds give {said(test)}' in pages[0]
 
 
 def test_the_readme_says_how_much_is_repeated_and_what_longer_training_leaves(rows_of_record, published):

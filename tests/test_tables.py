@@ -2,7 +2,7 @@
 import numpy as np
 import pandas as pd
 import pytest
-from made_runs import SMALL, all_gaps, gap, gaps, make_runs
+from made_runs import PUBLISHED, SMALL, all_gaps, gap, gaps, make_runs
 
 import runlog
 from experiments import EXPERIMENTS
@@ -71,12 +71,15 @@ def test_each_layer_stands_beside_the_first_arm_once_all_its_runs_are_done(tmp_p
     def some(arm, n): return make_runs(arm, [0.5 + 0.001 * (seed + 7 * (arm == 'mean')) for seed in range(n)], **SMALL)
     every = [some(arm, exp.wanted(arm)) for arm in exp.arms]
     for run_id in every[-1].run_id: runlog.write_curve(run_id, [dict(epoch=1, branch_ratio=0.26)], tmp_path)
-    for frames, n in ((every, len(exp.arms)), ([*every[:-1], every[-1][1:]], 0)):
-        lines = tables.layers_markdown(all_gaps('attention', *frames), pd.concat(frames), tmp_path).splitlines()[2:]
+    for frames, n in ((every, len(exp.arms) - 1), ([*every[:-1], every[-1][1:]], 0)):
+        rows, runs = all_gaps('attention', *frames), pd.concat(frames)
+        lines = tables.layers_markdown(rows, compare.beside_first(rows, runs, PUBLISHED, tmp_path)).splitlines()[2:]
         cells = [line.strip('| ').split(' | ') for line in lines]
         assert len(cells) == n
-        if n: assert cells[0][1:4] == ['mean', '51.35 ± 0.4 (14)', '+0.7 [0.7, 0.7]']
+        if n: assert cells[0][1:4] == ['mean', '50.65 → 51.35 (14, 14)', '+0.7 [0.7, 0.7]']
         assert {cell[1]: cell[4] for cell in cells if len(cell) == 5 and cell[4]} == ({'se': '0.3'} if n else {})
+        equal = sum(cell[3] == '+0.00 [0.00, 0.00]' for cell in cells)
+        assert equal == max(0, n - 4)  # all but mean and the three of ten runs
 
 
 def test_the_conclusion_counts_the_verdicts_and_names_what_they_rest_on():

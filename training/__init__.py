@@ -51,6 +51,5 @@ def go_without_home():
 
 go_without_home()
 warnings.filterwarnings('ignore', category=FutureWarning, module='torch')  # of fastai's own torch.jit.script
-# Of the first backward pass of a process on a GPU, and of the first recorded one: torch does what is needed by itself.
+# Of the first backward pass of a process on a GPU: torch makes the context by itself, as the line goes on to say.
 warnings.filterwarnings('ignore', message='Attempting to run cuBLAS, but there was no current CUDA context')
-warnings.filterwarnings('ignore', message="The AccumulateGrad node's stream does not match")

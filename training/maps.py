@@ -59,7 +59,7 @@ def influence(module, z):
     The layer adds to position j gamma times the sum over i of influence[i, j] times a value at i:
     SimpleSelfAttention   x_i^T W x_j; the value is x_i (U x_i with out_conv)
     LowRankAttention      (Wf x_i)^T (Wg x_j); the value is x_i
-    CovarianceAttention   (x_i - m)^T W x_j, m the mean over positions; the value is x_i - m
+    CovarianceAttention   scale (x_i - m)^T W x_j, m the mean over positions; the value is x_i - m
     SelfAttention         softmax over i of f(x_i)^T g(x_j); the value is h(x_i)
     """
     def times(weight, z): return weight() @ z  # (C', C) (B, C, N) -> (B, C', N)
