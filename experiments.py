@@ -729,6 +729,7 @@ EXPERIMENTS = {
                    ('cov', 'cov_large'): 'large or small covariances',
                    ('cov_large', 'mean'): 'means or covariances, large',
                    ('cov', 'mean_small'): 'means or covariances, small'},
+        plan='e4fd0e1',
         complete=('mean', 'mean_small', 'cov', 'cov_large'),
         hours=0.24,
     ),
