@@ -515,6 +515,7 @@ class MeanAttention(_Mixing):
 
     x x^T = N (m m^T + covariance of the channels over the positions): with `CovarianceAttention` it adds up to that
     layer. C^2 + 1 parameters, C^2 N + 2 C^2 multiply-adds: m (m^T W) is made first, as it is the same at all positions.
+    With `scale` (by default 1), scale * gamma stands in place of gamma.
     """
     def mix(self, z, w):
         mean = z.mean(2, keepdim=True, dtype=torch.promote_types(z.dtype, torch.float32)).to(w.dtype)  # (B, C, 1)
@@ -527,7 +528,7 @@ class CovarianceAttention(_Mixing):
     """y = x + gamma * N K W x, K the covariance of the channels over the positions: the second-order part alone.
 
     x x^T = N (K + m m^T), see `MeanAttention`. K is made of x - m, so that no digits are lost where m is large.
-    C^2 + 1 parameters, 2 C^2 N + C^3 multiply-adds.
+    C^2 + 1 parameters, 2 C^2 N + C^3 multiply-adds. `scale` is that of `MeanAttention`.
     """
     def mix(self, z, w):
         _, gram = _Gram.call(z - z.mean(2, keepdim=True))

@@ -202,8 +202,18 @@ def test_runs_with_a_fault_count_until_all_are_made_again():
         found = [row for row in compare.up_to_date(every) if compare.has_runs(row)]
         assert {row['fault'] for row in found} == sets and len(found) == 3 * len(sets)
         assert 'Of 3 published differences, 3 have all their runs' in tables.conclusion(every)
+        chosen = compare.once_a_set([row for row in every if compare.has_runs(row)])
+        assert {row['fault'] for row in chosen} == ({'gradient fault'} if n < 12 else {''}) and len(chosen) == 3
         words = [words for kind, words, *_ in figures._lines(found) if kind == 'title']
         assert ['gradient fault' in title for title in words] == [fault != '' for fault in sorted(sets)]
+
+
+def test_of_two_sets_that_lack_runs_the_one_without_the_fault_counts():
+    faulty = [make_runs(arm, [0.6, 0.61, 0.62]).assign(**runlog.FAULTS[0][1]) for arm in ('none', 'simple')]
+    sound = [make_runs(arm, [0.6, 0.61]) for arm in ('none', 'simple')]
+    every = [row for row in all_gaps('woof-128-5', *faulty, *sound) if compare.has_runs(row)]
+    assert {row['fault'] for row in every} == {'gradient fault', ''}
+    assert [row['fault'] for row in compare.once_a_set(every)] == ['']
 
 
 def test_without_runs_the_published_numbers_are_shown(published):
