@@ -67,13 +67,15 @@ def write(rows, runs, results, published):
     if published_alone: found += ['## Published, without runs of ours', tables.markdown(published_alone)]
     if others: found += ['## Neither published nor run', f'Some or all comparisons of {", ".join(others)}.']
     _write_table(results, 'gaps', tables.frame(rows), *found)
-    layers = tables.layers_markdown(rows, beside_first(rows, runs, published, results))
+    beside = beside_first(rows, runs, published, results)
+    layers = tables.layers_markdown(rows, beside)
     _write_markdown(results, 'contrasts', tables.contrasts_markdown(rows),
                     *(['## Each layer', ABOUT_LAYERS, layers] if layers else []))
     _write_table(results, 'set_right', right, tables.plain_markdown(right))
     _write_table(results, 'source_against_fork', source_against_fork(),
                  tables.plain_markdown(source_against_fork_text()))
     drawn = figures.forests(rows) | figures.experiments(rows, runs, published, results)
+    if beside: drawn['layers'] = figures.layers(beside)
     for name, fig in drawn.items(): figures.save(fig, results / 'figures' / name)
 
 

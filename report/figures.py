@@ -189,6 +189,47 @@ def _bar(ax, ends, y, whose, limits):
         if beyond: ax.plot(end, y, arrow, color=color, ms=4, clip_on=False)
 
 
+# --- what each layer changes, and how much it adds ---
+
+LAYER_AXES = (1.0, 3.9), (5.2, 7.0)  # inches from the left, where the axes of the change and of the size begin and end
+
+
+def layers(rows):
+    "Returns a Figure of `rows` (compare.beside_first): of each layer its change, and how many times its input it adds."
+    titles = [f'{row["experiment"]}, {_images(row)}, {row["precision"]}' for row in rows]
+    lines = []  # (title, None) before the rows of a set, ('', row)
+    for row, title in zip(rows, titles): lines += [('', row)] if (title, None) in lines else [(title, None), ('', row)]
+    with rc_context(STYLE):
+        rows_height = LINE * len(lines)
+        height = rows_height + 0.85
+        fig = Figure(figsize=(WIDTH, height))
+        change, size = (place(fig, left, 0.35, right - left, rows_height) for left, right in LAYER_AXES)
+        def write(x, y, words, **style):
+            change.text((x - LAYER_AXES[0][0]) / np.ptp(LAYER_AXES[0]), y, words, va='center', fontsize=7.5,
+                        transform=change.get_yaxis_transform(), **style)
+        found = np.array([in_points(row['difference']) for row in rows])
+        limits = min(-1, np.floor(np.nanmin(found))), max(1, np.ceil(np.nanmax(found)))
+        for y, (title, row) in enumerate(lines):
+            if row is None:
+                write(0.08, y, title, weight='bold')
+                continue
+            write(0.08, y, row['arm'])
+            _bar(change, in_points(row['difference'], _n_runs(row)), y, 'ours', limits)
+            write(LAYER_AXES[0][1] + 0.1, y, tables.change(row['difference']))
+            size.plot([0, row['adds']], [y, y], color=PALE, lw=0.9)
+            size.plot(row['adds'], y, 'o', mfc=OURS, mec=OURS, ms=4.2, clip_on=False)
+        write(0.08, -0.9, f'{rows[0]["base"]} →', color=GREY)
+        write(LAYER_AXES[0][0], -0.9, 'estimate, 95 % interval', color=GREY)
+        write(LAYER_AXES[1][0], -0.9, 'mean of the runs', color=GREY)
+        change.axvline(0, color=INK, lw=0.6, zorder=0)
+        change.set(xlim=limits, xlabel='difference in accuracy (points)')
+        size.set(xlim=(0, None), xlabel='adds, times its input')
+        for ax in (change, size):
+            ax.set(ylim=(len(lines) - 0.4, -0.6), yticks=[])
+            ax.spines['left'].set_visible(False)
+        return fig
+
+
 # --- the runs of an experiment ---
 
 def experiments(rows, runs, published, results=runlog.RESULTS):

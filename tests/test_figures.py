@@ -117,16 +117,33 @@ def test_the_forest_has_ours_beside_the_published_and_is_readable(published):
 
 @pytest.mark.slow(2)
 def test_the_figures_of_the_record_are_readable(published, rows_of_record):
-    rows = [row for row in rows_of_record if row['experiment'] in ('woof-128-5', 'attention')]
-    drawn = figures.forests(rows_of_record) | figures.experiments(rows, runlog.load(), published)
+    rows, runs = [row for row in rows_of_record if row['experiment'] in ('woof-128-5', 'attention')], runlog.load()
+    drawn = figures.forests(rows_of_record) | figures.experiments(rows, runs, published)
+    drawn['layers'] = figures.layers(compare.beside_first(rows, runs, published))
     for name, fig in drawn.items():
         fig.draw_without_rendering()
-        texts = [text for text in words(fig) if name in ('forest', 'learning_rates')]  # others may cross marks
+        alone = name in ('forest', 'learning_rates', 'layers')  # in other figures words may cross marks
+        texts = words(fig) if alone else []
         for ax in filter(lambda ax: ax.get_visible(), fig.axes):
             low, high = ax.get_xlim()
             texts += [t for t in ax.get_xticklabels() if low <= t.get_position()[0] <= high]
             texts += [ax.xaxis.label, ax.yaxis.label, ax._left_title]
         assert_readable(fig, [text for text in texts if text.get_text() and text.get_visible()])
+
+
+def test_the_layers_stand_in_the_order_of_their_rows():
+    tests = [dict(difference=d, low=d - 0.01, high=d + 0.01) for d in (0.02, 0.01, -0.03)]
+    rows = [dict(experiment='attention', split='v2', n_val=3929, planned=True, precision=precision,
+                 base='none', arm=arm, difference=test, adds=adds, ours=dict(base=dict(n=5), arm=dict(n=5)))
+            for arm, test, adds, precision in zip('abc', tests, (6, np.nan, 0.1), ('fp16', 'fp16', 'fp32'))]
+    fig = figures.layers(rows)
+    change, size = fig.axes
+    marks = [[line.get_xdata()[0] for line in ax.lines if line.get_marker() == 'o'] for ax in (change, size)]
+    assert marks[0] == pytest.approx([2, 1, -3]) and marks[1] == pytest.approx([6, np.nan, 0.1], nan_ok=True)
+    assert change.get_xlim() == (-4, 2 + 1)
+    texts = [text.get_text() for text in change.texts]
+    names = [text[:9] for text in texts if text in 'abc' or 'attention' in text]
+    assert names == ['attention', 'a', 'b', 'attention', 'c'] and tables.change(tests[2]) in texts
 
 
 def luminance(colour):
