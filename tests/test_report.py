@@ -155,6 +155,14 @@ def test_the_runs_made_again_are_what_the_record_says(rows_of_record):
         n, test = row['verdict']['n_runs'], tables.change(row['difference'])
         assert f'{arm} − {base} {"is " * (arm == "simple" and base == "none")}{test}' in pages[1] and n == 8
         if (base, arm) == ('none', 'simple'): assert f'{n} of 12 seeds give {said(test)}' in pages[0]
+    row = next(row for row in rows_of_record if (row['experiment'], row['precision'], row['split'], row['base'],
+                                                 row['arm']) == ('woof-128-5', 'fp32', 'v2', 'none', 'simple'))
+    test = tables.change(row['difference']).removeprefix('+')
+    assert row['verdict']['n_runs'] == 6 and f'split v2, six give {test}' in pages[0]
+    assert f'none has {tables.percent(row["ours"]["base"])[:5]} ±' in pages[1]
+    of_images = tables.interval(row['images'])
+    assert f'adds {said(test)}, for other images too {of_images}; it is better at all six' in pages[1]
+    assert all(arm.value > base.value for base, arm in row['pairs'])
 
 
 def test_the_readme_says_how_much_is_repeated_and_what_longer_training_leaves(rows_of_record, published):
