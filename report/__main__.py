@@ -39,9 +39,8 @@ def readme_table(runs, published):
     Left out are those of digits, and those that say what they ask, which have a table of their own.
     """
     rows = up_to_date(for_readers(gaps(EXPERIMENTS, runs, published)))
-    rows = [row for row in rows if row['tested'] and row['experiment'] != 'digits' and has_all_runs(row)]
-    rows = [row for row in rows if not row['asks']]
-    return tables.brief_markdown(rows)
+    def is_shown(row): return row['tested'] and row['experiment'] != 'digits' and not row['asks'] and has_all_runs(row)
+    return tables.brief_markdown(list(filter(is_shown, rows)))
 
 
 def write_readme(table, file=runlog.RESULTS.parent / 'README.md'):

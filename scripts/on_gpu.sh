@@ -15,8 +15,8 @@
 # JOBS=3 saves less than a tenth there; with simple three side by side trained 2,720, so that one alone is taken to
 # train 7,500. At 64 px a run of an xresnet18 takes 6 seconds, and three side by side took 7: JOBS=3 should need a third
 # of the minutes. An xresnet18 is taken to train 10,000 images of 128 px a second, and an image of 256 px to need as
-# long as four of 128. On one NVIDIA H100 under this service, eight side by side made a run of 64 px every 1.3 seconds,
-# and four one of 128 px every 8; the first runs began 40 seconds after their command.
+# long as four of 128. On one NVIDIA H100 under the Multi-Process Service, eight side by side made a run of 64 px every
+# 1.3 seconds, and four one of 128 px every 8; the first runs began 40 seconds after their command.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-results}
